@@ -1,0 +1,193 @@
+"""What happens to a worker core, and what it asks its driver to do.
+
+`WorkerCore.on(event, now) -> list[Command]`. A driver performs commands in order; it never decides. The same events and
+commands cross the live driver (cluster/worker_host.py) and the simulator.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+from engine.core.executor import BatchPlan, StepResult
+from protocol.kv import KVHandoff, Outcome
+from protocol.messages import AttemptFailed, HandoffDone, Submit, TokenRun, TransferFailed
+from protocol.worker import KvEvent, Role
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitReceived:
+    gateway: str  # name of the connection's peer; output goes back there
+    submit: Submit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelReceived:
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayLost:
+    """The gateway stayed away longer than the reconnection grace (2 s): cancel what is its."""
+
+    gateway: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone:
+    result: StepResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullDone:
+    """A transfer asked for by StartPull came to an end, well or not. The copy has stopped either way."""
+
+    handoff_id: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerAcked:
+    """A target has verified its copy of our blocks."""
+
+    handoff_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerDropped:
+    """A target will not take our blocks."""
+
+    handoff_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRenewed:
+    handoff_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleChanged:
+    role: Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainStarted:
+    """Admit nothing new; the snapshot says DRAINING."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """Time passed: leases, pull deadlines and parked requests are looked at. At least every 50 ms."""
+
+
+Event = (
+    SubmitReceived
+    | CancelReceived
+    | GatewayLost
+    | StepDone
+    | PullDone
+    | PeerAcked
+    | PeerDropped
+    | LeaseRenewed
+    | RoleChanged
+    | DrainStarted
+    | Tick
+)
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RaiseGenerations:
+    """Write these generation words before any later command: the blocks are about to be written anew."""
+
+    block_ids: array[int]
+    generations: array[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStep:
+    plan: BatchPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emit:
+    """All tokens one step made for one gateway; becomes one StepOutput frame."""
+
+    gateway: str
+    step_id: int
+    runs: tuple[TokenRun, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tell:
+    """A fact about an attempt, for the gateway that submitted it."""
+
+    gateway: str
+    message: HandoffDone | TransferFailed | AttemptFailed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfferKv:
+    """Fill in endpoint, epoch, region and digests of the shard, then send Offered to the gateway.
+
+    The core has put block_ids and generations in place and keeps the blocks until the hand-off ends.
+    """
+
+    gateway: str
+    handoff: KVHandoff
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartPull:
+    """Copy the offered blocks into ours; PullDone must follow, also after CancelPull and at the deadline.
+
+    Pairs (source_indices[i], target_block_ids[i]): the source index counts in the hand-off's block order, so that
+    blocks which the target already has are skipped.
+    """
+
+    handoff: KVHandoff
+    source_indices: array[int]
+    target_block_ids: array[int]
+    deadline_s: float  # a duration from now
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelPull:
+    handoff_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AckSource:
+    """Tell the source its blocks are free (after verification)."""
+
+    handoff: KVHandoff
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropSource:
+    """Tell the source we will not take them."""
+
+    handoff: KVHandoff
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenewSource:
+    """Tell the source we still want them."""
+
+    handoff: KVHandoff
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishKvEvents:
+    events: tuple[KvEvent, ...]
+
+
+Command = (
+    RaiseGenerations | RunStep | Emit | Tell | OfferKv | StartPull | CancelPull | AckSource | DropSource | RenewSource | PublishKvEvents
+)

@@ -1,0 +1,366 @@
+"""Every frame our sockets carry, by who says it to whom.
+
+    gateway -> worker      Submit, Cancel
+    worker  -> gateway     StepOutput (one a step), Offered, AttemptEnded, TransferFailed, SnapshotFrame
+    gateway -> router      Place, Placed, PrefillDone, Done
+    router  -> gateway     PlaceAck, Assigned, Refused, FleetFrame
+    worker  -> router      SnapshotFrame, KvEvents, KvSnapshot        (the router dials and sends Subscribe, ReplayKvEvents)
+    anyone  -> directory   Register, Deregister, Watch
+    directory -> watcher   Membership
+    worker  -> worker      Attach, Pull, PullDone, AckHandoff, RenewLease, DropHandoff   (kvtransfer)
+
+Facts about an attempt are fenced by (request_id, attempt); facts about a worker by its epoch.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+from protocol.kv import KVHandoff
+from protocol.request import Attempt, FinishReason
+from protocol.worker import KvEvent, WorkerAddress, WorkerSnapshot
+
+# --- gateway -> worker ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """Compute this attempt here.
+
+    prefill_only: stop after sampling the next token of each live choice, keep the blocks and offer them.
+    handoff: the KV is offered by another worker: pull it instead of computing it; recompute here if that fails.
+    Neither: compute the prompt and decode here.
+    """
+
+    attempt: Attempt
+    prefill_only: bool
+    handoff: KVHandoff | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    request_id: str
+    attempt: int
+
+
+# --- worker -> gateway ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Of one token: its own logprob and the k most likely, most likely first."""
+
+    logprob: float
+    rank: int  # 1 is the most likely
+    top_token_ids: array[int]
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRun:
+    """Tokens of one choice from one step. `position` is the output position of the first, from the original boundary."""
+
+    request_id: str
+    attempt: int
+    choice: int
+    position: int
+    token_ids: array[int]
+    logprobs: tuple[TokenLogprobs, ...]  # empty, or one a token
+    finish_reason: FinishReason | None  # of the choice, after these tokens
+    num_cached_tokens: int = 0  # of the prompt, told with position == first of the attempt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """Everything one step made for one gateway: one framed message per worker and step."""
+
+    worker_id: str
+    epoch: int
+    step: int
+    runs: tuple[TokenRun, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offered:
+    """Prefill is done (its tokens were in the StepOutput before); here is the KV."""
+
+    handoff: KVHandoff
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffDone:
+    """The target verified the KV and decodes from it."""
+
+    request_id: str
+    attempt: int
+    size_bytes: int
+    duration_s: float
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferFailed:
+    """The target could not take the KV and recomputes it: WAITING_KV -> PREFILLING on the decode worker."""
+
+    request_id: str
+    attempt: int
+    error: str  # protocol.kv.TransferError value
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptFailed:
+    """This worker gives the attempt up. `retryable`: another worker may do better."""
+
+    request_id: str
+    attempt: int
+    reason: str
+    retryable: bool
+
+
+# --- worker -> gateway and router -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotFrame:
+    snapshot: WorkerSnapshot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subscribe:
+    """Send me snapshots, and KV events from `next_event_number` on (a KvSnapshot first when that is not kept any more)."""
+
+    snapshots: bool
+    kv_events: bool
+    next_event_number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvEvents:
+    worker_id: str
+    epoch: int
+    events: tuple[KvEvent, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvSnapshot:
+    """All hash blocks that can be hit on this worker right now; events go on with `next_event_number`."""
+
+    worker_id: str
+    epoch: int
+    next_event_number: int
+    hashes: tuple[bytes, ...]
+    parents: tuple[bytes, ...]  # parent of each hash
+
+
+# --- gateway <-> router -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Find workers for an attempt. Hashes and counts only: the router never sees token ids."""
+
+    request_id: str
+    attempt: int
+    model_id: str
+    num_tokens: int  # prompt + delivered of the longest choice
+    expected_output_tokens: int  # what is left of max_tokens, at most
+    num_choices: int
+    block_hashes: tuple[bytes, ...]
+    tenant: str
+    priority: int
+    slo_ttft_s: float | None
+    slo_tpot_s: float | None
+    excluded: tuple[str, ...]  # workers that already failed this request
+    local_only: bool  # prefill must run where it decodes (several choices that already differ)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceAck:
+    """The router holds the request now; an Assigned or Refused follows."""
+
+    request_id: str
+    attempt: int
+    queue_position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateScore:
+    """One worker as the policy saw it; `terms` are seconds by name, in the order the policy lists them."""
+
+    worker_id: str
+    seconds: float
+    cached_tokens: int
+    signal_age_s: float
+    term_names: tuple[str, ...]
+    term_seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """Where an attempt runs and why. prefill_worker == decode_worker: prefilled where it decodes."""
+
+    request_id: str
+    attempt: int
+    prefill_worker: str
+    decode_worker: str
+    cached_tokens: int  # expected on the prefill worker
+    policy: str
+    reason: str
+    prefill_scores: tuple[CandidateScore, ...]  # best first, at most 8
+    decode_scores: tuple[CandidateScore, ...]
+    waited_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assigned:
+    assignment: Assignment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """No place: `status` is the HTTP status to answer with."""
+
+    request_id: str
+    attempt: int
+    status: int
+    message: str
+    retry_after_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillDone:
+    """The first token was delivered: prefill's booking ends, decode's begins to grow."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """The attempt ended (finished, cancelled, failed or lost): free its bookings. `num_output_tokens` refines the hint."""
+
+    request_id: str
+    attempt: int
+    num_output_tokens: int
+
+
+# --- directory --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Register:
+    address: WorkerAddress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """Send me the membership now and whenever it changes."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceAddress:
+    """A service that is not a worker: the router (role "router") or a gateway replica (role "gateway")."""
+
+    name: str
+    kind: str  # "router" | "gateway"
+    epoch: int
+    host: str
+    port: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegisterService:
+    service: ServiceAddress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """Who is in the cluster. A cached copy keeps everybody going while the directory is away."""
+
+    version: int
+    workers: tuple[WorkerAddress, ...]
+    services: tuple[ServiceAddress, ...]
+
+
+# --- both ways --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ping:
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pong:
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusRequest:
+    """Ask a router or directory for its live state as one JSON document (for `baton status`)."""
+
+    reply_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusReply:
+    reply_id: int
+    json: str
+
+
+# --- kvtransfer (worker -> worker) ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenewLease:
+    handoff_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AckHandoff:
+    """The target has verified its copy: the source may reuse the blocks."""
+
+    handoff_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropHandoff:
+    """The target does not want it (any more)."""
+
+    handoff_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pull:
+    """Send these blocks over the data socket (TCP); shared memory needs no Pull."""
+
+    ticket: int
+    epoch: int
+    region_id: int
+    block_ids: array[int]
+    generations: array[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullTrailer:
+    """After the last byte: the generations seen after the copy was sent."""
+
+    ticket: int
+    generations: array[int]
+    error: str  # "" or a protocol.kv.TransferError value
+
+
+MESSAGES: tuple[type, ...] = (
+    Submit, Cancel, StepOutput, Offered, HandoffDone, TransferFailed, AttemptFailed,
+    SnapshotFrame, Subscribe, KvEvents, KvSnapshot,
+    Place, PlaceAck, Assigned, Refused, PrefillDone, Done,
+    Register, RegisterService, Watch, Membership,
+    Ping, Pong, StatusRequest, StatusReply,
+    RenewLease, AckHandoff, DropHandoff, Pull, PullTrailer,
+)  # fmt: skip
