@@ -72,7 +72,7 @@ def environment(path: Path) -> Path:
 
 
 def chosen_build(asked: str) -> str:
-    """"cpu", "cuda" or "keep"."""
+    """ "cpu", "cuda" or "keep"."""
     if asked != "auto":
         return asked
     if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
