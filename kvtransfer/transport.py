@@ -61,6 +61,10 @@ class KVTransport(Protocol):
         """Make `region` known, as a target of our transfers and readable by peers."""
         ...
 
+    def forget(self, region_id: int) -> None:
+        """The region goes away. No transfer into it may be under way; peers that mapped it keep their view until they leave."""
+        ...
+
     def endpoint(self) -> Endpoint:
         """Where peers reach our regions through this backend (only its own fields are filled)."""
         ...

@@ -110,6 +110,8 @@ class Endpoint:
     host: str = ""
     port: int = 0
     host_nonce: str = ""  # a path whose readability with this content proves one host; see kvtransfer.auto
+    control_path: str = ""  # Unix socket for AckHandoff, RenewLease, DropHandoff (protocol.wire)
+    control_port: int = 0  # the same on `host`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
