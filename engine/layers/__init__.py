@@ -1,0 +1,1 @@
+"""The parts a decoder is made of: thin callables that hold weights and call `kernels`. All of it needs torch."""

@@ -1,0 +1,8 @@
+"""The two promises a kernel can be asked for. Torch-free, so that configuration can name them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Numerics = Literal["reference", "fast"]
+"""reference: a row's bits depend on that row alone, never on the batch, the chunking or the phase. fast: whatever is fast."""
