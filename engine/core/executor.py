@@ -58,6 +58,7 @@ class BatchPlan:
     block_copies: tuple[tuple[int, int], ...]  # (source block, target block): copy-on-write before anything is written
     entries: tuple[PlanEntry, ...]
     samples: tuple[SampleEntry, ...]
+    num_steps: int = 1  # up to this many equal steps, each sampled token the next input; block tables cover them all
 
     @property
     def num_tokens(self) -> int:
@@ -80,8 +81,9 @@ class StepResult:
 
     step_id: int
     sampled: tuple[SampledTokens, ...]
-    duration_s: float
+    duration_s: float  # of all steps together
     error: str | None = None
+    num_steps: int = 1  # how many of the plan's steps were done; each sample holds that many tokens
 
 
 class Executor(Protocol):
