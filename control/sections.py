@@ -1,0 +1,123 @@
+"""Everything a cluster may be told, as one frozen record. Field names are the keys of the YAML file.
+
+Sections that one package alone reads are declared beside the code that reads them (router/config.py, gateway/config.py, ...);
+those of the cluster as a whole stand here. control/config.py is the door they come in by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from control.binding import check_limits, limited
+from control.supervisor import SupervisorConfig
+from gateway.config import GatewayConfig
+from kvtransfer.config import TransportConfig
+from protocol.errors import ConfigError
+
+DEMO_MODEL = "demo"  # the built-in model, made at first start
+MAX_WORKERS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    """Which checkpoint is served, under which name, in which numbers."""
+
+    path: str = DEMO_MODEL  # a directory, a Hugging Face Hub id, or "demo"
+    revision: str | None = None  # of a Hub id: branch, tag or commit; None: the default branch
+    served_model_name: str = ""  # empty: `path` as given
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the checkpoint's own, float32 in reference numerics
+    max_model_len: int | None = limited(None, minimum=1)  # prompt + output tokens; None: what the checkpoint allows and memory holds
+    numerics: Literal["auto", "reference", "fast"] = "auto"  # auto: reference on a CPU, fast on a GPU
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if not self.path:
+            raise ConfigError("path is empty; name a directory, a Hub id or 'demo'")
+
+    @property
+    def model_id(self) -> str:
+        """What clients call the model."""
+        return self.served_model_name or self.path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSection:
+    """Where checkpoints come from when `model.path` is a Hub id. The HF_* variables users have set already count."""
+
+    endpoint: str | None = None  # None: https://huggingface.co
+    cache_dir: Path | None = None  # None: $HF_HOME/hub
+    token: str | None = field(default=None, repr=False)  # None: that of `hf auth login`, if any
+    offline: bool = False  # use only what is in the cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkersSection:
+    """The pools and what one worker may hold."""
+
+    prefill_workers: int = limited(1, minimum=0, maximum=MAX_WORKERS)
+    decode_workers: int = limited(1, minimum=0, maximum=MAX_WORKERS)
+    mixed_workers: int = limited(0, minimum=0, maximum=MAX_WORKERS)  # workers that do both
+    executor: Literal["torch", "paced"] = "torch"  # paced: real processes and KV bytes, made-up tokens at a model's pace
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    block_size: int = limited(16, minimum=16, maximum=256)  # tokens of a KV block; a multiple of 16
+    num_kv_blocks: int | None = limited(None, minimum=2)  # of each worker; None: from kv_cache_memory_bytes
+    kv_cache_memory_bytes: int | None = limited(None, minimum=1)  # of each worker; None: a share of the memory that is free
+    max_num_seqs: int = limited(64, minimum=1, maximum=65_536)
+    max_num_batched_tokens: int = limited(512, minimum=16, maximum=1_048_576)
+    step_time_budget_s: float | None = limited(None, minimum=0.001)  # of steps that mix prompts into decoding; None: no bound
+    enable_prefix_caching: bool = True
+    max_inflight_steps: int = limited(1, minimum=1, maximum=2)
+    seed: int = limited(0, minimum=0, maximum=2**63 - 1)
+    threads: int = limited(1, minimum=1, maximum=1024)  # compute threads of one worker
+    # Bounds of what waits in a worker and between workers (engine/core/config.py).
+    max_waiting: int = limited(256, minimum=1)  # attempts in the inbox
+    lease_s: float = limited(30.0, minimum=0.1)  # offered blocks are kept this long after the target's last sign of life
+    pull_deadline_s: float = limited(30.0, minimum=0.1)
+    max_handoff_wait_s: float = limited(120.0, minimum=0.1)  # an offer waits this long for room on the decode worker
+    max_offered_bytes: int = limited(1 << 40, minimum=1)  # KV kept for decode workers
+    force_preempt_every: int = limited(0, minimum=0)  # for tests: preempt a sequence every so many steps; 0: never
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if self.block_size % 16:
+            raise ConfigError(f"block_size is {self.block_size}, it must be a multiple of 16 (the hash block)")
+        if self.prefill_workers + self.mixed_workers == 0:
+            raise ConfigError("prefill_workers is 0 and so is mixed_workers: nobody would compute prompts; set one to 1 or more")
+        if self.decode_workers + self.mixed_workers == 0:
+            raise ConfigError("decode_workers is 0 and so is mixed_workers: nobody would decode; set one to 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpSection:
+    """Where the OpenAI endpoint listens."""
+
+    host: str = "127.0.0.1"
+    port: int = limited(8000, minimum=0, maximum=65_535)  # 0: any free one
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RaySection:
+    """Which Ray carries the cluster."""
+
+    address: str | None = None  # None: a Ray of our own, gone with us; else join that one and leave it running
+    namespace: str | None = None  # None: a fresh one for each start
+    temp_dir: Path | None = None  # of our own Ray; None: inside the run directory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """Everything `baton serve` may be told."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    hub: HubSection = field(default_factory=HubSection)
+    workers: WorkersSection = field(default_factory=WorkersSection)
+    transport: TransportConfig = field(default_factory=TransportConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    http: HttpSection = field(default_factory=HttpSection)
+    ray: RaySection = field(default_factory=RaySection)
+    supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
