@@ -1,16 +1,22 @@
-"""`-m pure` runs as if neither torch nor Ray were installed: their import fails, and tests not marked so are not even read."""
+"""One shared cluster for the tests that only talk to one; and `-m pure`.
+
+`-m pure` runs as if neither torch nor Ray were installed: their import fails, and tests not marked so are not even read.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.serving import Serving, end, start
+
 HEAVY = frozenset({"torch", "ray", "transformers", "triton"})
+SHARED_CLUSTER = {"model": "demo", "workers": {"prefill_workers": 2, "decode_workers": 2}}
 
 
 class AsIfNotInstalled:
@@ -31,3 +37,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.option.markexpr == "pure" and collection_path.name.startswith("test_"):
         return True if "pytest.mark.pure" not in collection_path.read_text() else None
     return None
+
+
+@pytest.fixture(scope="session")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """One cluster for every test that only talks to it: the demo model, 2 prefill and 2 decode workers."""
+    server = start(tmp_path_factory.mktemp("serving"), config=SHARED_CLUSTER)
+    yield server
+    end(server)
