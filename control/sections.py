@@ -15,6 +15,7 @@ from control.supervisor import SupervisorConfig
 from gateway.config import GatewayConfig
 from kvtransfer.config import TransportConfig
 from protocol.errors import ConfigError
+from router.config import RouterConfig
 
 DEMO_MODEL = "demo"  # the built-in model, made at first start
 MAX_WORKERS = 1024
@@ -116,6 +117,7 @@ class ClusterConfig:
     model: ModelSection = field(default_factory=ModelSection)
     hub: HubSection = field(default_factory=HubSection)
     workers: WorkersSection = field(default_factory=WorkersSection)
+    router: RouterConfig = field(default_factory=RouterConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     http: HttpSection = field(default_factory=HttpSection)
