@@ -39,8 +39,9 @@ class TransportConfig:
             raise ConfigError(f"kv_transport is {self.kv_transport!r}; choose one of {', '.join(KV_TRANSPORTS)}")
         if self.host in ("0.0.0.0", "::") and not self.advertise_host:  # noqa: S104 - this is where it is caught
             raise ConfigError(f"host {self.host} names no address that peers could dial; set advertise_host")
-        if self.max_inflight_bytes < 1 or self.copy_slice_bytes < 1 or self.socket_buffer_bytes < 1:
-            raise ConfigError("max_inflight_bytes, copy_slice_bytes and socket_buffer_bytes must be at least 1")
+        for name, least in (("max_inflight_bytes", 1), ("copy_slice_bytes", 1), ("socket_buffer_bytes", 64 << 10), ("max_peers", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
     @property
     def offers_shm(self) -> bool:
