@@ -2,7 +2,7 @@
 
 bash and python blocks run as they stand, against a live server whose port takes the place of 8000. yaml blocks go through the
 loader that `baton serve --config` uses. `text` is pictures and output. A line `<!-- runs in FILE -->` above a block says that FILE
-runs it, and each of its lines is looked for there; `<!-- shown, not run: REASON -->` is for what would need a checkpoint or another machine.
+runs it, and each of its lines is looked for there; `<!-- shown, not run: REASON -->` is for what needs a checkpoint or another machine.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def test_every_block_is_of_a_kind_that_is_checked() -> None:
 def test_block_runs_where_it_says(block: Block) -> None:
     runner = (ROOT / block.remark.removeprefix("runs in ")).read_text()
     for line in block.code.strip().splitlines():
-        assert re.search(rf"^\s*{re.escape(line)}\b", runner, re.MULTILINE), f"{line!r} is not run by {block.remark.removeprefix('runs in ')}"
+        assert re.search(rf"^\s*{re.escape(line)}\b", runner, re.MULTILINE), (
+            f"{line!r} is not run by {block.remark.removeprefix('runs in ')}"
+        )
 
 
 @pytest.mark.parametrize("block", SETTINGS, ids=str)

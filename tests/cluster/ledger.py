@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,21 +106,21 @@ def difference(disturbed: Ledger, undisturbed: Ledger) -> list[str]:
 
 
 async def stream(
-    host: str, port: int, path: str, body: dict[str, Any], *, api_key: str | None = None, on_token: Callable[[Ledger], None] | None = None
+    host: str, port: int, path: str, body: dict[str, Any], *, api_key: str | None = None, journal: list[Ledger] | None = None
 ) -> Ledger:
     """Send one streaming request and record everything that comes back. Asks for logprobs and usage, whatever the body says.
 
-    `on_token` is called after each event that held tokens, so a test can act in the middle of a stream.
+    The ledger is put into `journal` before anything is sent, so that a test can watch it grow.
     """
     body = {**body, "stream": True, "stream_options": {"include_usage": True}, "logprobs": True if path.endswith("chat/completions") else 0}
     ledger = Ledger(body=body, started_s=time.monotonic())
+    if journal is not None:
+        journal.append(ledger)
     try:
         async with asyncio.timeout(READ_TIMEOUT_S):
             async for line in _lines_of_answer(host, port, path, body, api_key, ledger):
                 if line.startswith("data:"):
                     _record(ledger, line[5:].strip())
-                    if on_token is not None:
-                        on_token(ledger)
             ledger.ended_s = time.monotonic()
     except (OSError, EOFError, TimeoutError) as error:
         ledger.errors.append({"transport": repr(error)})
