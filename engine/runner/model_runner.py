@@ -1,0 +1,80 @@
+"""A loaded model on a pool: entries in, logits out."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import open_checkpoint
+from engine.core.executor import PlanEntry
+from engine.models.config import ModelConfig, load_model_config
+from engine.models.decoder import Decoder, build_decoder
+from engine.models.rope import RotaryFrequencies
+from engine.runner.config import RunnerConfig
+from engine.runner.inputs import make_inputs
+from engine.runner.kv_pool import KVPool
+from engine.runner.weights import TORCH_DTYPES, load_weights
+from kernels.linear.reference import depends_on_place
+from kvtransfer.transport import Region
+from protocol.errors import ModelError
+
+
+class ModelRunner:
+    """Runs forward passes. Not thread-safe: one thread calls it."""
+
+    def __init__(self, model: ModelConfig, decoder: Decoder, config: RunnerConfig, region: Region) -> None:
+        layout = model.kv_layout(region.layout.block_size_tokens)
+        assert region.layout == layout, f"the pool is laid out for {region.layout}, the model needs {layout}"
+        self.model = model
+        self.pool = KVPool(region)
+        self._decoder = decoder
+        self._numerics = config.numerics
+        self._dtype = TORCH_DTYPES[model.dtype]
+        self._device = decoder.embedding.device
+        self._rope = RotaryFrequencies(model.rope, model.head_dim, device=str(self._device))
+
+    @torch.inference_mode()
+    def forward(self, entries: Sequence[PlanEntry], tokens: Sequence[array[int]], sampled_entries: Sequence[int]) -> torch.Tensor:
+        """Compute KV of every entry; `tokens[i]` are the ids entry i computes.
+
+        Returns float32 logits [len(sampled_entries), vocab_size] after the last token of the entries named.
+        """
+        inputs = make_inputs(
+            entries,
+            tokens,
+            rope=self._rope,
+            windows=self.model.layer_windows,
+            block_size=self.pool.block_size_tokens,
+            dtype=self._dtype,
+            device=self._device,
+            numerics=self._numerics,
+        )
+        logit_rows = torch.tensor([inputs.last_rows[i] for i in sampled_entries], dtype=torch.int64, device=self._device)
+        return self._decoder(inputs.token_ids, self.pool.layers, inputs.attention, logit_rows)
+
+
+def load_model_runner(model_dir: Path, config: RunnerConfig, region: Region) -> ModelRunner:
+    """Load the checkpoint in `model_dir` onto a pool.
+
+    Raises:
+        ModelError: the checkpoint cannot be served (see engine/checkpoint.py), or reference numerics are asked for where
+            this machine's BLAS cannot keep their promise.
+    """
+    model = load_model_config(model_dir, dtype=config.dtype, numerics=config.numerics)
+    weights = load_weights(open_checkpoint(model_dir, model), dtype=model.dtype, device="cpu")
+    decoder = build_decoder(model, weights, config.numerics)
+    if config.numerics == "reference":
+        _check_row_independence(decoder)
+    return ModelRunner(model, decoder, config, region)
+
+
+def _check_row_independence(decoder: Decoder) -> None:
+    by_shape = {linear.weight.shape: linear.weight for linear in decoder.linears()}
+    for shape, weight in by_shape.items():
+        if depends_on_place(weight):
+            raise ModelError(
+                f"reference numerics: on this machine a row of x times {list(shape)} changes with the rows beside it; use fast numerics"
+            )
