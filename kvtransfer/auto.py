@@ -1,0 +1,88 @@
+"""Choosing the path of a pull: shared memory where the peer proves to be on this host, else TCP; and why.
+
+The proof is a file only this host has: each endpoint writes a random nonce into its run directory and offers
+"path#boot_id:nonce". A peer that runs under the same kernel (boot_id) and reads the same nonce at that path shares host and file
+system with it. Host names prove nothing (containers share and repeat them), and neither would the nonce alone on a network disk.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import Enum
+
+from protocol.kv import Endpoint
+
+_BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
+_NONCE_BYTES_MAX = 256
+
+
+class PathReason(Enum):
+    """Why a path was taken; the label of a counter."""
+
+    CONFIGURED = "configured"
+    SAME_HOST = "same_host"
+    NO_NONCE = "no_nonce"  # the peer offers no proof (it has no shared memory to offer)
+    OTHER_HOST = "other_host"  # another kernel
+    NONCE_UNREADABLE = "nonce_unreadable"  # the same kernel, but not the same files: another container
+    NONCE_DIFFERS = "nonce_differs"  # a leftover file
+    RETRY = "retry"  # the other path failed
+    NOT_OFFERED = "not_offered"  # the peer offers no path we may take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathChoice:
+    path: str | None  # None: no path
+    reason: PathReason
+
+
+def choose_path(policy: str, endpoint: Endpoint, *, tried: Collection[str] = ()) -> PathChoice:
+    """The path for a pull under `kv_transport` = `policy`, leaving out those already tried."""
+    offered = {"shm": bool(endpoint.unix_path), "tcp": bool(endpoint.port), "local": True}
+    if policy != "auto":
+        if offered[policy] and policy not in tried:
+            return PathChoice(path=policy, reason=PathReason.CONFIGURED)
+        return PathChoice(path=None, reason=PathReason.NOT_OFFERED)
+    reason = host_proof(endpoint)
+    if reason is PathReason.SAME_HOST and offered["shm"] and "shm" not in tried:
+        return PathChoice(path="shm", reason=reason)
+    if offered["tcp"] and "tcp" not in tried:
+        return PathChoice(path="tcp", reason=PathReason.RETRY if tried else reason)
+    return PathChoice(path=None, reason=PathReason.NOT_OFFERED)
+
+
+def write_nonce(path: str) -> str:
+    """Create the file at `path`; returns what to put into Endpoint.host_nonce. The caller removes the file at its end."""
+    content = f"{_boot_id()}:{secrets.token_hex(16)}"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(fd, "w") as file:
+        file.write(content)
+    return f"{path}#{content}"
+
+
+def host_proof(endpoint: Endpoint) -> PathReason:
+    """SAME_HOST when the peer's nonce can be read here; otherwise what is missing. Reads a file only under an equal boot id."""
+    path, _, content = endpoint.host_nonce.rpartition("#")
+    if not path:
+        return PathReason.NO_NONCE
+    boot_id = _boot_id()
+    if not boot_id or content.partition(":")[0] != boot_id:
+        return PathReason.OTHER_HOST
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            found = file.read(_NONCE_BYTES_MAX)
+    except OSError:
+        return PathReason.NONCE_UNREADABLE
+    return PathReason.SAME_HOST if secrets.compare_digest(found, content.encode()) else PathReason.NONCE_DIFFERS
+
+
+def _boot_id() -> str:
+    """Of the running kernel; empty where it cannot be read, and then nothing is proved."""
+    try:
+        with open(_BOOT_ID_PATH) as file:
+            return file.read().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,168 @@
+"""One pull over all shards of an offer: which part comes from where, whether it is what was offered, and where it goes.
+
+A shard of our own layout is copied straight into our blocks. A shard of another layout is copied whole into staging, verified
+there as the source laid it out, and only then spread over our blocks by the planner.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvtransfer import digest
+from kvtransfer.region import PoolMemory
+from kvtransfer.reshard import Chunk, check_coverage, pair_blocks, plan_reshard
+from kvtransfer.transport import Region
+from protocol.errors import LayoutMismatch
+from protocol.kv import HandoffShard, KVHandoff, Outcome, ShardRectangle, TransferError
+
+
+@dataclass(slots=True, kw_only=True)
+class Part:
+    """What one shard contributes."""
+
+    shard: HandoffShard
+    source_indices: array[int]
+    block_ids: array[int]  # in `region`
+    region: Region  # our pool's, or the staging's
+    staging: PoolMemory | None = None
+    chunks: tuple[Chunk, ...] = ()  # from staging to our pool
+    target: Region | None = None  # our pool's, when staged
+    path: str = ""  # backend of the current try
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class PullState:
+    """A pull between start and its one outcome. Times are of the event loop's clock."""
+
+    handoff: KVHandoff
+    started: float
+    deadline: float
+    on_done: Callable[[Outcome], None]
+    parts: list[Part] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)  # of the current try
+    tried: set[str] = field(default_factory=set)
+    cancelled: bool = False
+    checking: bool = False  # the checking thread has it
+
+    def combined(self, *, error: TransferError | None, detail: str, now: float) -> Outcome:
+        """One outcome for all parts; the path is that of the first."""
+        return Outcome(
+            num_blocks=sum(o.num_blocks for o in self.outcomes),
+            size_bytes=sum(o.size_bytes for o in self.outcomes),
+            duration_s=now - self.started,
+            path=self.outcomes[0].path,
+            error=error,
+            detail=detail,
+        )
+
+
+def plan_parts(
+    handoff: KVHandoff,
+    source_indices: array[int],
+    target_block_ids: array[int],
+    pool: Region,
+    *,
+    target_start_tokens: int | None,
+    staging_bytes_max: int,
+    first_region_id: int,
+) -> list[Part]:
+    """The parts that fill `target_block_ids` of `pool`; see KVEndpoint.start_pull for what the arguments mean.
+
+    Staging, where one is needed, is made here and owned by the parts: call `release_staging` at the end.
+
+    Raises:
+        LayoutMismatch: the offer cannot be turned into our blocks, contradicts itself, or needs more staging than allowed.
+    """
+    shards = _without_replicas(handoff.shards)
+    for shard in shards:
+        _check_shard(shard, source_indices)
+    if len(shards) == 1 and shards[0].layout == pool.layout:
+        return [Part(shard=shards[0], source_indices=source_indices, block_ids=target_block_ids, region=pool)]
+    check_coverage(pool.layout, [shard.layout for shard in shards])
+    needed = sum(len(source_indices) * shard.layout.block_bytes for shard in shards)
+    if needed > staging_bytes_max:
+        raise LayoutMismatch(f"blocks of another layout need {needed} bytes of staging, max_staging_bytes is {staging_bytes_max}")
+    if list(source_indices) != list(range(source_indices[0], source_indices[0] + len(source_indices))):
+        raise LayoutMismatch("blocks of another layout can be taken only as one consecutive range")
+    parts: list[Part] = []
+    try:
+        for shard in shards:
+            chunks = _chunks(shard, source_indices, target_block_ids, pool, target_start_tokens, handoff.num_valid_tokens)
+            staging = PoolMemory.private(shard.layout, len(source_indices), first_region_id + len(parts))
+            parts.append(
+                Part(
+                    shard=shard,
+                    source_indices=source_indices,
+                    block_ids=array("I", range(len(source_indices))),
+                    region=staging.region,
+                    staging=staging,
+                    chunks=tuple(chunks),
+                    target=pool,
+                )
+            )
+    except BaseException:
+        release_staging(parts)
+        raise
+    return parts
+
+
+def verify_parts(handoff: KVHandoff, parts: list[Part]) -> str:
+    """What differs from the offered content, in words; empty when nothing does."""
+    for part in parts:
+        shard = part.shard
+        bad = digest.verify(
+            part.region, part.block_ids, shard.generations, part.source_indices, shard.digest_mode, handoff.handoff_id, shard.digests
+        )
+        if bad:
+            first = part.source_indices[bad[0]]
+            return f"{len(bad)} of {len(part.block_ids)} blocks differ from what {shard.worker_id} offered, the first is its block {first}"
+    return ""
+
+
+def place_staged(parts: list[Part]) -> None:
+    """Spread verified staged blocks over our own."""
+    for part in parts:
+        if part.staging is None or part.target is None:
+            continue
+        theirs, ours = part.region.blocks, part.target.blocks
+        for source, target, size in part.chunks:
+            ours[target : target + size] = theirs[source : source + size]
+
+
+def release_staging(parts: list[Part]) -> None:
+    for part in parts:
+        if part.staging is not None:
+            part.staging.close()
+            part.staging = None
+
+
+def _chunks(
+    shard: HandoffShard, source_indices: array[int], target_block_ids: array[int], pool: Region, target_start: int | None, num_tokens: int
+) -> list[Chunk]:
+    source_size, target_size = shard.layout.block_size_tokens, pool.layout.block_size_tokens
+    source_start = source_indices[0] * source_size
+    start = source_start if target_start is None else target_start
+    end = min(num_tokens, source_start + len(source_indices) * source_size, start + len(target_block_ids) * target_size)
+    staged = range(len(source_indices))
+    pairs = pair_blocks(source_size, target_size, staged, target_block_ids, source_start=source_start, target_start=start, end=end)
+    return plan_reshard(shard.layout, pool.layout, pairs)
+
+
+def _without_replicas(shards: tuple[HandoffShard, ...]) -> list[HandoffShard]:
+    """One shard of each rectangle: with more ranks than KV heads several hold the same."""
+    kept: dict[ShardRectangle, HandoffShard] = {}
+    for shard in shards:
+        kept.setdefault(shard.layout.shard, shard)
+    return list(kept.values())
+
+
+def _check_shard(shard: HandoffShard, source_indices: array[int]) -> None:
+    num_blocks = len(shard.block_ids)
+    if not len(source_indices) or max(source_indices) >= num_blocks:
+        raise LayoutMismatch(f"{len(source_indices)} blocks asked for of an offer of {num_blocks}, not all of them in it")
+    if len(shard.generations) != num_blocks or not digest.digests_fit(num_blocks, shard.digest_mode, shard.digests):
+        raise LayoutMismatch(
+            f"the offer of {num_blocks} blocks has {len(shard.generations)} generations and {len(shard.digests)} bytes of digests"
+        )
