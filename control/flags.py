@@ -61,6 +61,8 @@ class Flag:
     def default(self) -> str:
         """The default in words; empty where absence is the default."""
         value = default_of(ClusterConfig, self.path)
+        if isinstance(value, bool):
+            return "on" if value else "off"
         return "" if value in (None, "", ()) else str(value)
 
 

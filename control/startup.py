@@ -1,6 +1,6 @@
 """What a starting cluster says of itself, so that whoever started it can show it: `cluster` reports, `baton` draws.
 
-    PhaseBegan(MODEL) .. PhaseDone(MODEL) .. RAY .. WORKERS .. ENDPOINT .. ServerReady .. ServerStopping
+PhaseBegan(MODEL) .. PhaseDone(MODEL) .. RAY .. WORKERS .. ENDPOINT .. ServerReady .. ServerStopping
 """
 
 from __future__ import annotations

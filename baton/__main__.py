@@ -1,0 +1,54 @@
+"""`baton`: one verb a module, each light to read; what is heavy (torch, Ray, tokenizers) is imported when its verb runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from baton.chat import chat
+from baton.serve import serve_command
+from baton.status import status
+from protocol.errors import BatonError, ConfigError
+
+app = typer.Typer(
+    name="baton",
+    help="Serve large language models on a Ray cluster, prefill and decode on separate workers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,  # rich's help cuts long flags on 80 columns and costs a third of the time
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+app.command("serve")(serve_command())
+app.command("chat")(chat)
+app.command("status")(status)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"baton {version('baton-serve')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Options before the verb."""
+
+
+def main() -> None:
+    """Entry of the `baton` command. A caller's mistake ends with one line on stderr and status 2, trouble with status 1."""
+    try:
+        app(prog_name="baton")
+    except BatonError as error:
+        print(f"baton: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+if __name__ == "__main__":
+    main()
