@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.checkpoints import make_checkpoint
 from tests.serving import Serving, end, start
 
 HEAVY = frozenset({"torch", "ray", "transformers", "triton"})
@@ -45,3 +46,14 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     server = start(tmp_path_factory.mktemp("serving"), config=SHARED_CLUSTER)
     yield server
     end(server)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_checkpoint(arch, **overrides)`: the directory of a small random checkpoint (tests/checkpoints.py), made once a session."""
+    parent = tmp_path_factory.mktemp("checkpoints")
+
+    def make(arch: str, **overrides: object) -> Path:
+        return make_checkpoint(parent, arch, **overrides)
+
+    return make
