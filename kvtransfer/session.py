@@ -205,10 +205,13 @@ class PeerServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening, hang up on every peer, join all threads."""
+        """Stop listening, hang up on every peer, join all threads. A second call does nothing."""
+        if self._closing < 0:
+            return
         os.eventfd_write(self._closing, 1)
         self._thread.join()
         os.close(self._closing)
+        self._closing = -1
 
     def _accept_all(self) -> None:
         poller = select.poll()
