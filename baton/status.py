@@ -52,42 +52,48 @@ def status(
 
 
 def status_table(document: Json, url: str) -> RenderableType:
-    """The document as a table and a line of notes; a field the server does not tell shows as a dash."""
+    """The document as a table and a line for each note; a figure the server does not know yet shows as a dash."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"{document.get('model_id', '?')} at {url}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"{document.get('model', '?')} at {url}", title_justify="left", box=None, pad_edge=False)
     for name in ("worker", "role", "state", "pid", "host"):
         table.add_column(name)
     for name in ("running", "waiting", "KV free", "owned", "leased", "cached", "total", "steps", "age s"):
         table.add_column(name, justify="right")
-    rows = [row for row in document.get("workers") or [] if isinstance(row, dict)]
-    for row in rows:
-        state = _cell(row, "state")
-        colour = {"ready": "green", "lost": "red"}.get(state, "yellow")
+    for row in document.get("workers") or []:
+        queue, blocks = row.get("queue") or {}, row.get("kv_blocks") or {}
+        state = _cell(row.get("state"))
         table.add_row(
-            _cell(row, "worker_id"),
-            _cell(row, "role"),
-            Text(state, style=colour),
-            _cell(row, "pid"),
-            _cell(row, "hostname"),
-            *(_cell(row, key) for key in ("num_running", "num_waiting", "num_blocks_free", "num_blocks_owned", "num_blocks_leased")),
-            *(_cell(row, key) for key in ("num_blocks_cached", "num_blocks_total", "step_count", "age_s")),
+            _cell(row.get("worker_id")),
+            _cell(row.get("role")),
+            Text(state, style={"ready": "green", "lost": "red", "unreachable": "red"}.get(state, "yellow")),
+            _cell(row.get("pid")),
+            _cell(row.get("host")),
+            _cell(queue.get("running")),
+            _cell(queue.get("waiting")),
+            *(_cell(blocks.get(kind)) for kind in ("free", "owned", "leased", "cached", "total")),
+            _cell(row.get("step_count")),
+            _cell(row.get("age_s")),
         )
     return Group(table, *(Text(note, style="yellow") for note in notes_of(document)))
 
 
 def notes_of(document: Json) -> list[str]:
-    """Fallbacks in force: the server's own and each worker's, said once each."""
-    notes = [str(note) for note in document.get("notes") or []]
+    """What is not as it should be: why the server is not ready, fallbacks in force, and what workers say; each once."""
+    notes = [f"not ready: {reason}" for reason in document.get("reasons_not_ready") or []]
+    router = document.get("router") or {}
+    if router.get("state") not in (None, "up"):
+        notes.append(f"router {router['state']}: requests are placed by least_work over the last snapshots")
+    notes += [f"fallback {name}: {count:g}" for name, count in (document.get("fallbacks") or {}).items() if count]
     for row in document.get("workers") or []:
-        notes += [f"{row.get('worker_id')}: {note}" for note in row.get("notes") or []]
+        told = [row["trouble"]] if row.get("trouble") else []
+        notes += [f"{row.get('worker_id')}: {note}" for note in [*told, *(row.get("notes") or [])]]
     return list(dict.fromkeys(notes))
 
 
-def _cell(row: Json, key: str) -> str:
-    value = row.get(key)
+def _cell(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if isinstance(value, float) else str(value)

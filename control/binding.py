@@ -183,6 +183,8 @@ def _convert(value: object, hint: Any, place: _Place) -> object:
             raise place.refuse(value, "a mapping")
         return {str(k): _convert(v, get_args(hint)[1], _Place(f"{place.key}.{k}", place.origin)) for k, v in value.items()}
     if isinstance(hint, type):
+        if isinstance(value, hint) and hint not in _SCALARS:
+            return value
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise place.refuse(value, f"a mapping with keys {', '.join(hints_of(hint))}")
@@ -328,7 +330,7 @@ def _blame(error: Exception, settings: Settings, at: KeyPath) -> str:
     field = text.split(" ", 1)[0].rstrip(":,")
     given = settings.get((*at, field))
     if given is not None:
-        return f"{given.origin}: {text}" if given.origin.startswith("-") else f"{given.origin}: {'.'.join((*at, text))}"
+        return f"{given.origin}: {'.'.join((*at, text))}"
     return ".".join((*at, text)) if at and field.isidentifier() else text
 
 

@@ -61,8 +61,8 @@ def parse_yaml(text: str, path: Path) -> YamlFile:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark is not None else 1
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        raise ConfigError(f"{path}:{line}: {problem}") from None
+        problem = ", ".join(part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
+        raise ConfigError(f"{path}:{line}: {problem or 'not valid YAML'}") from None
     finally:
         loader.dispose()
     if tree is None:
@@ -74,6 +74,9 @@ def parse_yaml(text: str, path: Path) -> YamlFile:
 
 class _PlainLoader(yaml.SafeLoader):
     """YAML 1.1 would read `off` as false and a date as an object; a configuration has no use for either."""
+
+
+_PLAIN_COLLECTIONS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 
 
 def _is_plain(tag: str, first: str) -> bool:
@@ -100,6 +103,8 @@ class _Walk:
         self._num_nodes += 1
         if self._num_nodes > NODES_MAX or depth > DEPTH_MAX:
             raise ConfigError(f"{self._path}: more than {NODES_MAX:,} values or {DEPTH_MAX} levels; is it the configuration?")
+        if isinstance(node, yaml.CollectionNode) and node.tag not in _PLAIN_COLLECTIONS:
+            raise ConfigError(f"{self._path}:{node.start_mark.line + 1}: the tag {node.tag} means nothing here; remove it")
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*at, str(index)), depth + 1) for index, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
