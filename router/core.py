@@ -1,0 +1,482 @@
+"""The router as a state machine: `on(event, now) -> commands`. It holds bookings and a queue, never a request's contents.
+
+    Place ──► PlaceAck ──► refused at the door (413, 429)
+                      ├──► placed: Assigned, booked in the same turn
+                      ├──► queue (fair)      every inbox is full: tried again at each snapshot, Done, PrefillDone and Tick; then 429
+                      └──► stranded          no worker at all: tried again when one is ready; then 503
+
+Losing the router loses nothing: a new one learns the load from snapshots and the caches from KvSnapshots, and gateways ask again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import xxhash
+
+from protocol.messages import (
+    Assigned,
+    Assignment,
+    Done,
+    KvEvents,
+    Membership,
+    Place,
+    PlaceAck,
+    PrefillDone,
+    Refused,
+    SnapshotFrame,
+    Subscribe,
+)
+from protocol.request import AttemptKey
+from protocol.worker import AllBlocksCleared, BlocksStored, WorkerId, WorkerState
+from router import admission, status
+from router.bookings import Booking, Bookings, Hold, Phase
+from router.config import RouterConfig
+from router.cost_model import CostModel, StepCost
+from router.events import (
+    Command,
+    Event,
+    FromGateway,
+    FromWorker,
+    GatewayDown,
+    GatewayUp,
+    MembershipChanged,
+    Tick,
+    ToGateway,
+    ToWorker,
+    WorkerDown,
+    WorkerUp,
+)
+from router.fleet import Fleet, Pools, Worker
+from router.guarded_policy import GuardedPolicy
+from router.placement import Blocked, Choice, Placement
+from router.policies.api import (
+    Booked,
+    Finished,
+    FirstToken,
+    KvChanged,
+    PlacementPolicy,
+    PolicyOverran,
+    WorkerJoined,
+    WorkerLeft,
+)
+from router.policies.api import Tick as PolicyTick
+from router.prefix_index import PrefixIndex
+from router.queue import FairQueue, Waiting
+
+
+class RouterCore:
+    """One router. Two cores given the same events, times and `rng` seed give the same commands."""
+
+    def __init__(self, config: RouterConfig, *, policy: PlacementPolicy, rng: Random, prior: StepCost | None = None) -> None:
+        self.config = config
+        self.fleet = Fleet()
+        self.index = PrefixIndex(max_bytes=config.index_max_bytes, speculative_ttl_s=config.speculative_ttl_s)
+        self.bookings = Bookings(ttl_s=config.booking_ttl_s)
+        self.policy = GuardedPolicy(policy, name=config.policy.partition(":")[0], rng=rng, penalty_s=config.policy_penalty_s)
+        self.queues: dict[str, FairQueue] = {}
+        self.stranded: OrderedDict[AttemptKey, Waiting] = OrderedDict()
+        self.explained: deque[Assignment] = deque(maxlen=config.num_explained)
+        self.counters: dict[str, int] = dict.fromkeys(status.COUNTERS, 0)
+        self._placement = Placement(config, fleet=self.fleet, index=self.index, policy=self.policy)
+        self._prior = prior if prior is not None else StepCost()
+        self._tie_seed = rng.getrandbits(64)
+        self._num_choices = 0
+        self._queued: dict[str, Waiting] = {}  # by request id: one attempt of a request waits at most
+        self._resync_asked_s: dict[WorkerId, float] = {}
+        self._lost_gateways: dict[str, float] = {}  # gateway -> when its bookings end
+        self._commands: list[Command] = []
+        self._perform: dict[type, Callable[[Any, float], None]] = {
+            FromGateway: self._from_gateway,
+            GatewayUp: lambda event, now: self._gateway_up(event.gateway),
+            GatewayDown: lambda event, now: self._gateway_down(event.gateway, now),
+            MembershipChanged: lambda event, now: self._take_membership(event.membership, now),
+            WorkerUp: self._worker_up,
+            WorkerDown: self._worker_down,
+            FromWorker: self._from_worker,
+            Tick: lambda event, now: self._tick(now),
+            PolicyOverran: self.policy.observe,
+        }
+
+    def on(self, event: Event, now: float) -> list[Command]:
+        """What follows from one event; `now` in seconds on any steady clock."""
+        commands: list[Command] = []
+        self._commands = commands
+        self.index.expire(now)
+        self._perform[type(event)](event, now)
+        return commands
+
+    def status(self, now: float) -> dict[str, object]:
+        """Everything an operator may ask, as plain JSON values; schema `baton.router.v1`."""
+        return status.document(self, now)
+
+    def notes(self) -> list[str]:
+        """Fallbacks in force, one line each."""
+        return status.notes(self)
+
+    def explain(self, request_id: str) -> tuple[Assignment, ...]:
+        """The assignments of a request that are still remembered, oldest first."""
+        return tuple(a for a in self.explained if a.request_id == request_id)
+
+    def check(self) -> None:
+        """Assert that every hold belongs to a live booking and that the sums over workers are those of their holds."""
+        held = {(b.key, phase) for b in self.bookings for phase in b.holds}
+        on_workers = {key for worker in self.fleet for key in worker.holds}
+        assert on_workers == held, f"holds without a booking: {on_workers - held}; lost holds: {held - on_workers}"
+        for worker in self.fleet:
+            worker.check()
+        waiting = {w.key for queue in self.queues.values() for w in queue} | self.stranded.keys()
+        assert waiting == {w.key for w in self._queued.values()}, "queue and its index by request differ"
+
+    # --- gateways ---
+
+    def _from_gateway(self, event: FromGateway, now: float) -> None:
+        message = event.message
+        if isinstance(message, Place):
+            self._place(event.gateway, message, now)
+        elif isinstance(message, PrefillDone):
+            self._prefill_done(AttemptKey(request_id=message.request_id, attempt=message.attempt), now)
+        else:
+            self._done(message, now)
+
+    def _place(self, gateway: str, place: Place, now: float) -> None:
+        key = AttemptKey(request_id=place.request_id, attempt=place.attempt)
+        self.counters["places"] += 1
+        queued = self._queued.get(place.request_id)
+        booked = self.bookings.live_attempt(place.request_id)
+        newest = max([w.key.attempt for w in (queued, booked) if w is not None], default=-1)
+        if self.bookings.has_ended(key) or place.attempt < newest:
+            self.counters["stale_places"] += 1
+            return
+        if booked is not None and booked.key == key:  # asked again after a reconnection
+            booked.gateway = gateway
+            self._ack(gateway, place, 0)
+            self._commands.append(ToGateway(gateway=gateway, message=Assigned(assignment=booked.assignment)))
+            return
+        if booked is not None:
+            self._free(booked.key)
+        if queued is not None:
+            self._unqueue(queued.key)
+        pools = self.fleet.pools(place.model_id)
+        refusal = self._refusal(place, pools, now)
+        queue = self.queues.get(place.model_id)
+        self._ack(gateway, place, len(queue) if queue is not None else 0)
+        if refusal is not None:
+            self._refuse(gateway, refusal)
+            return
+        waiting = Waiting(key=key, gateway=gateway, place=place, since_s=now)
+        self._queued[place.request_id] = waiting
+        if pools.all:
+            self._queue(place.model_id).push(waiting)
+            self._pump(place.model_id, now)
+        else:
+            self.stranded[key] = waiting
+
+    def _refusal(self, place: Place, pools: Pools, now: float) -> Refused | None:
+        queue = self.queues.get(place.model_id)
+        drain_s = admission.drain_s(queue.num_tokens, pools) if queue is not None and len(queue) else 0.0
+        refusal = admission.refusal_by_size(place, pools) or admission.refusal_by_queue(
+            place, num_waiting=len(self._queued), max_queue=self.config.max_queue, drain_s=drain_s
+        )
+        if refusal is None and self.config.refuse_by_slo and (place.slo_ttft_s is not None or place.slo_tpot_s is not None):
+            output = queue.predicted_output_tokens(place) if queue is not None else place.expected_output_tokens
+            refusal = admission.refusal_by_slo(
+                place,
+                pools,
+                self._placement.cached_tokens(place),
+                queue_s=drain_s,
+                kv_tokens=place.num_tokens + place.num_choices * output,
+                now=now,
+            )
+        return refusal
+
+    def _prefill_done(self, key: AttemptKey, now: float) -> None:
+        booking = self.bookings.get(key)
+        if booking is None:
+            return
+        self._release(key, Phase.PREFILL)
+        hold = booking.holds.get(Phase.DECODE)
+        worker = self.fleet.get(hold.worker_id) if hold is not None else None
+        if hold is not None and worker is not None:
+            worker.start_settling(hold, now)
+        self.policy.observe(FirstToken(key=key, since_booked_s=now - booking.booked_s), now)
+        self._pump(booking.place.model_id, now)
+
+    def _done(self, message: Done, now: float) -> None:
+        key = AttemptKey(request_id=message.request_id, attempt=message.attempt)
+        booking = self._free(key)
+        if self._unqueue(key) or booking is None:
+            return
+        queue = self.queues.get(booking.place.model_id)
+        if queue is not None:
+            queue.settle(
+                booking.place.tenant,
+                predicted_output_tokens=booking.predicted_output_tokens,
+                num_output_tokens=message.num_output_tokens,
+                num_choices=booking.place.num_choices,
+            )
+        self.policy.observe(Finished(key=key, num_output_tokens=message.num_output_tokens), now)
+        self._pump(booking.place.model_id, now)
+
+    def _gateway_up(self, gateway: str) -> None:
+        self._lost_gateways.pop(gateway, None)
+
+    def _gateway_down(self, gateway: str, now: float) -> None:
+        for waiting in [w for w in self._queued.values() if w.gateway == gateway]:
+            self._unqueue(waiting.key)
+        self._lost_gateways[gateway] = now + self.config.gateway_grace_s
+
+    # --- workers ---
+
+    def _take_membership(self, membership: Membership, now: float) -> None:
+        for worker_id in self.fleet.take_membership(membership):
+            self._lose(worker_id, now)
+
+    def _worker_up(self, event: WorkerUp, now: float) -> None:
+        address = self.fleet.known.get(event.worker_id)
+        if address is None or address.epoch != event.epoch:
+            return
+        self._lose(event.worker_id, now)
+        worker = Worker(
+            address=address,
+            model=CostModel(self._prior, bias=self.config.estimate_bias),
+            tie_hash=xxhash.xxh3_64_intdigest(event.worker_id.encode(), seed=self._tie_seed),
+            stale_s=self.config.snapshot_stale_s,
+            settle_s=self.config.booking_settle_s,
+            role=address.role,
+        )
+        self.fleet.add(worker)
+        self.index.join(event.worker_id, event.epoch)
+        self._commands.append(ToWorker(worker_id=event.worker_id, message=Subscribe(snapshots=True, kv_events=True, next_event_number=0)))
+        self.policy.observe(WorkerJoined(worker_id=event.worker_id, role=address.role), now)
+
+    def _worker_down(self, event: WorkerDown, now: float) -> None:
+        worker = self.fleet.get(event.worker_id)
+        if worker is not None and worker.epoch == event.epoch:
+            self._lose(event.worker_id, now)
+
+    def _lose(self, worker_id: WorkerId, now: float) -> None:
+        """The worker leaves the fleet with its holds and its prefixes; what else its requests hold ends with their Done."""
+        worker = self.fleet.remove(worker_id)
+        if worker is None:
+            return
+        for key, phase in list(worker.holds):
+            self.bookings.release(key, phase)
+        self.index.leave(worker_id)
+        self._resync_asked_s.pop(worker_id, None)
+        self.counters["workers_left"] += 1
+        self.policy.observe(WorkerLeft(worker_id=worker_id), now)
+
+    def _from_worker(self, event: FromWorker, now: float) -> None:
+        worker = self.fleet.get(event.worker_id)
+        if worker is None or worker.epoch != event.epoch:
+            return
+        message = event.message
+        if isinstance(message, SnapshotFrame):
+            self._take_snapshot(worker, message, now)
+        elif isinstance(message, KvEvents):
+            taken, complete = self.index.apply(message)
+            if taken:
+                self.policy.observe(KvChanged(worker_id=worker.worker_id, events=taken), now)
+            if complete:
+                self._resync_asked_s.pop(worker.worker_id, None)
+            else:
+                self._ask_resync(worker.worker_id, now)
+        elif self.index.replace(message):
+            self._resync_asked_s.pop(worker.worker_id, None)
+            number = message.next_event_number - 1
+            cleared, stored = AllBlocksCleared(number=number), BlocksStored(number=number, parent=b"", hashes=message.hashes)
+            self.policy.observe(KvChanged(worker_id=worker.worker_id, events=(cleared, stored)), now)
+
+    def _take_snapshot(self, worker: Worker, frame: SnapshotFrame, now: float) -> None:
+        snapshot = frame.snapshot
+        if snapshot.worker_id != worker.worker_id or snapshot.epoch != worker.epoch:
+            return
+        before = (worker.role, worker.state)
+        worker.take_snapshot(snapshot, now, refit_interval_s=self.config.refit_interval_s)
+        if (worker.role, worker.state) != before:
+            self.fleet.changed()
+        if self.index.missed_tail(worker.worker_id, snapshot.last_event_number):
+            self._ask_resync(worker.worker_id, now)
+        if worker.state is WorkerState.READY:
+            self._unstrand(worker.address.model_id)
+            self._pump(worker.address.model_id, now)
+
+    def _ask_resync(self, worker_id: WorkerId, now: float) -> None:
+        """Ask for the events from the first missing one; the worker answers with them or with everything it holds."""
+        asked_s = self._resync_asked_s.get(worker_id)
+        if asked_s is not None and now - asked_s < self.config.resync_interval_s:
+            return
+        self._resync_asked_s[worker_id] = now
+        self.counters["resyncs"] += 1
+        number = self.index.next_number(worker_id)
+        self._commands.append(ToWorker(worker_id=worker_id, message=Subscribe(snapshots=True, kv_events=True, next_event_number=number)))
+
+    # --- time ---
+
+    def _tick(self, now: float) -> None:
+        for key in self.bookings.overdue(now):
+            self.counters["bookings_expired"] += 1
+            self._free(key, ended=False)
+        for gateway in [g for g, until_s in self._lost_gateways.items() if until_s <= now]:
+            del self._lost_gateways[gateway]
+            for booking in [b for b in self.bookings if b.gateway == gateway]:
+                self._free(booking.key)
+        for worker_id in list(self._resync_asked_s):
+            self._ask_resync(worker_id, now)
+        self._refuse_overdue(now)
+        self.policy.observe(PolicyTick(), now)
+        for wish in self.policy.commands(now):
+            self._placement.replicate(wish, now)
+        for model_id in list(self.queues):
+            self._pump(model_id, now)
+
+    def _refuse_overdue(self, now: float) -> None:
+        for model_id, queue in self.queues.items():
+            overdue = [w for w in queue if now - w.since_s >= self.config.max_wait_s]
+            for waiting in overdue:
+                self._unqueue(waiting.key)
+                drain_s = admission.drain_s(queue.num_tokens, self.fleet.pools(model_id))
+                self._refuse(waiting.gateway, admission.refusal_after_wait(waiting.place, now - waiting.since_s, drain_s))
+        for waiting in [w for w in self.stranded.values() if now - w.since_s >= self.config.no_worker_wait_s]:
+            self._unqueue(waiting.key)
+            self._refuse(waiting.gateway, admission.refusal_without_worker(waiting.place, now - waiting.since_s))
+
+    # --- the queue ---
+
+    def _queue(self, model_id: str) -> FairQueue:
+        if model_id not in self.queues:
+            self.queues[model_id] = FairQueue(output_weight=self.config.output_weight, max_tenants=self.config.max_tenants)
+        return self.queues[model_id]
+
+    def _pump(self, model_id: str, now: float) -> None:
+        """Place who is next until nobody can be placed."""
+        queue = self.queues.get(model_id)
+        while queue is not None and len(queue):
+            if not self._place_one(queue, now):
+                return
+
+    def _place_one(self, queue: FairQueue, now: float) -> bool:
+        """Place or strand the next request. One that avoids some workers does not hold up those that need not."""
+        for waiting in queue.heads():
+            place = waiting.place
+            choice = self._placement.choose(place, now, predicted_output_tokens=queue.predicted_output_tokens(place))
+            if choice is Blocked.NOBODY:
+                queue.remove(waiting.key)
+                self.stranded[waiting.key] = waiting
+                return True
+            if isinstance(choice, Choice):
+                predicted = queue.serve(waiting.key)
+                del self._queued[place.request_id]
+                self._book(waiting, choice, predicted, now)
+                return True
+            if not (place.excluded or place.local_only):
+                return False
+        return False
+
+    def _unqueue(self, key: AttemptKey) -> bool:
+        """Take a request out of the queue or from the stranded; False when it is in neither."""
+        waiting = self._queued.get(key.request_id)
+        if waiting is None or waiting.key != key:
+            return False
+        del self._queued[key.request_id]
+        if self.stranded.pop(key, None) is None:
+            self.queues[waiting.place.model_id].remove(key)
+        return True
+
+    def _unstrand(self, model_id: str) -> None:
+        for waiting in [w for w in reversed(self.stranded.values()) if w.place.model_id == model_id]:
+            if self.fleet.pools(model_id).fit_for(waiting.place.num_tokens + 1, waiting.place.excluded).all:
+                del self.stranded[waiting.key]
+                self._queue(model_id).push(waiting, first=True)
+
+    # --- bookings ---
+
+    def _book(self, waiting: Waiting, choice: Choice, predicted_output_tokens: int, now: float) -> None:
+        place, key, prefill, decode = waiting.place, waiting.key, choice.prefill, choice.decode
+        missed = place.num_tokens - choice.cached_tokens
+        assignment = Assignment(
+            request_id=place.request_id,
+            attempt=place.attempt,
+            prefill_worker=prefill.worker_id,
+            decode_worker=decode.worker_id,
+            cached_tokens=choice.cached_tokens,
+            policy=choice.policy,
+            reason=choice.reason,
+            prefill_scores=choice.prefill_scores,
+            decode_scores=choice.decode_scores,
+            waited_s=now - waiting.since_s,
+        )
+        prefill_hold = Hold(
+            key=key,
+            phase=Phase.PREFILL,
+            worker_id=prefill.worker_id,
+            prefill_tokens=missed,
+            prefill_pairs=missed * place.num_tokens,
+        )
+        decode_hold = Hold(
+            key=key,
+            phase=Phase.DECODE,
+            worker_id=decode.worker_id,
+            num_sequences=place.num_choices,
+            kv_tokens=choice.kv_tokens,
+        )
+        self.bookings.add(
+            Booking(
+                key=key,
+                gateway=waiting.gateway,
+                place=place,
+                assignment=assignment,
+                predicted_output_tokens=predicted_output_tokens,
+                booked_s=now,
+                holds={Phase.PREFILL: prefill_hold, Phase.DECODE: decode_hold},
+            )
+        )
+        prefill.add_hold(prefill_hold, now, pending=False)
+        decode.add_hold(decode_hold, now, pending=choice.is_split)
+        prefill.note_booked(place.num_tokens, choice.cached_tokens)
+        self._num_choices += 1
+        prefill.last_chosen = decode.last_chosen = self._num_choices
+        self.index.speculate(prefill.worker_id, place.block_hashes, now)
+        self.explained.append(assignment)
+        self.counters["splits" if choice.is_split else "locals"] += 1
+        self._commands.append(ToGateway(gateway=waiting.gateway, message=Assigned(assignment=assignment)))
+        booked = Booked(
+            request=place,
+            prefill_worker=prefill.worker_id,
+            decode_worker=decode.worker_id,
+            cached_tokens=choice.cached_tokens,
+        )
+        self.policy.observe(booked, now)
+
+    def _release(self, key: AttemptKey, phase: Phase) -> None:
+        hold = self.bookings.release(key, phase)
+        worker = self.fleet.get(hold.worker_id) if hold is not None else None
+        if hold is not None and worker is not None:
+            worker.remove_hold(hold)
+
+    def _free(self, key: AttemptKey, *, ended: bool = True) -> Booking | None:
+        """End a booking with all its holds. `ended`: the attempt is over, and a Place that comes late is ignored."""
+        booking = self.bookings.end(key) if ended else self.bookings.get(key)
+        if booking is None:
+            return None
+        for hold in list(booking.holds.values()):
+            worker = self.fleet.get(hold.worker_id)
+            if worker is not None:
+                worker.remove_hold(hold)
+            if not ended:
+                self.bookings.release(key, hold.phase)
+        return booking
+
+    # --- saying ---
+
+    def _ack(self, gateway: str, place: Place, queue_position: int) -> None:
+        ack = PlaceAck(request_id=place.request_id, attempt=place.attempt, queue_position=queue_position)
+        self._commands.append(ToGateway(gateway=gateway, message=ack))
+
+    def _refuse(self, gateway: str, refusal: Refused) -> None:
+        self.counters[f"refused_{refusal.status}"] += 1
+        self._commands.append(ToGateway(gateway=gateway, message=refusal))

@@ -1,0 +1,323 @@
+"""One choice: which worker decodes, whether the prompt is computed there or elsewhere, and where elsewhere.
+
+    decode worker first ──► few tokens missing there?  ──yes──► prefill there           (local)
+                            │ no
+                            ▼
+    prefill worker      ──► cheaper to prefill where it decodes, and bearable? ──yes──► (local)
+                            │ no
+                            └──────────────────────────────────────────────────────────► (split)
+
+Workers with both roles are priced as a whole and compete with the split. A missing pool is replaced by the other: a role is state of a
+worker, so each can do the other's work in need. The policy prices workers; this file decides the shape (section 4.3 of DistServe calls
+it placement of an instance pair) from the cost model alone, so that it is the same under every policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from heapq import nsmallest
+
+from protocol.messages import CandidateScore, Place
+from protocol.worker import WorkerId
+from router.config import Disaggregate, RouterConfig
+from router.fleet import Fleet, Pools, Worker
+from router.guarded_policy import GuardedPolicy
+from router.policies.api import Cost, PlacementView, Pool, Replicate
+from router.prefix_index import PrefixIndex
+
+MAX_REPLICATIONS = 1024
+
+
+class Blocked(Enum):
+    """Why a request stays where it is."""
+
+    FULL = "full"  # every candidate's inbox is full
+    NOBODY = "nobody"  # there is no candidate at all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """What the policy said of one pool, best first."""
+
+    policy: str
+    best: Worker
+    scores: tuple[CandidateScore, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    prefill: Worker
+    decode: Worker
+    cached_tokens: int  # on the prefill worker
+    kv_tokens: int  # on the decode worker at the expected end
+    policy: str
+    reason: str
+    prefill_scores: tuple[CandidateScore, ...]
+    decode_scores: tuple[CandidateScore, ...]
+
+    @property
+    def is_split(self) -> bool:
+        return self.prefill is not self.decode
+
+
+@dataclass(slots=True, kw_only=True)
+class _Ask:
+    """One request on its way through the choice."""
+
+    place: Place
+    now: float
+    cached_tokens: Mapping[WorkerId, int]
+    device_tokens: Mapping[WorkerId, int]
+    predicted_output_tokens: int
+    kv_tokens: int
+
+    def cached(self, worker: Worker) -> int:
+        return self.cached_tokens.get(worker.worker_id, 0)
+
+    def missed(self, worker: Worker) -> int:
+        return self.place.num_tokens - self.cached_tokens.get(worker.worker_id, 0)
+
+
+class Placement:
+    """Chooses workers; changes nothing but the policy's random generator and the list of replications asked for."""
+
+    def __init__(self, config: RouterConfig, *, fleet: Fleet, index: PrefixIndex, policy: GuardedPolicy) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._index = index
+        self._policy = policy
+        self._replications: dict[bytes, tuple[WorkerId, float]] = {}
+
+    def choose(self, place: Place, now: float, *, predicted_output_tokens: int) -> Choice | Blocked:
+        pools = self._fleet.pools(place.model_id).fit_for(place.num_tokens + 1, place.excluded)
+        if not pools.all:
+            return Blocked.NOBODY
+        ask = self._ask(place, now, predicted_output_tokens)
+        config = self._config
+        if place.local_only:
+            return self._whole(ask, _decoders(pools), "choices differ: prefilled where they decode")
+        if config.disaggregate is Disaggregate.NEVER:
+            return self._whole(ask, _decoders(pools), "disaggregate is never: prefilled where it decodes")
+        if not (pools.prefill or pools.both):
+            return self._whole(ask, pools.decode, "no prefill worker is ready: prefilled where it decodes")
+        if not (pools.decode or pools.both):
+            return self._whole(ask, pools.prefill, "no decode worker is ready: decoded where it is prefilled")
+        if config.disaggregate is Disaggregate.ALWAYS and len(pools.all) > 1:
+            return self._split(ask, pools.prefill or pools.both, pools.decode or pools.both)
+        whole = self._whole(ask, pools.both, "the worker has both roles") if pools.both else Blocked.FULL
+        if not (pools.prefill or pools.decode):
+            return whole
+        split = self._split(ask, pools.prefill or pools.both, pools.decode or pools.both)
+        if isinstance(whole, Blocked):
+            return split
+        if isinstance(split, Blocked):
+            return whole
+        return whole if self._total_s(ask, whole) <= self._total_s(ask, split) else split
+
+    def cached_tokens(self, place: Place) -> Mapping[WorkerId, int]:
+        """Leading tokens of the prompt each worker holds; the last token is always computed."""
+        return _at_most(self._index.match(place.block_hashes).total_tokens, place.num_tokens - 1)
+
+    def replicate(self, wish: Replicate, now: float) -> None:
+        """Take a policy's wish; beyond MAX_REPLICATIONS at once the oldest is forgotten."""
+        self._replications.pop(wish.block_hash, None)
+        self._replications[wish.block_hash] = (wish.worker_id, now + wish.within_s)
+        if len(self._replications) > MAX_REPLICATIONS:
+            del self._replications[next(iter(self._replications))]
+
+    # --- shapes ---
+
+    def _whole(self, ask: _Ask, workers: tuple[Worker, ...], reason: str) -> Choice | Blocked:
+        """Prefill and decode on one worker."""
+        ranking = self._rank(ask, Pool.WHOLE, [w for w in workers if self._takes_prefill(ask, w) and self._takes_decode(ask, w)])
+        if ranking is None:
+            return Blocked.FULL
+        return self._local(ask, ranking.best, ranking, reason, prefill_scores=ranking.scores)
+
+    def _split(self, ask: _Ask, prefillers: tuple[Worker, ...], decoders: tuple[Worker, ...]) -> Choice | Blocked:
+        """Prefill on one worker, decode on another; or both on the decode worker where that is better."""
+        may_stay = self._config.disaggregate is Disaggregate.AUTO
+        with_room = [w for w in decoders if self._takes_decode(ask, w)]
+        decode = self._rank(ask, Pool.DECODE, with_room)
+        if decode is None:
+            return Blocked.FULL
+        if may_stay and ask.missed(decode.best) <= self._config.local_prefill_max_tokens and self._takes_prefill(ask, decode.best):
+            limit = self._config.local_prefill_max_tokens
+            return self._local(
+                ask, decode.best, decode, f"{ask.missed(decode.best)} tokens are missing, up to {limit} are prefilled where they decode"
+            )
+        prefill = self._rank(
+            ask,
+            Pool.PREFILL,
+            [w for w in prefillers if w is not decode.best and self._takes_prefill(ask, w)],
+            decode_worker=decode.best,
+        )
+        if prefill is None:
+            return Blocked.FULL
+        if may_stay:
+            stay = self._better_local(ask, with_room, decode, prefill.best)
+            if stay is not None:
+                return stay
+        reason = f"prefilled on {prefill.best.worker_id}, handed to {decode.best.worker_id}"
+        source = self._replication_target(ask, prefillers)
+        if source is not None and source is not decode.best:
+            prefill = Ranking(policy=prefill.policy, best=source, scores=prefill.scores)
+            reason = f"policy {self._policy.name} replicates this prefix to {source.worker_id}"
+        return Choice(
+            prefill=prefill.best,
+            decode=decode.best,
+            cached_tokens=ask.cached(prefill.best),
+            kv_tokens=ask.kv_tokens,
+            policy=prefill.policy,
+            reason=reason,
+            prefill_scores=prefill.scores,
+            decode_scores=decode.scores,
+        )
+
+    def _better_local(self, ask: _Ask, decoders: list[Worker], decode: Ranking, prefill: Worker) -> Choice | None:
+        """A decode worker that holds enough of the prompt to finish it sooner than the best prefill worker, without undue harm."""
+        most_cached = max(decoders, key=ask.cached)
+        config, num_tokens = self._config, ask.place.num_tokens
+        split_s = prefill.queued_prefill_s(ask.now) + prefill.cost.prefill_s(ask.missed(prefill), num_tokens) + self._transfer_s(ask)
+        for worker in (decode.best, most_cached):
+            missed = ask.missed(worker)
+            if missed > config.local_prefill_predicted_max_tokens or missed > config.local_prefill_max_missed_ratio * num_tokens:
+                continue
+            if self._is_busy(worker, ask.now) or not self._takes_prefill(ask, worker):
+                continue
+            alone_s = worker.queued_prefill_s(ask.now) + worker.cost.prefill_s(missed, num_tokens)
+            local_s = alone_s * config.local_prefill_interference
+            if local_s < split_s:
+                return self._local(
+                    ask,
+                    worker,
+                    decode,
+                    f"{missed} of {num_tokens} tokens are missing on {worker.worker_id}: {local_s:.4f} s there, "
+                    f"{split_s:.4f} s through {prefill.worker_id}",
+                )
+        return None
+
+    @staticmethod
+    def _local(ask: _Ask, worker: Worker, ranking: Ranking, reason: str, *, prefill_scores: tuple[CandidateScore, ...] = ()) -> Choice:
+        return Choice(
+            prefill=worker,
+            decode=worker,
+            cached_tokens=ask.cached(worker),
+            kv_tokens=ask.kv_tokens,
+            policy=ranking.policy,
+            reason=reason,
+            prefill_scores=prefill_scores,
+            decode_scores=ranking.scores,
+        )
+
+    # --- pricing ---
+
+    def _rank(self, ask: _Ask, pool: Pool, workers: list[Worker], *, decode_worker: Worker | None = None) -> Ranking | None:
+        """None when there is nobody to rank."""
+        if not workers:
+            return None
+        view = PlacementView(
+            pool=pool,
+            workers=workers,
+            cached_tokens=ask.cached_tokens,
+            device_tokens=ask.device_tokens,
+            predicted_output_tokens=ask.predicted_output_tokens,
+            kv_tokens=ask.kv_tokens,
+            decode_worker=decode_worker.worker_id if decode_worker is not None else None,
+            transfer_s=self._transfer_s(ask) if pool is not Pool.WHOLE else 0.0,
+        )
+        policy, costs = self._policy.score(view, ask.place, ask.now)
+        priced = [(costs[w.worker_id].seconds, w.last_chosen, w.tie_hash, i) for i, w in enumerate(workers) if w.worker_id in costs]
+        best = nsmallest(self._config.num_candidates, priced)
+        scores = tuple([_candidate(workers[i], costs[workers[i].worker_id], ask) for *_, i in best])
+        return Ranking(policy=policy, best=workers[best[0][-1]], scores=scores)
+
+    def _total_s(self, ask: _Ask, choice: Choice) -> float:
+        """Predicted seconds until the last token, to compare shapes."""
+        prefill, decode = choice.prefill, choice.decode
+        seconds = prefill.queued_prefill_s(ask.now) + prefill.cost.prefill_s(ask.missed(prefill), ask.place.num_tokens)
+        num_sequences = decode.num_sequences(ask.now) + ask.place.num_choices
+        token_s = decode.cost.decode_step_s(num_sequences, decode.kv_tokens(ask.now) + ask.kv_tokens)
+        if choice.is_split:
+            seconds += self._transfer_s(ask)
+        else:
+            seconds *= self._config.local_prefill_interference
+        return seconds + ask.predicted_output_tokens * token_s
+
+    def _transfer_s(self, ask: _Ask) -> float:
+        return self._config.transfer_s_base + self._config.transfer_s_per_token * ask.place.num_tokens
+
+    # --- room ---
+
+    def _takes_prefill(self, ask: _Ask, worker: Worker) -> bool:
+        return worker.has_prefill_room(
+            ask.now, num_tokens=ask.place.num_tokens, cached_tokens=ask.cached(worker), inbox_steps=self._config.inbox_steps
+        )
+
+    def _takes_decode(self, ask: _Ask, worker: Worker) -> bool:
+        return worker.has_decode_room(
+            ask.now, num_choices=ask.place.num_choices, kv_tokens=ask.kv_tokens, overcommit=self._config.decode_overcommit
+        )
+
+    @staticmethod
+    def _is_busy(worker: Worker, now: float) -> bool:
+        """A decode worker that prefills already, or whose batch is nearly full."""
+        return (
+            worker.queued_prefill_tokens(now) >= worker.address.max_num_batched_tokens
+            or worker.num_sequences(now) > 0.9 * worker.address.max_num_seqs
+        )
+
+    # --- the request ---
+
+    def _ask(self, place: Place, now: float, predicted_output_tokens: int) -> _Ask:
+        match = self._index.match(place.block_hashes)
+        most = place.num_tokens - 1
+        cached = _at_most(match.total_tokens, most)
+        leaned = round(predicted_output_tokens * self._config.estimate_bias)
+        return _Ask(
+            place=place,
+            now=now,
+            cached_tokens=cached,
+            device_tokens=cached if match.device_tokens is match.total_tokens else _at_most(match.device_tokens, most),
+            predicted_output_tokens=predicted_output_tokens,
+            kv_tokens=place.num_tokens + place.num_choices * leaned,
+        )
+
+    def _replication_target(self, ask: _Ask, prefillers: tuple[Worker, ...]) -> Worker | None:
+        if not self._replications:
+            return None
+        for h in ask.place.block_hashes:
+            wish = self._replications.get(h)
+            if wish is None:
+                continue
+            worker_id, until_s = wish
+            target = next((w for w in prefillers if w.worker_id == worker_id), None)
+            if target is None or ask.now > until_s:
+                del self._replications[h]
+            elif self._takes_prefill(ask, target):
+                del self._replications[h]
+                return target
+        return None
+
+
+def _decoders(pools: Pools) -> tuple[Worker, ...]:
+    return pools.decode + pools.both or pools.prefill
+
+
+def _at_most(tokens: Mapping[WorkerId, int], most: int) -> Mapping[WorkerId, int]:
+    if all(n <= most for n in tokens.values()):
+        return tokens
+    return {name: min(n, most) for name, n in tokens.items()}
+
+
+def _candidate(worker: Worker, cost: Cost, ask: _Ask) -> CandidateScore:
+    return CandidateScore(
+        worker_id=worker.worker_id,
+        seconds=cost.seconds,
+        cached_tokens=ask.cached(worker),
+        signal_age_s=min(worker.signal_age_s(ask.now), 1e9),
+        term_names=tuple([name for name, _ in cost.terms]),
+        term_seconds=tuple([seconds for _, seconds in cost.terms]),
+    )

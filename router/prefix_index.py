@@ -1,0 +1,261 @@
+"""Which worker holds which prefix: confirmed by its numbered KV events, guessed for two seconds after a booking.
+
+    masks[hash] = set of workers as the bits of one int; bit i belongs to the worker in slot i
+
+A match walks the request's hash chain and keeps the workers that hold every block so far, so it is exact even when a worker
+holds a block without its parents. The walk runs at C speed in strides and stops at the first stride nobody survives.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise, repeat
+from operator import and_
+
+from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
+from protocol.messages import KvEvents, KvSnapshot
+from protocol.worker import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Tier, WorkerId
+
+# CPython 3.11, 64 workers: the hash (49), a slot of a dict at its usual load (about 55), the mask (36).
+ENTRY_BYTES = 140
+# A slot of a set at its usual load: one (worker, hash).
+PAIR_BYTES = 40
+_STRIDE = 32
+
+
+@dataclass(slots=True, kw_only=True)
+class _Holdings:
+    """What one incarnation of a worker holds."""
+
+    worker_id: WorkerId
+    epoch: int
+    slot: int
+    next_number: int | None = None  # None: whatever comes first
+    device: set[bytes] = field(default_factory=set)
+    host: set[bytes] = field(default_factory=set)
+    guesses: dict[bytes, float] = field(default_factory=dict)  # hash -> when the guess ends
+
+    @property
+    def bit(self) -> int:
+        return 1 << self.slot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """Leading tokens of one chain that each worker holds; workers with none are left out."""
+
+    device_tokens: dict[WorkerId, int]
+    total_tokens: dict[WorkerId, int]  # with blocks of the host tier; the same object when there are none
+
+
+class PrefixIndex:
+    """The router's picture of every prefix cache, bounded by `max_bytes` (by estimate).
+
+    When it is full, new entries are not taken and counted in `num_dropped`: a match may then be too short, never wrong.
+    """
+
+    def __init__(self, *, max_bytes: int, speculative_ttl_s: float) -> None:
+        self._max_bytes = max_bytes
+        self._ttl_s = speculative_ttl_s
+        self._device: dict[bytes, int] = {}
+        self._host: dict[bytes, int] = {}
+        self._holdings: dict[WorkerId, _Holdings] = {}
+        self._slots: list[_Holdings | None] = []
+        self._live = 0
+        self._num_pairs = 0
+        self._guesses: deque[tuple[float, _Holdings, Sequence[bytes]]] = deque()
+        self.num_dropped = 0
+        self.num_gaps = 0
+
+    # --- workers ---
+
+    def join(self, worker_id: WorkerId, epoch: int) -> None:
+        """A worker, or a new incarnation of it, that holds nothing yet."""
+        self.leave(worker_id)
+        slot = next((i for i, h in enumerate(self._slots) if h is None), len(self._slots))
+        if slot == len(self._slots):
+            self._slots.append(None)
+        holdings = _Holdings(worker_id=worker_id, epoch=epoch, slot=slot)
+        self._slots[slot] = self._holdings[worker_id] = holdings
+        self._live |= holdings.bit
+
+    def leave(self, worker_id: WorkerId) -> None:
+        holdings = self._holdings.pop(worker_id, None)
+        if holdings is None:
+            return
+        self._clear(holdings)
+        for h in holdings.guesses:
+            _clear_bit(self._device, h, holdings.bit)
+        self._num_pairs -= len(holdings.guesses)
+        holdings.guesses.clear()
+        self._live &= ~holdings.bit
+        self._slots[holdings.slot] = None
+
+    def next_number(self, worker_id: WorkerId) -> int:
+        """Of the first KV event not seen from this worker; 0 when none was."""
+        holdings = self._holdings.get(worker_id)
+        return (holdings.next_number or 0) if holdings is not None else 0
+
+    # --- what workers say ---
+
+    def apply(self, frame: KvEvents) -> tuple[tuple[KvEvent, ...], bool]:
+        """Take numbered events in, in order, each once.
+
+        Returns those taken, and False when one is missing after them, so that a resync from `next_number` is due.
+        """
+        holdings = self._holdings.get(frame.worker_id)
+        if holdings is None or holdings.epoch != frame.epoch:
+            return (), True
+        taken: list[KvEvent] = []
+        for event in frame.events:
+            if holdings.next_number is not None and event.number < holdings.next_number:
+                continue
+            if holdings.next_number is not None and event.number > holdings.next_number:
+                self.num_gaps += 1
+                return tuple(taken), False
+            holdings.next_number = event.number + 1
+            if isinstance(event, BlocksStored):
+                self._store(holdings, event.hashes, event.tier)
+            elif isinstance(event, BlocksRemoved):
+                self._remove(holdings, event.hashes, event.tier)
+            elif isinstance(event, AllBlocksCleared):
+                self._clear(holdings)
+            taken.append(event)
+        return tuple(taken), True
+
+    def replace(self, frame: KvSnapshot) -> bool:
+        """Everything a worker holds, in place of what was believed. False: it speaks of another incarnation."""
+        holdings = self._holdings.get(frame.worker_id)
+        if holdings is None or holdings.epoch != frame.epoch:
+            return False
+        self._remove(holdings, holdings.device.difference(frame.hashes), Tier.DEVICE)
+        self._remove(holdings, list(holdings.host), Tier.HOST)
+        self._store(holdings, frame.hashes, Tier.DEVICE)
+        holdings.next_number = frame.next_event_number
+        return True
+
+    def missed_tail(self, worker_id: WorkerId, last_event_number: int) -> bool:
+        """True when the worker has sent an event that should have arrived before the snapshot that says so."""
+        holdings = self._holdings.get(worker_id)
+        return holdings is not None and holdings.next_number is not None and last_event_number >= holdings.next_number
+
+    # --- what a booking lets us expect ---
+
+    def speculate(self, worker_id: WorkerId, hashes: Sequence[bytes], now: float, *, num_held: int = 0) -> None:
+        """The worker will soon hold `hashes` (a chain from its start); believed until confirmed or the time is over.
+
+        `num_held`: as many leading ones matched already, which saves the work of marking them.
+        """
+        holdings = self._holdings.get(worker_id)
+        if holdings is None or not hashes or self._ttl_s <= 0.0:
+            return
+        if self.size_bytes + (len(hashes) - num_held) * (ENTRY_BYTES + PAIR_BYTES) > self._max_bytes:
+            self.num_dropped += len(hashes)
+            return
+        expires_s = now + self._ttl_s
+        num_before = len(holdings.guesses)
+        holdings.guesses.update(dict.fromkeys(hashes, expires_s))
+        self._num_pairs += len(holdings.guesses) - num_before
+        self._guesses.append((expires_s, holdings, hashes))
+        masks, get, bit = self._device, self._device.get, holdings.bit
+        for h in hashes[num_held:]:
+            masks[h] = get(h, 0) | bit
+
+    def expire(self, now: float) -> None:
+        """Drop guesses whose time is over."""
+        while self._guesses and self._guesses[0][0] <= now:
+            _, holdings, hashes = self._guesses.popleft()
+            guesses, device = holdings.guesses, holdings.device
+            for h in hashes:
+                if h in guesses and guesses[h] <= now:
+                    del guesses[h]
+                    self._num_pairs -= 1
+                    if h not in device:
+                        _clear_bit(self._device, h, holdings.bit)
+
+    # --- asking ---
+
+    def match(self, hashes: Sequence[bytes]) -> Match:
+        """Cached leading tokens by worker."""
+        device = self._depths(hashes, self._device)
+        if not self._host:
+            return Match(device_tokens=device, total_tokens=device)
+        get_device, get_host = self._device.get, self._host.get
+        either = {h: get_device(h, 0) | get_host(h, 0) for h in hashes}
+        return Match(device_tokens=device, total_tokens=self._depths(hashes, either))
+
+    @property
+    def num_entries(self) -> int:
+        return len(self._device) + len(self._host)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.num_entries * ENTRY_BYTES + self._num_pairs * PAIR_BYTES
+
+    def _depths(self, hashes: Sequence[bytes], masks: dict[bytes, int]) -> dict[WorkerId, int]:
+        tokens: dict[WorkerId, int] = {}
+        alive = self._live
+        get = masks.get
+        for start in range(0, len(hashes), _STRIDE):
+            # survivors[i]: workers that hold every block before start + i
+            survivors = list(accumulate(map(get, hashes[start : start + _STRIDE], repeat(0)), and_, initial=alive))
+            if survivors[-1] == alive:
+                continue
+            for depth, (before, after) in enumerate(pairwise(survivors), start):
+                if before != after and depth:
+                    self._name(before & ~after, depth, tokens)
+            alive = survivors[-1]
+            if not alive:
+                return tokens
+        if hashes:
+            self._name(alive, len(hashes), tokens)
+        return tokens
+
+    def _name(self, mask: int, depth: int, tokens: dict[WorkerId, int]) -> None:
+        while mask:
+            low = mask & -mask
+            mask ^= low
+            holdings = self._slots[low.bit_length() - 1]
+            assert holdings is not None, "a bit of a worker that left"
+            tokens[holdings.worker_id] = depth * HASH_BLOCK_SIZE_TOKENS
+
+    # --- changing ---
+
+    def _store(self, holdings: _Holdings, hashes: Iterable[bytes], tier: Tier) -> None:
+        masks, held = (self._device, holdings.device) if tier is Tier.DEVICE else (self._host, holdings.host)
+        bit = holdings.bit
+        room = (self._max_bytes - self.size_bytes) // (ENTRY_BYTES + PAIR_BYTES)
+        for h in hashes:
+            if h in held:
+                continue
+            if room <= 0:
+                self.num_dropped += 1
+                continue
+            room -= 1
+            held.add(h)
+            self._num_pairs += 1
+            masks[h] = masks.get(h, 0) | bit
+
+    def _remove(self, holdings: _Holdings, hashes: Iterable[bytes], tier: Tier) -> None:
+        masks, held = (self._device, holdings.device) if tier is Tier.DEVICE else (self._host, holdings.host)
+        guesses = holdings.guesses if tier is Tier.DEVICE else {}
+        for h in hashes:
+            if h in held:
+                held.remove(h)
+                self._num_pairs -= 1
+                if h not in guesses:
+                    _clear_bit(masks, h, holdings.bit)
+
+    def _clear(self, holdings: _Holdings) -> None:
+        self._remove(holdings, list(holdings.device), Tier.DEVICE)
+        self._remove(holdings, list(holdings.host), Tier.HOST)
+
+
+def _clear_bit(masks: dict[bytes, int], h: bytes, bit: int) -> None:
+    left = masks.get(h, 0) & ~bit
+    if left:
+        masks[h] = left
+    else:
+        masks.pop(h, None)

@@ -1,0 +1,245 @@
+"""The router's process: sockets around the core. Gateways dial it, it dials workers and the directory; no decision is made here.
+
+gateways ──Place, PrefillDone, Done──►│ RouterService ─on()─► core │──Assigned, Refused──► gateways
+workers  ──snapshots, KV events──────►│                            │──Subscribe──────────► workers
+directory ──Membership───────────────►│                            │
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from random import Random
+from time import perf_counter
+from typing import Any
+
+from protocol.links import Links, MembershipWatch, Target
+from protocol.messages import (
+    Done,
+    KvEvents,
+    KvSnapshot,
+    Membership,
+    Ping,
+    Place,
+    Pong,
+    PrefillDone,
+    RegisterService,
+    ServiceAddress,
+    SnapshotFrame,
+    StatusReply,
+    StatusRequest,
+)
+from protocol.wire import Connection, Identity, Listener
+from protocol.worker import WorkerId
+from router import policies
+from router.config import RouterConfig
+from router.core import RouterCore
+from router.events import (
+    Event,
+    FromGateway,
+    FromWorker,
+    GatewayDown,
+    GatewayUp,
+    MembershipChanged,
+    Tick,
+    ToGateway,
+    WorkerDown,
+    WorkerUp,
+)
+from router.policies.api import Cost, PlacementPolicy, PlacementView, PolicyCommand, PolicyEvent, PolicyOverran
+
+log = logging.getLogger("baton.router")
+
+TICK_S = 0.05
+NAME = "router"
+
+
+class RouterService:
+    """One router on one event loop. `seed` decides ties; the same seed and events give the same assignments.
+
+    Raises (constructor):
+        ConfigError: `config.policy` names no policy.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        directory_host: str,
+        directory_port: int,
+        secret: bytes,
+        epoch: int,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self._policy = TimedPolicy(policies.load(config.policy))
+        self._core = RouterCore(config, policy=self._policy, rng=Random(seed))
+        self._limit_s = config.policy_time_limit_s
+        self._epoch = epoch
+        self._bind = (host, port)
+        identity = Identity(name=NAME, kind="router", epoch=epoch)
+        self._listener = Listener(identity, secret, self._accept)
+        self._directory = MembershipWatch(identity, secret, host=directory_host, port=directory_port, on_change=self._membership_changed)
+        self._links = Links(identity, secret, on_up=self._worker_up, on_down=self._worker_down, on_message=self._receive_from_worker)
+        self._gateways: dict[str, Connection] = {}
+        self._epochs: dict[WorkerId, int] = {}  # of the open links
+        self._ticker: asyncio.Task[None] | None = None
+        self._noted: list[str] = []
+
+    # --- life ---
+
+    async def start(self) -> ServiceAddress:
+        """Listen, register, follow the directory; returns the address that gateways dial."""
+        host, port = self._bind
+        await self._listener.start(host=host, port=port)
+        address = ServiceAddress(
+            name=NAME, kind="router", epoch=self._epoch, host=self._listener.host, port=self._listener.port, pid=os.getpid()
+        )
+        self._directory.register(RegisterService(service=address))
+        self._directory.start()
+        self._ticker = asyncio.create_task(self._tick())
+        return address
+
+    async def close(self) -> None:
+        """Stop at once. Gateways place by themselves until another router answers."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._ticker
+        await self._directory.close()
+        await self._links.close()
+        self._listener.close()
+
+    @property
+    def port(self) -> int:
+        return self._listener.port
+
+    def status(self) -> dict[str, object]:
+        return self._core.status(self._now())
+
+    # --- the turn: one event in, commands out ---
+
+    def _turn(self, event: Event) -> None:
+        now = self._now()
+        self._run(event, now)
+        slowest_s = self._policy.take_slowest_s()
+        if slowest_s > self._limit_s:
+            self._run(PolicyOverran(duration_s=slowest_s, limit_s=self._limit_s), now)
+            self._policy.take_slowest_s()
+
+    def _run(self, event: Event, now: float) -> None:
+        for command in self._core.on(event, now):
+            if isinstance(command, ToGateway):
+                connection = self._gateways.get(command.gateway)
+                if connection is not None:
+                    connection.send(command.message)
+            else:
+                self._links.send(command.worker_id, command.message)
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._turn(Tick())
+            self._log_notes()
+
+    def _log_notes(self) -> None:
+        """A fallback is also a log line, once each time it begins."""
+        notes = self._core.notes()
+        kinds = [note.split(" ", 1)[0] for note in notes]
+        for kind, note in zip(kinds, notes, strict=True):
+            if kind not in self._noted:
+                log.warning("fallback", extra={"note": note})
+        self._noted = kinds
+
+    # --- gateways ---
+
+    def _accept(self, connection: Connection) -> None:
+        connection.on_message = self._receive
+        if connection.peer.kind != "gateway":
+            return
+        name = connection.peer.name
+        earlier = self._gateways.get(name)
+        self._gateways[name] = connection
+        if earlier is not None:
+            earlier.abort()
+        connection.on_close = lambda c, _: self._gateway_closed(c)
+        self._turn(GatewayUp(gateway=name))
+
+    def _receive(self, connection: Connection, message: Any) -> None:
+        if isinstance(message, (Place, PrefillDone, Done)):
+            self._turn(FromGateway(gateway=connection.peer.name, message=message))
+        elif isinstance(message, StatusRequest):
+            connection.send(StatusReply(reply_id=message.reply_id, json=json.dumps(self.status())))
+        elif isinstance(message, Ping):
+            connection.send(Pong(nonce=message.nonce))
+
+    def _gateway_closed(self, connection: Connection) -> None:
+        name = connection.peer.name
+        if self._gateways.get(name) is connection:
+            del self._gateways[name]
+            self._turn(GatewayDown(gateway=name))
+
+    # --- workers and directory ---
+
+    def _membership_changed(self, membership: Membership) -> None:
+        self._turn(MembershipChanged(membership=membership))
+        self._links.set_targets([Target(name=a.worker_id, epoch=a.epoch, host=a.host, port=a.port) for a in membership.workers])
+
+    def _worker_up(self, worker_id: str, connection: Connection) -> None:
+        self._epochs[worker_id] = connection.peer.epoch
+        self._turn(WorkerUp(worker_id=worker_id, epoch=connection.peer.epoch))
+
+    def _worker_down(self, worker_id: str, epoch: int) -> None:
+        log.info("worker link down", extra={"worker_id": worker_id, "epoch": epoch})
+        if self._epochs.get(worker_id) == epoch:
+            del self._epochs[worker_id]
+        self._turn(WorkerDown(worker_id=worker_id, epoch=epoch))
+
+    def _receive_from_worker(self, worker_id: str, message: Any) -> None:
+        epoch = self._epochs.get(worker_id)
+        if epoch is not None and isinstance(message, (SnapshotFrame, KvEvents, KvSnapshot)):
+            self._turn(FromWorker(worker_id=worker_id, epoch=epoch, message=message))
+
+
+class TimedPolicy:
+    """A policy with a stopwatch around its calls: a slow one is an event to the core, which has no clock."""
+
+    def __init__(self, policy: PlacementPolicy) -> None:
+        self._policy = policy
+        self._slowest_s = 0.0
+
+    def take_slowest_s(self) -> float:
+        """Of the calls since it was last asked."""
+        slowest_s, self._slowest_s = self._slowest_s, 0.0
+        return slowest_s
+
+    def score(self, view: PlacementView, request: Place, now: float, rng: Random) -> dict[WorkerId, Cost]:
+        start_s = perf_counter()
+        try:
+            return self._policy.score(view, request, now, rng)
+        finally:
+            self._slowest_s = max(self._slowest_s, perf_counter() - start_s)
+
+    def observe(self, event: PolicyEvent, now: float) -> None:
+        start_s = perf_counter()
+        try:
+            self._policy.observe(event, now)
+        finally:
+            self._slowest_s = max(self._slowest_s, perf_counter() - start_s)
+
+    def commands(self, now: float) -> tuple[PolicyCommand, ...]:
+        return self._policy.commands(now)
+
+    def snapshot(self) -> bytes:
+        return self._policy.snapshot()
+
+    def restore(self, state: bytes) -> None:
+        self._policy.restore(state)

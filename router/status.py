@@ -1,0 +1,117 @@
+"""What an operator may ask of the router, as plain JSON values: `baton status` and `baton explain` read this document."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from protocol.messages import Assignment, CandidateScore
+
+if TYPE_CHECKING:
+    from router.core import RouterCore
+    from router.fleet import Worker
+
+SCHEMA = "baton.router.v1"
+COUNTERS = (
+    "places",
+    "stale_places",
+    "splits",
+    "locals",
+    "refused_413",
+    "refused_429",
+    "refused_503",
+    "bookings_expired",
+    "workers_left",
+    "resyncs",
+)
+NUM_ASSIGNMENTS_SHOWN = 64
+
+
+def document(core: RouterCore, now: float) -> dict[str, object]:
+    """The live state at `now`."""
+    index, policy = core.index, core.policy
+    return {
+        "schema": SCHEMA,
+        "policy": {
+            "name": policy.name,
+            "spec": core.config.policy,
+            "decisions": policy.num_decisions,
+            "fallbacks": policy.num_fallbacks,
+            "failures": policy.num_failures,
+            "overruns": policy.num_overruns,
+        },
+        "queues": {
+            model_id: {"waiting": len(queue), "waiting_tokens": queue.num_tokens, "tenants": queue.counters()}
+            for model_id, queue in core.queues.items()
+        },
+        "stranded": len(core.stranded),
+        "bookings": len(core.bookings),
+        "index": {
+            "entries": index.num_entries,
+            "size_bytes": index.size_bytes,
+            "dropped": index.num_dropped,
+            "gaps": index.num_gaps,
+        },
+        "counters": dict(core.counters),
+        "notes": notes(core),
+        "workers": [_worker(worker, now) for worker in core.fleet],
+        "assignments": [_assignment(a) for a in list(core.explained)[-NUM_ASSIGNMENTS_SHOWN:]],
+    }
+
+
+def notes(core: RouterCore) -> list[str]:
+    """Fallbacks in force, one line each."""
+    lines = []
+    if core.policy.note is not None:
+        lines.append(core.policy.note)
+    if core.index.num_dropped:
+        limit = core.config.index_max_bytes
+        lines.append(f"prefix index is full: {core.index.num_dropped} entries not taken; raise router.index_max_bytes ({limit})")
+    return lines
+
+
+def _worker(worker: Worker, now: float) -> dict[str, object]:
+    fitted = worker.model.fitted
+    return {
+        "worker_id": worker.worker_id,
+        "epoch": worker.epoch,
+        "role": worker.role.value,
+        "state": worker.state.value,
+        "snapshot_age_s": round(now - worker.read_at_s, 4) if worker.snapshot is not None else None,
+        "queued_prefill_s": round(worker.queued_prefill_s(now), 6),
+        "queued_prefill_tokens": worker.queued_prefill_tokens(now),
+        "sequences": worker.num_sequences(now),
+        "kv_tokens": worker.kv_tokens(now),
+        "kv_capacity_tokens": worker.kv_capacity_tokens,
+        "booked_prefills": worker.booked.num_prefills,
+        "booked_sequences": worker.booked.num_sequences,
+        "hit_rate": round(worker.hit_rate, 4),
+        "cost": {name: float(f"{seconds:.3g}") for name, seconds in asdict(fitted).items()},
+        "cost_samples": worker.model.num_samples,
+        "cost_relative_error": round(worker.model.relative_error, 4),
+    }
+
+
+def _assignment(assignment: Assignment) -> dict[str, object]:
+    return {
+        "request_id": assignment.request_id,
+        "attempt": assignment.attempt,
+        "prefill_worker": assignment.prefill_worker,
+        "decode_worker": assignment.decode_worker,
+        "cached_tokens": assignment.cached_tokens,
+        "policy": assignment.policy,
+        "reason": assignment.reason,
+        "waited_s": round(assignment.waited_s, 6),
+        "prefill_scores": [_score(s) for s in assignment.prefill_scores],
+        "decode_scores": [_score(s) for s in assignment.decode_scores],
+    }
+
+
+def _score(score: CandidateScore) -> dict[str, object]:
+    return {
+        "worker_id": score.worker_id,
+        "seconds": score.seconds,
+        "cached_tokens": score.cached_tokens,
+        "signal_age_s": round(score.signal_age_s, 4),
+        "terms": dict(zip(score.term_names, score.term_seconds, strict=True)),
+    }
