@@ -1,0 +1,165 @@
+"""The target's side of hand-offs in a worker: accept an offer, reserve, pull, verify, acknowledge; or give it up and compute here.
+
+Target blocks are quarantined while a copy may write them: whatever becomes of the attempt, they are given back only at PullDone.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from engine.core.attempts import LiveAttempt
+from engine.core.config import WorkerCoreConfig
+from engine.core.events import AckSource, CancelPull, Command, DropSource, RenewSource, StartPull, Tell
+from engine.core.scheduler import Scheduler
+from engine.core.sequence import Sequence
+from kvtransfer.handoff import Refusal, TargetHandoff, refuse
+from protocol.kv import KVHandoff, KVLayout, Outcome, TransferError
+from protocol.messages import HandoffDone, TransferFailed
+from protocol.request import Attempt
+
+
+class Intake:
+    """Offers to this worker. Bounded by the inbox and by max_num_seqs."""
+
+    def __init__(
+        self,
+        config: WorkerCoreConfig,
+        scheduler: Scheduler,
+        counters: dict[str, int],
+        *,
+        layout: KVLayout,
+        fingerprint: bytes,
+    ) -> None:
+        self._config = config
+        self._scheduler = scheduler
+        self._counters = counters
+        self._layout = layout
+        self._fingerprint = fingerprint
+        self._open: dict[str, LiveAttempt] = {}  # by handoff id: waiting for room, or pulling
+        self._quarantine: dict[str, array[int]] = {}  # blocks of attempts that ended while their copy ran
+
+    def __len__(self) -> int:
+        return len(self._open) + len(self._quarantine)
+
+    def accept(self, live: LiveAttempt, handoff: KVHandoff, attempt: Attempt, now: float) -> list[Command]:
+        """Look at an offer before the attempt goes to the inbox. Refused: the source is told, and the prompt is computed here."""
+        target = TargetHandoff(
+            handoff=handoff,
+            give_up_s=now + self._config.max_handoff_wait_s,
+            renew_interval_s=handoff.lease.duration_s / 6,
+            next_renewal_s=now + handoff.lease.duration_s / 6,
+        )
+        refusal = None
+        for choice in live.sequences:
+            token_ids = attempt.tokens(choice)
+            refusal = refusal or refuse(handoff, fingerprint=self._fingerprint, layout=self._layout, token_ids=token_ids)
+        if handoff.handoff_id in self._open or handoff.handoff_id in self._quarantine:
+            refusal = Refusal(error=TransferError.REFUSED, detail="this offer is being taken already")
+        if refusal is not None:
+            target.fail(refusal)
+            return self._told_of_failure(live, target)
+        live.handoff = target
+        self._open[handoff.handoff_id] = live
+        return []
+
+    def start(self) -> list[Command]:
+        """Pull what has room now; offers whose tokens all lie in the local cache need no copy."""
+        commands: list[Command] = []
+        if not any(live.handoff is not None and not live.handoff.is_pulling for live in self._open.values()):
+            return commands
+        for sequence in self._scheduler.reserve():
+            live = sequence.attempt
+            assert live.handoff is not None
+            target = live.handoff
+            target.reserve()
+            target.pull()
+            first = sequence.num_computed_tokens // self._layout.block_size_tokens  # blocks before are here already
+            if first < len(sequence.block_table):
+                commands.append(
+                    StartPull(
+                        handoff=target.handoff,
+                        source_indices=array("I", range(first, len(sequence.block_table))),
+                        target_block_ids=sequence.block_table[first:],
+                        deadline_s=self._config.pull_deadline_s,
+                    )
+                )
+            else:
+                nothing = Outcome(num_blocks=0, size_bytes=0, duration_s=0.0, path="cached")
+                commands += self.finish(target.handoff_id, nothing)
+        return commands
+
+    def finish(self, handoff_id: str, outcome: Outcome) -> list[Command]:
+        """A copy has stopped, well or not."""
+        if handoff_id in self._quarantine:
+            self._scheduler.residence.give_back(self._quarantine.pop(handoff_id), -1)
+            return []
+        live = self._open.get(handoff_id)
+        if live is None or live.handoff is None or not live.handoff.is_pulling:
+            self._counters["late_messages"] += 1
+            return []
+        target = live.handoff
+        target.finish_pull(outcome)
+        if target.refusal is not None:
+            self._end(live)
+            self._scheduler.back_to_waiting(_leader(live))
+            return self._told_of_failure(live, target)
+        self._end(live)
+        self._counters["handoffs_taken"] += 1
+        self._counters["handoff_bytes_in"] += outcome.size_bytes
+        target.release()
+        self._scheduler.begin_decoding(_leader(live), target.handoff.num_valid_tokens)
+        done = HandoffDone(
+            request_id=live.key.request_id,
+            attempt=live.key.attempt,
+            size_bytes=outcome.size_bytes,
+            duration_s=outcome.duration_s,
+            path=outcome.path,
+        )
+        return [AckSource(handoff=target.handoff), Tell(gateway=live.gateway, message=done)]
+
+    def cancel(self, live: LiveAttempt) -> list[Command]:
+        """The attempt ends before its KV is here. Call it before its sequences are finished."""
+        target = live.handoff
+        if target is None:
+            return []
+        commands: list[Command] = []
+        if target.is_pulling:
+            self._quarantine[target.handoff_id] = _leader(live).give_up_blocks()
+            commands.append(CancelPull(handoff_id=target.handoff_id))
+        target.fail(Refusal(error=TransferError.CANCELLED, detail="the attempt was cancelled"))
+        self._end(live)
+        commands.append(DropSource(handoff=target.handoff, reason=TransferError.CANCELLED.value))
+        return commands
+
+    def tick(self, now: float) -> list[Command]:
+        """Renew leases; give up what waited too long for room."""
+        commands: list[Command] = []
+        for live in list(self._open.values()):
+            target = live.handoff
+            assert target is not None
+            if not target.is_pulling and now >= target.give_up_s:
+                detail = f"no room here within {self._config.max_handoff_wait_s:g} s"
+                target.fail(Refusal(error=TransferError.NO_BLOCKS, detail=detail))
+                self._end(live)
+                commands += self._told_of_failure(live, target)
+            elif target.take_renewal(now):
+                commands.append(RenewSource(handoff=target.handoff))
+        return commands
+
+    def _end(self, live: LiveAttempt) -> None:
+        assert live.handoff is not None
+        del self._open[live.handoff.handoff_id]
+        live.handoff = None
+
+    def _told_of_failure(self, live: LiveAttempt, target: TargetHandoff) -> list[Command]:
+        refusal = target.refusal
+        assert refusal is not None
+        self._counters["transfer_failures"] += 1
+        self._counters["recomputes"] += 1
+        failed = TransferFailed(request_id=live.key.request_id, attempt=live.key.attempt, error=refusal.error.value, detail=refusal.detail)
+        return [DropSource(handoff=target.handoff, reason=refusal.error.value), Tell(gateway=live.gateway, message=failed)]
+
+
+def _leader(live: LiveAttempt) -> Sequence:
+    assert live.leader is not None
+    return live.leader

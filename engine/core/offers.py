@@ -1,0 +1,130 @@
+"""The source's side of hand-offs in a worker: blocks kept for their targets until acknowledged, dropped, cancelled or expired."""
+
+from __future__ import annotations
+
+from array import array
+
+from engine.core.attempts import LiveAttempt
+from engine.core.block_pool import BlockPool
+from kvtransfer.handoff import SourceHandoff
+from protocol.kv import DigestMode, Endpoint, HandoffKind, HandoffShard, KVHandoff, KVLayout, Lease
+from protocol.request import AttemptKey
+
+HANDOFF_ID_HEX_DIGITS = 32
+
+
+class Offers:
+    """Open offers of one worker. Bounded by the pool: each holds blocks."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        counters: dict[str, int],
+        *,
+        worker_id: str,
+        epoch: int,
+        layout: KVLayout,
+        fingerprint: bytes,
+        lease_s: float,
+        digest_mode: DigestMode,
+    ) -> None:
+        self._pool = pool
+        self._counters = counters
+        self._worker_id = worker_id
+        self._epoch = epoch
+        self._layout = layout
+        self._fingerprint = fingerprint
+        self._lease_s = lease_s
+        self._digest_mode = digest_mode
+        self._open: dict[str, tuple[SourceHandoff, AttemptKey, str]] = {}  # by handoff id: (offer, attempt, gateway)
+        self._num_made = 0
+        self.offered_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def make(self, live: LiveAttempt, token_ids: array[int], now: float) -> KVHandoff:
+        """Lease the leader's blocks; the driver fills in endpoint, region and digests."""
+        assert live.leader is not None and live.first_tokens
+        block_ids = live.leader.block_table[: -(-len(token_ids) // self._layout.block_size_tokens)]
+        self._pool.lease(block_ids)
+        self._num_made += 1
+        handoff_id = f"{self._epoch & (1 << 64) - 1:016x}{self._num_made:016x}"
+        size_bytes = len(block_ids) * self._layout.block_bytes
+        offer = SourceHandoff(
+            handoff_id=handoff_id, block_ids=block_ids, size_bytes=size_bytes, lease_s=self._lease_s, expires_s=now + self._lease_s
+        )
+        self._open[handoff_id] = (offer, live.key, live.gateway)
+        self.offered_bytes += size_bytes
+        self._counters["handoffs_offered"] += 1
+        shard = HandoffShard(
+            worker_id=self._worker_id,
+            rank=0,
+            epoch=self._epoch,
+            endpoint=Endpoint(),
+            region_id=0,
+            layout=self._layout,
+            block_ids=block_ids[:],
+            generations=array("Q", [self._pool.generation(b) for b in block_ids]),
+            digest_mode=self._digest_mode,
+            digests=b"",
+        )
+        return KVHandoff(
+            handoff_id=handoff_id,
+            kind=HandoffKind.PREFILL,
+            request_id=live.key.request_id,
+            attempt=live.key.attempt,
+            fingerprint=self._fingerprint,
+            token_ids=token_ids,
+            layer_watermark=self._layout.num_layers,
+            first_tokens=tuple(live.first_tokens),
+            lease=Lease(duration_s=self._lease_s),
+            shards=(shard,),
+        )
+
+    def renew(self, handoff_id: str, now: float) -> None:
+        if (offer := self._find(handoff_id)) is not None:
+            offer.renew(now)
+
+    def acknowledge(self, handoff_id: str) -> None:
+        if (offer := self._find(handoff_id)) is not None:
+            offer.acknowledge()
+            self._counters["handoff_bytes_out"] += offer.size_bytes
+            self._close(offer)
+
+    def drop(self, handoff_id: str) -> None:
+        if (offer := self._find(handoff_id)) is not None:
+            offer.drop()
+            self._close(offer)
+
+    def cancel(self, key: AttemptKey) -> None:
+        """The attempt is not wanted any more; a target still reading sees the generations rise."""
+        for offer, owner, _ in list(self._open.values()):
+            if owner == key:
+                offer.drop()
+                self._close(offer)
+
+    def cancel_of(self, gateway: str) -> None:
+        for offer, _, owner in list(self._open.values()):
+            if owner == gateway:
+                offer.drop()
+                self._close(offer)
+
+    def expire(self, now: float) -> None:
+        for offer, _, _ in list(self._open.values()):
+            if offer.expire_if_due(now):
+                self._counters["leases_expired"] += 1
+                self._close(offer)
+
+    def _find(self, handoff_id: str) -> SourceHandoff | None:
+        """The open offer of that id. A message about any other is late or a repetition: counted, no more."""
+        if handoff_id not in self._open:
+            self._counters["late_messages"] += 1
+            return None
+        return self._open[handoff_id][0]
+
+    def _close(self, offer: SourceHandoff) -> None:
+        assert not offer.is_open
+        del self._open[offer.handoff_id]
+        self.offered_bytes -= offer.size_bytes
+        self._pool.end_lease(offer.block_ids)

@@ -1,0 +1,145 @@
+"""The agreement over KV blocks, seen from both sides: pure state machines over protocol.lifecycle.HANDOFF_MOVES.
+
+    source   OFFERED ──(target renews: RESERVED)──(target acknowledges)──► RELEASED       or FAILED (dropped), EXPIRED (lease ran out)
+    target   OFFERED ─► RESERVED ─► PULLING ─► VERIFIED ─► ACKED ─► RELEASED              or FAILED(reason)
+
+Both sides keep time with their own clock: a lease is a duration. The source keeps the blocks until acknowledged, dropped or expired,
+whichever is first, and raises their generations before it reuses them; so a target that comes too late is told by its copy.
+Whoever owns blocks and sockets acts on these moves (engine/core/offers.py, engine/core/intake.py).
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+from protocol.kv import KVHandoff, KVLayout, Outcome, TransferError
+from protocol.lifecycle import HandoffState, advance, is_final
+
+_WAY = (
+    HandoffState.OFFERED,
+    HandoffState.RESERVED,
+    HandoffState.PULLING,
+    HandoffState.VERIFIED,
+    HandoffState.ACKED,
+    HandoffState.RELEASED,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a target will not, or could not, take an offer."""
+
+    error: TransferError
+    detail: str
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class SourceHandoff:
+    """An offer of ours. The source sees only the target's messages, so one of them may stand for several moves."""
+
+    handoff_id: str
+    block_ids: array[int]
+    size_bytes: int
+    lease_s: float
+    expires_s: float  # on our clock
+    state: HandoffState = HandoffState.OFFERED
+
+    @property
+    def is_open(self) -> bool:
+        return not is_final(self.state)
+
+    def renew(self, now: float) -> None:
+        """The target still wants it."""
+        if self.state is HandoffState.OFFERED:
+            self.state = advance(self.state, HandoffState.RESERVED)
+        self.expires_s = now + self.lease_s
+
+    def acknowledge(self) -> None:
+        """The target has verified its copy: every move up to RELEASED."""
+        for to in _WAY[_WAY.index(self.state) + 1 :]:
+            self.state = advance(self.state, to)
+
+    def drop(self) -> None:
+        """The target, or whoever asked for it, does not want it any more."""
+        self.state = advance(self.state, HandoffState.FAILED)
+
+    def expire_if_due(self, now: float) -> bool:
+        """True when the lease has run out just now."""
+        if now < self.expires_s:
+            return False
+        self.state = advance(self.state, HandoffState.EXPIRED)
+        return True
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class TargetHandoff:
+    """An offer to us, from its arrival until the source is told of its end."""
+
+    handoff: KVHandoff
+    give_up_s: float  # when it has waited too long for room, on our clock; a pull has its own deadline
+    renew_interval_s: float
+    next_renewal_s: float
+    state: HandoffState = HandoffState.OFFERED
+    refusal: Refusal | None = None  # set by `fail`
+
+    @property
+    def handoff_id(self) -> str:
+        return self.handoff.handoff_id
+
+    @property
+    def is_pulling(self) -> bool:
+        return self.state is HandoffState.PULLING
+
+    def reserve(self) -> None:
+        """Blocks are set aside for it."""
+        self.state = advance(self.state, HandoffState.RESERVED)
+
+    def pull(self) -> None:
+        self.state = advance(self.state, HandoffState.PULLING)
+
+    def finish_pull(self, outcome: Outcome) -> None:
+        """The copy has stopped: VERIFIED, or FAILED with the outcome's error."""
+        if outcome.error is not None:
+            self.fail(Refusal(error=outcome.error, detail=outcome.detail))
+        else:
+            self.state = advance(self.state, HandoffState.VERIFIED)
+
+    def release(self) -> None:
+        """The source was told."""
+        self.state = advance(advance(self.state, HandoffState.ACKED), HandoffState.RELEASED)
+
+    def fail(self, refusal: Refusal) -> None:
+        self.state = advance(self.state, HandoffState.FAILED)
+        self.refusal = refusal
+
+    def take_renewal(self, now: float) -> bool:
+        """True when the source is to hear from us now; the next one is due an interval later."""
+        if now < self.next_renewal_s:
+            return False
+        self.next_renewal_s = now + self.renew_interval_s
+        return True
+
+
+def refuse(handoff: KVHandoff, *, fingerprint: bytes, layout: KVLayout, token_ids: array[int]) -> Refusal | None:
+    """Why `handoff` must not be read into a pool of `layout` for a sequence of `token_ids`; None when it may.
+
+    The fingerprint comes first: of another model's KV not even the shape means anything.
+    """
+    if handoff.fingerprint != fingerprint:
+        detail = f"offered by a model with fingerprint {handoff.fingerprint.hex()}, this worker's is {fingerprint.hex()}"
+        return Refusal(error=TransferError.REFUSED, detail=detail)
+    if len(handoff.shards) != 1 or handoff.shards[0].layout != layout:
+        return Refusal(error=TransferError.REFUSED, detail="layouts of source and target differ")
+    if handoff.token_ids != token_ids:
+        detail = f"KV of {len(handoff.token_ids)} tokens is offered for a sequence of {len(token_ids)}, or the tokens differ"
+        return Refusal(error=TransferError.REFUSED, detail=detail)
+    if handoff.layer_watermark != layout.num_layers:
+        detail = f"{handoff.layer_watermark} of {layout.num_layers} layers are ready"
+        return Refusal(error=TransferError.TRUNCATED, detail=detail)
+    shard = handoff.shards[0]
+    num_blocks = -(-len(token_ids) // layout.block_size_tokens)
+    if len(shard.block_ids) != num_blocks or len(shard.generations) != num_blocks:
+        detail = f"{len(shard.block_ids)} blocks with {len(shard.generations)} generations are offered, the tokens need {num_blocks}"
+        return Refusal(error=TransferError.TRUNCATED, detail=detail)
+    return None
