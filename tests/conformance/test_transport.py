@@ -130,7 +130,7 @@ class Source:
             self.transport.close()
             self.pool.close()
             return
-        self.process.kill()
+        self.process.kill()  # also ends a stopped process
         self.process.wait(10)
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
@@ -198,27 +198,37 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 class Pair:
+    """A source and a target; `close` also ends whatever other sources a test began."""
+
     def __init__(self, backend: str, run_dir: str) -> None:
         self.backend = backend
         self.run_dir = run_dir
         self.exchange = LocalExchange()
-        self.source = Source(backend, run_dir, self.exchange)
+        self.sources: list[Source] = []
+        self.source = self.another_source("prefill-0", 1)
         self.target = Target(backend, run_dir, self.exchange)
+
+    def another_source(self, worker_id: str, epoch: int, port: int = 0) -> Source:
+        self.sources.append(Source(self.backend, self.run_dir, self.exchange, worker_id=worker_id, epoch=epoch, port=port))
+        return self.sources[-1]
 
     def restart_source(self) -> None:
         """The same address, another incarnation."""
-        port = self.source.endpoint.port
         self.source.stop()
         Path(self.run_dir, "prefill-0.kv").unlink(missing_ok=True)
-        self.source = Source(self.backend, self.run_dir, self.exchange, epoch=self.source.epoch + 1, port=port)
+        self.source = self.another_source("prefill-0", self.source.epoch + 1, self.source.endpoint.port)
+
+    def close(self) -> None:
+        self.target.close()
+        for source in self.sources:
+            source.stop()
 
 
 @pytest.fixture
 def pair(backend: str, run_dir: str) -> Iterator[Pair]:
     made = Pair(backend, run_dir)
     yield made
-    made.target.close()
-    made.source.stop()
+    made.close()
 
 
 remote_only = pytest.mark.parametrize("backend", ["shm", "tcp"], indirect=True)
@@ -324,13 +334,12 @@ def test_a_hung_source_costs_the_deadline_and_no_more(pair: Pair) -> None:
 
 @remote_only
 def test_a_hung_source_does_not_hold_up_another(pair: Pair) -> None:
-    other = Source(pair.backend, pair.run_dir, pair.exchange, worker_id="prefill-1", epoch=3)
+    other = pair.another_source("prefill-1", 3)
     pair.source.signal(signal.SIGSTOP)
     stuck = pair.target.start(pair.source.shard([1]), [0], deadline_s=20)
     assert pair.target.pull(other.shard([2]), [1], deadline_s=5).error is None
     pair.source.signal(signal.SIGCONT)
     assert pair.target.outcome(stuck).error is None
-    other.stop()
 
 
 @remote_only
@@ -396,16 +405,14 @@ def test_close_leaves_nothing_and_ends_what_was_under_way(backend: str, run_dir:
     assert pair.target.pull(pair.source.shard([1, 2]), [0, 1]).error is None
     if pair.source.process is not None:
         pair.source.signal(signal.SIGSTOP)
-        other = Source(backend, run_dir, pair.exchange, worker_id="prefill-1", epoch=3)
+        other = pair.another_source("prefill-1", 3)
         other.signal(signal.SIGSTOP)
         ticket = pair.target.start(other.shard([1]), [0])
         start = time.monotonic()
         pair.target.transport.close()
         assert time.monotonic() - start < 1.0
         assert [(t, o.error) for t, o in pair.target.transport.poll()] == [(ticket, TransferError.CANCELLED)]
-        other.stop()
-    pair.target.close()
-    pair.source.stop()
+    pair.close()
     if pair.source.process is not None:
         Path(run_dir, "prefill-0.kv").unlink(missing_ok=True)  # kill -9 leaves the name of its socket in the run directory
         Path(run_dir, "prefill-1.kv").unlink(missing_ok=True)
