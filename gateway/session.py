@@ -344,12 +344,12 @@ class Session:
 
     def _on_stop(self, stop: ChoiceStopped, now: float) -> None:
         self._cut(stop)
-        self.finish_reasons[stop.choice] = FinishReason.STOP
         self._cancel_at_end = True
         self._finish_if_complete(now)
 
     def _cut(self, stop: ChoiceStopped) -> None:
         del self.delivered[stop.choice][stop.num_tokens :]
+        self.finish_reasons[stop.choice] = FinishReason.STOP
 
     # --- ends ---
 

@@ -38,13 +38,23 @@ class ChoiceText:
     """One choice's decoder and stop search.
 
     hide_last: ids that end a choice without being shown (EOS and stop tokens), when the worker says STOP with them.
+    min_tokens: stop strings are looked for after this many tokens only.
     """
 
-    def __init__(self, detokenizer: Detokenizer, *, stop: tuple[str, ...], hide_last: frozenset[int], include_stop: bool = False) -> None:
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        *,
+        stop: tuple[str, ...],
+        hide_last: frozenset[int],
+        min_tokens: int = 0,
+        include_stop: bool = False,
+    ) -> None:
         assert all(stop), "an empty stop string would stop everything"
         self._detokenizer = detokenizer
         self._stop = stop
         self._hide_last = hide_last
+        self._unsearched_tokens = min_tokens
         self._include_stop = include_stop
         self._held = ""
 
@@ -58,13 +68,15 @@ class ChoiceText:
             if finish_reason is not None:
                 text += self._detokenizer.finish()
             return TextDelta(text=text, token_ids=token_ids, logprobs=logprobs, finish_reason=finish_reason, stopped=False)
-        text = self._held
-        for count, token in enumerate(shown, start=1):
+        free = min(self._unsearched_tokens, len(shown))
+        self._unsearched_tokens -= free
+        given, text = self._detokenizer.push(shown[:free]), self._held
+        for count, token in enumerate(shown[free:], start=free + 1):
             text += self._detokenizer.push((token,))
             end = self._find_stop(text)
             if end is not None:
                 return TextDelta(
-                    text=text[:end],
+                    text=given + text[:end],
                     token_ids=token_ids[:count],
                     logprobs=logprobs[:count],
                     finish_reason=FinishReason.STOP,
@@ -76,7 +88,7 @@ class ChoiceText:
         else:
             keep = longest_beginning(text, self._stop)
             text, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        return TextDelta(text=text, token_ids=token_ids, logprobs=logprobs, finish_reason=finish_reason, stopped=False)
+        return TextDelta(text=given + text, token_ids=token_ids, logprobs=logprobs, finish_reason=finish_reason, stopped=False)
 
     def _find_stop(self, text: str) -> int | None:
         """Where to cut: at the stop string that begins first."""
