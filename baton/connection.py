@@ -53,12 +53,12 @@ class Server:
 
     @contextmanager
     def _answer(self, method: str, path: str, body: Mapping[str, object] | None) -> Iterator[http.client.HTTPResponse]:
-        parts = urlsplit(self.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         headers = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         try:
+            parts = urlsplit(self.url)
+            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
             connection = kind(parts.hostname or "", parts.port, timeout=self.timeout_s)
         except (ValueError, http.client.InvalidURL):
             raise ConfigError(f"--url {self.url} is not an address such as http://127.0.0.1:8000") from None
@@ -70,10 +70,16 @@ class Server:
                 raise ServerRefused(_error_text(response.status, response.read(BODY_BYTES_MAX)))
             yield response
         except (OSError, http.client.HTTPException) as error:
-            reason = f"no answer within {self.timeout_s:g} s" if isinstance(error, TimeoutError) else (str(error) or type(error).__name__)
-            raise ServerUnavailable(f"no server at {self.url} ({reason}); start one with `baton serve`, or name it with --url") from None
+            raise ServerUnavailable(
+                f"no server at {self.url} ({self._reason(error)}); start one with `baton serve`, or name it with --url"
+            ) from None
         finally:
             connection.close()
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, TimeoutError):
+            return f"no answer within {self.timeout_s:g} s"
+        return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
 def find_server(url: str | None, api_key: str | None, environ: Mapping[str, str], *, timeout_s: float) -> tuple[Server, list[str]]:

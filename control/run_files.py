@@ -1,7 +1,8 @@
 """One small file for each running server, so that `baton status` and `baton chat` find it without being told where it is.
 
-They lie in $XDG_RUNTIME_DIR/baton, or /tmp/baton-<uid>, as <pid>.json; directory 0700, files 0600. The server writes its file
-when it is ready and removes it at its end; one that a killed server left behind is ignored, and swept at the next start.
+They lie in $XDG_RUNTIME_DIR/baton, or /tmp/baton-<uid> where there is none, as <pid>.json; directory 0700, files 0600. The
+server writes its file when it is ready and removes it at its end; one that a killed server left behind is ignored, and swept at
+the next start.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def runtime_dir(environ: Mapping[str, str]) -> Path:
         ConfigError: somebody else owns it or may write to it.
     """
     base = environ.get("XDG_RUNTIME_DIR")
-    path = Path(base) / "baton" if base else Path(f"/tmp/baton-{os.getuid()}")  # noqa: S108 - owner and mode are checked below
+    path = Path(base) / "baton" if base and Path(base).is_dir() else Path(f"/tmp/baton-{os.getuid()}")  # noqa: S108 - owner and mode are checked below
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
