@@ -161,7 +161,7 @@ class Connection(asyncio.Protocol):
             fingerprint=self.identity.fingerprint,
         )
         self._my_hello = pack(to_wire(hello))
-        transport.write(_LENGTH.pack(len(self._my_hello)) + self._my_hello)
+        self._transport.write(_LENGTH.pack(len(self._my_hello)) + self._my_hello)
 
     def data_received(self, data: bytes) -> None:
         received = self._received
