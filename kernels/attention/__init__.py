@@ -23,7 +23,7 @@ from kernels.numerics import Numerics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
-    """Index tensors of one step for one window; exactly one of the two is not empty unless the step has no tokens."""
+    """Index tensors of one step for one window. Fast numerics attend single tokens in slabs and longer spans by themselves."""
 
     slabs: tuple[Slab, ...] = ()
     spans: tuple[SpanIndex, ...] = ()
@@ -35,7 +35,12 @@ def plan_attention(
     """`window`: tokens a query sees, itself included; None: all before it."""
     if numerics == "reference":
         return AttentionPlan(slabs=plan_slabs(spans, block_size=block_size, window=window, device=device))
-    return AttentionPlan(spans=plan_spans(spans, block_size=block_size, window=window, device=device))
+    single = [span for span in spans if span.num_tokens == 1]
+    longer = [span for span in spans if span.num_tokens > 1]
+    return AttentionPlan(
+        slabs=plan_slabs(single, block_size=block_size, window=window, device=device, query_tile=1),
+        spans=plan_spans(longer, block_size=block_size, window=window, device=device),
+    )
 
 
 def paged_attention(q: torch.Tensor, kv: torch.Tensor, plan: AttentionPlan, *, scale: float) -> torch.Tensor:

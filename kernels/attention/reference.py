@@ -23,9 +23,9 @@ import torch
 
 from kernels.attention.span import AttentionSpan
 
-QUERY_TILE = 16
+QUERY_TILE = 4  # of 2 to 16 the best for decode (a step computes whole tiles) that costs prefill nothing, demo model, 1 thread
 KEY_TILE = 32
-MAX_PAIRS = 1024  # of one slab: bounds the scores held at once to MAX_PAIRS x num_heads x QUERY_TILE x KEY_TILE floats
+MAX_PAIRS = 1024  # of one slab: bounds the scores held at once to MAX_PAIRS x num_heads x query tile x KEY_TILE floats
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -41,26 +41,28 @@ class Slab:
     run_parts: torch.Tensor  # [like run_blocks] which run of that block
     run_tokens: int
     pair_queries: torch.Tensor  # [P] ascending
-    pair_keys: torch.Tensor  # [P] ascending within a query tile
-    hidden: torch.Tensor  # [P, 1, QUERY_TILE, 1, KEY_TILE] bool: this row does not see this key
+    pair_keys: torch.Tensor | None  # [P] ascending within a query tile; None: pair i has key tile i, as in decode
+    hidden: torch.Tensor  # [P, 1, query_tile, 1, KEY_TILE] bool: this row does not see this key
     tail_keys: torch.Tensor  # [T] key tiles that reach beyond their sequence
     tail_unused: torch.Tensor  # [T, 1, KEY_TILE, 1] bool: this slot does
 
 
-def plan_slabs(spans: Sequence[AttentionSpan], *, block_size: int, window: int | None, device: torch.device) -> tuple[Slab, ...]:
+def plan_slabs(
+    spans: Sequence[AttentionSpan], *, block_size: int, window: int | None, device: torch.device, query_tile: int = QUERY_TILE
+) -> tuple[Slab, ...]:
     """Cut `spans` into tiles, and the tiles into slabs of at most MAX_PAIRS pairs (or one query tile)."""
     assert block_size % 16 == 0, "blocks hold a multiple of 16 tokens"
     slabs: list[Slab] = []
-    draft = _Draft(block_size=block_size)
+    draft = _Draft(block_size=block_size, query_tile=query_tile)
     for span in spans:
         part_start = span.start
         while part_start < span.context_len:
-            part_end = min(span.context_len, (part_start // QUERY_TILE + 1) * QUERY_TILE)
+            part_end = min(span.context_len, (part_start // query_tile + 1) * query_tile)
             first_key = 0 if window is None else max(0, part_start - window + 1) // KEY_TILE
             last_key = (part_end - 1) // KEY_TILE
             if draft.num_pairs and draft.num_pairs + last_key + 1 - first_key > MAX_PAIRS:
                 slabs.append(draft.finish(window, device))
-                draft = _Draft(block_size=block_size)
+                draft = _Draft(block_size=block_size, query_tile=query_tile)
             draft.add(span, part_start, part_end, first_key, last_key)
             part_start = part_end
     if draft.num_pairs:
@@ -73,6 +75,7 @@ class _Draft:
     """A slab being filled."""
 
     block_size: int
+    query_tile: int
     rows: list[np.ndarray] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)
     tile_sizes: list[int] = field(default_factory=list)
@@ -120,8 +123,8 @@ class _Draft:
         num_tiles = len(self.tile_sizes)
         positions = np.concatenate(self.positions)
         tiles = np.repeat(np.arange(num_tiles), self.tile_sizes)
-        places = positions % QUERY_TILE
-        position_of = np.full((num_tiles, QUERY_TILE), -1)  # -1: a row nobody asked for, which sees nothing
+        places = positions % self.query_tile
+        position_of = np.full((num_tiles, self.query_tile), -1)  # -1: a row nobody asked for, which sees nothing
         position_of[tiles, places] = positions
         pair_queries = np.concatenate(self.pair_queries)
         queries = position_of[pair_queries][:, :, None]
@@ -131,6 +134,8 @@ class _Draft:
             hidden |= keys <= queries - window
         tail_sizes = np.array(list(self.tails.values()), dtype=np.int64)
         unused = np.arange(KEY_TILE) >= tail_sizes[:, None]
+        pair_keys = np.concatenate(self.pair_keys)
+        is_identity = len(pair_keys) == self.num_key_tiles and bool((pair_keys == np.arange(self.num_key_tiles)).all())
 
         def tensor(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(values).to(device)
@@ -144,7 +149,7 @@ class _Draft:
             run_parts=tensor(np.concatenate(self.run_parts)),
             run_tokens=gcd(KEY_TILE, self.block_size),
             pair_queries=tensor(pair_queries),
-            pair_keys=tensor(np.concatenate(self.pair_keys)),
+            pair_keys=None if is_identity else tensor(pair_keys),
             hidden=tensor(hidden[:, None, :, None, :]),
             tail_keys=tensor(np.array(list(self.tails), dtype=np.int64)),
             tail_unused=tensor(unused[:, None, :, None]),
@@ -152,37 +157,44 @@ class _Draft:
 
 
 def attend_slab(q: torch.Tensor, kv: torch.Tensor, slab: Slab, *, scale: float, out: torch.Tensor) -> None:
-    """Write the slab's rows of `out`; shapes as in the package's contract."""
+    """Write the slab's rows of `out`, computed in float32; shapes as in the package's contract."""
     num_kv_heads, head_dim = kv.shape[2], kv.shape[4]
     group = q.shape[1] // num_kv_heads  # query heads that share one KV head
-    num_tiles, num_pairs = slab.num_query_tiles, slab.pair_queries.shape[0]
+    num_tiles, num_pairs, query_tile = slab.num_query_tiles, slab.pair_queries.shape[0], slab.hidden.shape[2]
     pair_queries = slab.pair_queries
 
-    queries = q.new_zeros((num_tiles, num_kv_heads, QUERY_TILE, group, head_dim))
-    queries[slab.tiles, :, slab.places] = (q[slab.rows] * scale).view(-1, num_kv_heads, group, head_dim)
+    queries = torch.zeros((num_tiles, num_kv_heads, query_tile, group, head_dim), dtype=torch.float32, device=q.device)
+    queries[slab.tiles, :, slab.places] = (q.index_select(0, slab.rows).float() * scale).view(-1, num_kv_heads, group, head_dim)
     keys, values = _key_tiles(kv[:, 0], slab), _key_tiles(kv[:, 1], slab)
     values[slab.tail_keys] = values[slab.tail_keys].masked_fill(slab.tail_unused, 0.0)  # 0 x NaN would be NaN
 
-    pair_shape = (num_pairs * num_kv_heads, QUERY_TILE * group)
-    scores = torch.bmm(queries[pair_queries].view(*pair_shape, head_dim), keys[slab.pair_keys].view(-1, KEY_TILE, head_dim).transpose(1, 2))
-    scores = scores.view(num_pairs, num_kv_heads, QUERY_TILE, group, KEY_TILE).masked_fill_(slab.hidden, float("-inf"))
-    highest = q.new_full((num_tiles, num_kv_heads, QUERY_TILE, group), _LOWEST)
+    products = (num_pairs * num_kv_heads, query_tile * group)  # number of matrix products, rows of each
+    pair_query_rows = queries.index_select(0, pair_queries).view(*products, head_dim)
+    if slab.pair_keys is not None:
+        keys, values = keys.index_select(0, slab.pair_keys), values.index_select(0, slab.pair_keys)
+    scores = torch.bmm(pair_query_rows, keys.view(-1, KEY_TILE, head_dim).transpose(1, 2)).view(num_pairs, *queries.shape[1:4], KEY_TILE)
+    scores.masked_fill_(slab.hidden, float("-inf"))
+    highest = queries.new_full(queries.shape[:4], _LOWEST)
     of_pairs = scores.amax(-1)
     highest.scatter_reduce_(0, pair_queries.view(-1, 1, 1, 1).expand_as(of_pairs), of_pairs, "amax")
-    weights = scores.sub_(highest[pair_queries].unsqueeze(-1)).exp_()
+    weights = scores.sub_(highest.index_select(0, pair_queries).unsqueeze(-1)).exp_()
     totals = torch.zeros_like(highest).index_add_(0, pair_queries, weights.sum(-1))
-    products = torch.bmm(weights.view(*pair_shape, KEY_TILE), values[slab.pair_keys].view(-1, KEY_TILE, head_dim))
-    sums = torch.zeros_like(queries).index_add_(0, pair_queries, products.view(num_pairs, *queries.shape[1:]))
+    weighted = torch.bmm(weights.view(*products, KEY_TILE), values.view(-1, KEY_TILE, head_dim)).view(num_pairs, *queries.shape[1:])
+    sums = torch.zeros_like(queries).index_add_(0, pair_queries, weighted)
 
     totals = totals[slab.tiles, :, slab.places].unsqueeze(-1)
-    out[slab.rows] = (sums[slab.tiles, :, slab.places] / totals).view(-1, q.shape[1], head_dim)
+    out[slab.rows] = (sums[slab.tiles, :, slab.places] / totals).view(-1, q.shape[1], head_dim).to(out.dtype)
 
 
 def _key_tiles(blocks: torch.Tensor, slab: Slab) -> torch.Tensor:
-    """blocks [num_blocks, num_kv_heads, block_size, head_dim] -> copies [K, num_kv_heads, KEY_TILE, head_dim]."""
+    """blocks [num_blocks, num_kv_heads, block_size, head_dim] -> float32 copies [K, num_kv_heads, KEY_TILE, head_dim]."""
     num_blocks, num_kv_heads, block_size, head_dim = blocks.shape
     runs_per_block, runs_per_tile = block_size // slab.run_tokens, KEY_TILE // slab.run_tokens
-    runs = blocks.view(num_blocks, num_kv_heads, runs_per_block, slab.run_tokens, head_dim)[slab.run_blocks, :, slab.run_parts]
+    if runs_per_block == 1:
+        runs = blocks.index_select(0, slab.run_blocks)
+    else:
+        runs = blocks.view(num_blocks, num_kv_heads, runs_per_block, slab.run_tokens, head_dim)[slab.run_blocks, :, slab.run_parts]
+    runs = runs.float()
     if runs_per_tile == 1:
         return runs
     tiles = runs.view(-1, runs_per_tile, num_kv_heads, slab.run_tokens, head_dim)

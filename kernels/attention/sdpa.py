@@ -1,4 +1,4 @@
-"""The attention of fast numerics: gather a sequence's blocks, then torch's scaled_dot_product_attention."""
+"""Prefill attention of fast numerics: gather a sequence's blocks, then torch's scaled_dot_product_attention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SpanIndex:
     num_tokens: int
     num_keys: int
     blocks: torch.Tensor  # [num_blocks] int64
-    visible: torch.Tensor | None  # [num_tokens, num_keys] bool; None: every key
+    visible: torch.Tensor  # [num_tokens, num_keys] bool
 
 
 def plan_spans(spans: Sequence[AttentionSpan], *, block_size: int, window: int | None, device: torch.device) -> tuple[SpanIndex, ...]:
@@ -29,14 +29,11 @@ def plan_spans(spans: Sequence[AttentionSpan], *, block_size: int, window: int |
         first_block = 0 if window is None else max(0, span.start - window + 1) // block_size
         last_block = -(-span.context_len // block_size)  # rounds up
         first_key = first_block * block_size
-        visible = None
-        if span.num_tokens > 1 or (window is not None and first_key <= span.start - window):
-            queries = np.arange(span.start, span.context_len)[:, None]
-            keys = np.arange(first_key, span.context_len)
-            mask = keys <= queries
-            if window is not None:
-                mask &= keys > queries - window
-            visible = torch.from_numpy(mask).to(device)
+        queries = np.arange(span.start, span.context_len)[:, None]
+        keys = np.arange(first_key, span.context_len)
+        visible = keys <= queries
+        if window is not None:
+            visible &= keys > queries - window
         table = np.frombuffer(span.block_table, dtype=np.uint32)[first_block:last_block].astype(np.int64)
         indices.append(
             SpanIndex(
@@ -44,7 +41,7 @@ def plan_spans(spans: Sequence[AttentionSpan], *, block_size: int, window: int |
                 num_tokens=span.num_tokens,
                 num_keys=span.context_len - first_key,
                 blocks=torch.from_numpy(table).to(device),
-                visible=visible,
+                visible=torch.from_numpy(visible).to(device),
             )
         )
     return tuple(indices)
@@ -53,14 +50,9 @@ def plan_spans(spans: Sequence[AttentionSpan], *, block_size: int, window: int |
 def attend_span(q: torch.Tensor, kv: torch.Tensor, span: SpanIndex, *, scale: float, out: torch.Tensor) -> None:
     """Write the span's rows of `out`; shapes as in the package's contract."""
     num_kv_heads, head_dim = kv.shape[2], kv.shape[4]
-    group = q.shape[1] // num_kv_heads
-    gathered = kv[span.blocks].permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)[:, :, : span.num_keys]
+    gathered = kv.index_select(0, span.blocks).permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)[:, :, : span.num_keys]
     rows = slice(span.first_row, span.first_row + span.num_tokens)
     attention = torch.nn.functional.scaled_dot_product_attention
-    if span.num_tokens == 1:  # heads of one group become rows of one product, so that K and V are read once
-        queries = q[rows].view(num_kv_heads, group, head_dim)
-        out[rows] = attention(queries, gathered[0], gathered[1], attn_mask=span.visible, scale=scale).view(1, -1, head_dim)
-        return
     queries = q[rows].transpose(0, 1).unsqueeze(0)
-    result = attention(queries, gathered[0:1], gathered[1:2], attn_mask=span.visible, scale=scale, enable_gqa=group > 1)
+    result = attention(queries, gathered[0:1], gathered[1:2], attn_mask=span.visible, scale=scale, enable_gqa=num_kv_heads != q.shape[1])
     out[rows] = result.squeeze(0).transpose(0, 1)
