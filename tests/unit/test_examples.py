@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from control.config import load_config
+from examples import embed_router
 from protocol.messages import Place
 from router.policies import PlacementView, Pool, load
 
@@ -61,3 +62,12 @@ def cheapest(policy: Any, *, queues_s: dict[str, float]) -> str:
     )  # fmt: skip
     costs = policy.score(view, request, 0.0, Random(0))
     return min(costs, key=lambda name: costs[name].seconds)
+
+
+def test_embedded_router_sends_each_user_back_to_the_cached_prefix() -> None:
+    """Seen to fail with `round_robin` for the policy."""
+    made = embed_router.main()
+    turns = [made[user::2] for user in (0, 1)]
+    assert all(len({assignment.prefill_worker for assignment in turn}) == 1 for turn in turns)
+    assert turns[0][0].prefill_worker != turns[1][0].prefill_worker
+    assert [assignment.cached_tokens for assignment in turns[0]] == [0, 512, 1024]
