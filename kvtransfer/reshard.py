@@ -160,12 +160,20 @@ def _shared_rows(source: KVLayout, target: KVLayout) -> list[tuple[_Row, _Row]]:
         theirs = source_rows.get(layer)
         if theirs is None:
             continue
-        for name in ("kind", "head_dim", "dtype", "window_tokens"):
-            a, b = getattr(theirs.group, name), getattr(ours.group, name)
-            if a != b:
-                raise LayoutMismatch(f"layer {layer}: {name} is {a} at the source, {b} at the target")
+        _check_alike(layer, theirs.group, ours.group)
         shared.append((theirs, ours))
     return shared
+
+
+def _check_alike(layer: int, theirs: LayerGroup, ours: LayerGroup) -> None:
+    for name, a, b in (
+        ("kind", theirs.kind.value, ours.kind.value),
+        ("head_dim", theirs.head_dim, ours.head_dim),
+        ("dtype", theirs.dtype, ours.dtype),
+        ("window_tokens", theirs.window_tokens, ours.window_tokens),
+    ):
+        if a != b:
+            raise LayoutMismatch(f"layer {layer}: {name} is {a} at the source, {b} at the target")
 
 
 def _token_runs(rows: Sequence[tuple[_Row, _Row]], source_token: int, target_token: int, num_tokens: int) -> Iterable[Chunk]:
