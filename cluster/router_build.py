@@ -1,0 +1,36 @@
+"""From a config to a router, in the process that runs it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from router.config import RouterConfig
+from router.service import RouterService
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSpec:
+    """All a router process is told. Travels by Ray (private to the cluster), never over our own sockets."""
+
+    config: RouterConfig
+    directory_host: str
+    directory_port: int
+    secret: bytes
+    seed: int
+
+
+def build_router(spec: RouterSpec) -> RouterService:
+    """`await service.start()` opens its port and joins the cluster.
+
+    Raises:
+        ConfigError: the config names no policy that can be loaded.
+    """
+    return RouterService(
+        spec.config,
+        directory_host=spec.directory_host,
+        directory_port=spec.directory_port,
+        secret=spec.secret,
+        epoch=time.time_ns(),
+        seed=spec.seed,
+    )
