@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from engine.core.executor import BatchPlan
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
@@ -39,6 +41,20 @@ class StepShape:
             decodes=self.decodes + count,
             decode_reads=self.decode_reads + kv_tokens,
         )
+
+
+def plan_shape(plan: BatchPlan, steps_before: int = 0) -> StepShape:
+    """What the time of a plan's step grows with: entries of one token that is sampled count as decodes."""
+    sampled = {sample.entry_index for sample in plan.samples}
+    shape = StepShape()
+    decodes = kv_tokens = 0
+    for index, entry in enumerate(plan.entries):
+        if entry.num_tokens == 1 and index in sampled:
+            decodes += 1
+            kv_tokens += entry.start + steps_before + 1
+        else:
+            shape = shape.with_prefill(entry.start, entry.num_tokens)
+    return shape.with_decodes(decodes, kv_tokens)
 
 
 class StepTimeModel(Protocol):

@@ -1,0 +1,139 @@
+"""Moving blocks and messages between simulated workers, with a seed for everything that can go wrong on the way.
+
+A copy is a seqlock read, as on every real backend: generations are compared before it begins and after it ended, and what was
+read in between counts only when both held. Outcomes are values; the core decides what becomes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING
+
+from engine.core.events import Event, LeaseRenewed, PeerAcked, PeerDropped, StartPull
+from protocol.kv import KVHandoff, Outcome, TransferError
+from simulator.loop import VirtualLoop
+
+if TYPE_CHECKING:
+    from simulator.sim_worker import SimWorker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkFaults:
+    """Probabilities, and the longest delay. The defaults are a network without faults."""
+
+    lose_message: float = 0.0  # of a renewal, acknowledgement or drop between workers
+    repeat_message: float = 0.0
+    fail_pull: float = 0.0  # the peer is gone, or the digest does not match
+    hang_pull: float = 0.0  # nothing comes; the deadline ends it
+    delay_s_max: float = 0.0
+
+
+class SimTransport:
+    """All links between the workers of one simulation. `block_s`: seconds to copy a block."""
+
+    def __init__(
+        self, loop: VirtualLoop, rng: Random, *, faults: NetworkFaults, latency_s: float = 0.0005, block_s: float = 0.0002
+    ) -> None:
+        self.workers: dict[str, SimWorker] = {}
+        self.num_stale = 0  # copies that saw a block reused
+        self._loop = loop
+        self._rng = rng
+        self._faults = faults
+        self._latency_s = latency_s
+        self._block_s = block_s
+        self._cancels: dict[tuple[str, str], Callable[[], None]] = {}  # (target worker, handoff id) of each copy under way
+
+    def send(self, handoff: KVHandoff, event: PeerAcked | PeerDropped | LeaseRenewed) -> None:
+        """To the source of `handoff`: later, perhaps never, perhaps twice."""
+        if self._rng.random() < self._faults.lose_message:
+            return
+        for _ in range(2 if self._rng.random() < self._faults.repeat_message else 1):
+            self._loop.call_later(self._delay_s(), lambda: self._deliver(handoff, event))
+
+    def _deliver(self, handoff: KVHandoff, event: Event) -> None:
+        source = self._source(handoff)
+        if source is not None:
+            source.take(event)
+
+    def start_pull(self, target: SimWorker, command: StartPull, on_done: Callable[[Outcome], None]) -> None:
+        """Exactly one outcome follows, at the deadline at the latest; after it nothing writes the target blocks."""
+        handoff = command.handoff
+        key = (target.worker_id, handoff.handoff_id)
+        began_s = self._loop.now
+        num_blocks = len(command.source_indices)
+        is_open = True
+
+        def end(error: TransferError | None) -> None:
+            nonlocal is_open
+            if not is_open:
+                return
+            is_open = False
+            deadline.cancel()
+            del self._cancels[key]
+            moved = 0 if error is not None else num_blocks
+            on_done(
+                Outcome(
+                    num_blocks=moved,
+                    size_bytes=moved * handoff.shards[0].layout.block_bytes,
+                    duration_s=self._loop.now - began_s,
+                    path="sim",
+                    error=error,
+                )
+            )
+
+        def begin() -> None:
+            if not is_open:
+                return
+            if not self._is_fresh(command):
+                end(self._why_stale(command))
+            elif self._rng.random() >= self._faults.hang_pull:
+                copy_s = num_blocks * self._block_s + self._delay_s()
+                self._loop.call_later(copy_s * self._rng.random(), copy)
+                self._loop.call_later(copy_s, verify)
+
+        def copy() -> None:
+            source = self._source(handoff)
+            if is_open and source is not None:
+                for index, block_id in zip(command.source_indices, command.target_block_ids, strict=True):
+                    target.pool.write_block(block_id, source.pool.read_block(handoff.shards[0].block_ids[index]))
+
+        def verify() -> None:
+            if not self._is_fresh(command):
+                end(self._why_stale(command))
+            elif self._rng.random() < self._faults.fail_pull:
+                end(self._rng.choice((TransferError.PEER_LOST, TransferError.DIGEST_MISMATCH)))
+            else:
+                end(None)
+
+        deadline = self._loop.call_later(command.deadline_s, lambda: end(TransferError.DEADLINE))
+        self._cancels[key] = lambda: end(TransferError.CANCELLED)
+        self._loop.call_later(self._delay_s(), begin)
+
+    def cancel_pull(self, target: SimWorker, handoff_id: str) -> None:
+        """The outcome still comes, a moment later."""
+        cancel = self._cancels.get((target.worker_id, handoff_id))
+        if cancel is not None:
+            self._loop.call_later(self._delay_s(), cancel)
+
+    def _source(self, handoff: KVHandoff) -> SimWorker | None:
+        """The live worker that made the offer; None when it is gone, or came back as another."""
+        worker = self.workers.get(handoff.shards[0].worker_id)
+        return worker if worker is not None and worker.is_alive and worker.epoch == handoff.shards[0].epoch else None
+
+    def _is_fresh(self, command: StartPull) -> bool:
+        source = self._source(command.handoff)
+        if source is None:
+            return False
+        shard = command.handoff.shards[0]
+        return all(source.pool.generations[shard.block_ids[i]] == shard.generations[i] for i in command.source_indices)
+
+    def _why_stale(self, command: StartPull) -> TransferError:
+        if self._source(command.handoff) is None:
+            return TransferError.PEER_LOST
+        self.num_stale += 1
+        return TransferError.STALE_GENERATION
+
+    def _delay_s(self) -> float:
+        return self._latency_s + self._rng.random() * self._faults.delay_s_max

@@ -1,0 +1,114 @@
+"""The simulator's driver of one worker core: performs its commands on the virtual clock, as cluster/worker_host.py does live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.core.events import (
+    AckSource,
+    CancelPull,
+    Command,
+    DropSource,
+    Emit,
+    Event,
+    LeaseRenewed,
+    OfferKv,
+    PeerAcked,
+    PeerDropped,
+    PublishKvEvents,
+    PullDone,
+    RaiseGenerations,
+    RenewSource,
+    RunStep,
+    StartPull,
+    StepDone,
+    Tell,
+    Tick,
+)
+from engine.core.worker_core import WorkerCore
+from protocol.messages import AttemptFailed, HandoffDone, Offered, StepOutput, TransferFailed
+from protocol.worker import KvEvent
+from simulator.loop import VirtualLoop
+from simulator.sim_executor import SimExecutor, SimPool
+from simulator.sim_transport import SimTransport
+
+FromWorker = StepOutput | Offered | HandoffDone | TransferFailed | AttemptFailed
+
+
+class SimWorker:
+    """A worker core with its pool and executor. `to_gateway(gateway, message)` carries what it says."""
+
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        transport: SimTransport,
+        *,
+        worker_id: str,
+        epoch: int,
+        core: WorkerCore,
+        pool: SimPool,
+        executor: SimExecutor,
+        to_gateway: Callable[[str, FromWorker], None],
+        tick_s: float = 0.05,
+    ) -> None:
+        self.worker_id = worker_id
+        self.epoch = epoch
+        self.core = core
+        self.pool = pool
+        self.executor = executor
+        self.is_alive = True
+        self.kv_events: list[KvEvent] = []
+        self.after_turn: Callable[[Event, list[Command]], None] = lambda _event, _commands: None  # checkers look here
+        self._loop = loop
+        self._transport = transport
+        self._to_gateway = to_gateway
+        self._tick_s = tick_s
+        transport.workers[worker_id] = self
+        executor.start(lambda result: self.take(StepDone(result=result)))
+        self._tick()
+
+    def take(self, event: Event) -> None:
+        """One turn: an event in, its commands performed."""
+        if not self.is_alive:
+            return
+        commands = self.core.on(event, self._loop.now)
+        for command in commands:
+            self._perform(command)
+        self.after_turn(event, commands)
+
+    def kill(self) -> None:
+        """As by kill -9: nothing is said, nothing is finished."""
+        self.is_alive = False
+        self.executor.close()
+
+    def _tick(self) -> None:
+        if self.is_alive:
+            self.take(Tick())
+            self._loop.call_later(self._tick_s, self._tick)
+
+    def _perform(self, command: Command) -> None:
+        match command:
+            case RaiseGenerations():
+                self.pool.raise_generations(command.block_ids, command.generations)
+            case RunStep():
+                self.executor.submit(command.plan)
+            case Emit():
+                output = StepOutput(worker_id=self.worker_id, epoch=self.epoch, step=command.step_id, runs=command.runs)
+                self._to_gateway(command.gateway, output)
+            case Tell():
+                self._to_gateway(command.gateway, command.message)
+            case OfferKv():
+                self._to_gateway(command.gateway, Offered(handoff=command.handoff))
+            case StartPull():
+                handoff_id = command.handoff.handoff_id
+                self._transport.start_pull(self, command, lambda o: self.take(PullDone(handoff_id=handoff_id, outcome=o)))
+            case CancelPull():
+                self._transport.cancel_pull(self, command.handoff_id)
+            case AckSource():
+                self._transport.send(command.handoff, PeerAcked(handoff_id=command.handoff.handoff_id))
+            case DropSource():
+                self._transport.send(command.handoff, PeerDropped(handoff_id=command.handoff.handoff_id, reason=command.reason))
+            case RenewSource():
+                self._transport.send(command.handoff, LeaseRenewed(handoff_id=command.handoff.handoff_id))
+            case PublishKvEvents():
+                self.kv_events += command.events
