@@ -25,18 +25,18 @@ BLOCKS = 4096
 GATEWAY = "gateway-0"
 
 
-def main(policy: str = "prefix_cost") -> list[Assignment]:
-    """Two conversations of three turns each, on two prefill and two decode workers."""
+def main(policy: str = "prefix_cost") -> dict[int, list[Assignment]]:
+    """Two conversations of three turns each, on two prefill and two decode workers; assignments by user."""
     core = RouterCore(RouterConfig(policy=policy), policy=load(policy), rng=Random(7))
     bring_up(core)
-    made: list[Assignment] = []
+    made: dict[int, list[Assignment]] = {1: [], 2: []}
     now_s = 1.0
     for turn in range(3):
-        for user in (1, 2):
+        for user in (1, 2) if turn % 2 == 0 else (2, 1):
             tokens = token_buffer(user * 1000 + k % 97 for k in range(512 * (turn + 1)))
             request = place(f"{user}{turn}".rjust(32, "0"), tokens)
             assignment = next(answers(core, request, now_s))
-            made.append(assignment)
+            made[user].append(assignment)
             print(
                 f"user {user} turn {turn}: prefill {assignment.prefill_worker}, decode {assignment.decode_worker}, "
                 f"{assignment.cached_tokens} of {len(tokens)} tokens cached ({assignment.reason})"

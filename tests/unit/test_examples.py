@@ -53,6 +53,7 @@ def cheapest(policy: Any, *, queues_s: dict[str, float]) -> str:
         cached_tokens={},
         device_tokens={},
         predicted_output_tokens=16,
+        kv_tokens=80,
         decode_worker=None,
         transfer_s=0.0,
     )
@@ -66,8 +67,7 @@ def cheapest(policy: Any, *, queues_s: dict[str, float]) -> str:
 
 def test_embedded_router_sends_each_user_back_to_the_cached_prefix() -> None:
     """Seen to fail with `round_robin` for the policy."""
-    made = embed_router.main()
-    turns = [made[user::2] for user in (0, 1)]
-    assert all(len({assignment.prefill_worker for assignment in turn}) == 1 for turn in turns)
-    assert turns[0][0].prefill_worker != turns[1][0].prefill_worker
-    assert [assignment.cached_tokens for assignment in turns[0]] == [0, 512, 1024]
+    first, second = embed_router.main().values()
+    assert len({assignment.prefill_worker for assignment in first}) == len({assignment.prefill_worker for assignment in second}) == 1
+    assert first[0].prefill_worker != second[0].prefill_worker
+    assert [assignment.cached_tokens for assignment in first] == [0, 512, 1024]
