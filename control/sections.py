@@ -91,6 +91,22 @@ class WorkersSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PacedSection:
+    """The pace of the paced executor: seconds a unit, in the order of a 7B model on one data-centre GPU."""
+
+    prefill_base_s: float = limited(0.005, minimum=0.0)
+    prefill_token_s: float = limited(1e-4, minimum=0.0)
+    prefill_read_s: float = limited(0.0, minimum=0.0)  # a pair of (query, key)
+    decode_base_s: float = limited(0.015, minimum=0.0)
+    decode_sequence_s: float = limited(5e-5, minimum=0.0)
+    decode_read_s: float = limited(1e-8, minimum=0.0)  # a token of KV
+    eos_period: int = limited(0, minimum=0)  # one token in so many is EOS; 0: none
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HttpSection:
     """Where the OpenAI endpoint listens."""
 
@@ -117,6 +133,7 @@ class ClusterConfig:
     model: ModelSection = field(default_factory=ModelSection)
     hub: HubSection = field(default_factory=HubSection)
     workers: WorkersSection = field(default_factory=WorkersSection)
+    paced: PacedSection = field(default_factory=PacedSection)
     router: RouterConfig = field(default_factory=RouterConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)

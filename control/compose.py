@@ -1,0 +1,211 @@
+"""From the configuration to what a worker is made of: numbers, layout, blocks, cores. The live cluster and the simulator both call it.
+
+ClusterConfig + checkpoint ──► WorkerPlan (the same for every worker of a run) ──► WorkerCore (one worker, by id and role)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from control.config import ClusterConfig
+from engine.checkpoint import fingerprint as fingerprint_of
+from engine.checkpoint import open_checkpoint
+from engine.core.config import SchedulerConfig, WorkerCoreConfig
+from engine.core.worker_core import WorkerCore
+from engine.models.config import ModelConfig, load_model_config
+from engine.models.memory import memory_plan
+from engine.runner.config import RunnerConfig
+from engine.step_time import LinearStepTime, StepTimeModel
+from kernels.numerics import Numerics
+from protocol.errors import ConfigError
+from protocol.kv import KVLayout, ModelFingerprint
+from protocol.worker import Role, WorkerId
+
+MEMORY_SHARE = 0.8  # of what is free now; the rest is for the other processes of a run, and for those of others
+KEPT_TOKENS_PER_SEQUENCE = 4096  # a pool of our choosing holds this much for each of max_num_seqs, and no more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPlan:
+    """What all workers of a run have in common."""
+
+    model: ModelConfig
+    fingerprint: ModelFingerprint
+    layout: KVLayout
+    num_kv_blocks: int
+    max_model_len: int  # tokens
+    core: WorkerCoreConfig
+    runner: RunnerConfig
+    step_time: StepTimeModel | None  # None: fitted to the steps seen
+
+
+def compose_worker(config: ClusterConfig, model_dir: Path, *, memory_bytes: int | None = None) -> WorkerPlan:
+    """The plan for the checkpoint in `model_dir`; reads its headers, not its weights.
+
+    memory_bytes: free on the machine, shared by all workers (control.memory); None: not looked at, as where `pinned` fixed the blocks.
+
+    Raises:
+        ModelDoesNotFit: with the arithmetic. ModelError: the checkpoint cannot be served. ConfigError: lengths and blocks contradict.
+    """
+    model = load_model_config(model_dir, dtype=config.model.dtype, numerics=numerics_of(config))
+    told = fingerprint_of(open_checkpoint(model_dir, model), model, numerics_of(config))
+    return plan_worker(config, model, fingerprint=told, memory_bytes=memory_bytes)
+
+
+def plan_worker(config: ClusterConfig, model: ModelConfig, *, fingerprint: ModelFingerprint, memory_bytes: int | None = None) -> WorkerPlan:
+    """`compose_worker` without files."""
+    layout = model.kv_layout(config.workers.block_size)
+    num_kv_blocks, max_model_len = _pool_and_length(config, model, layout, memory_bytes)
+    return WorkerPlan(
+        model=model,
+        fingerprint=fingerprint,
+        layout=layout,
+        num_kv_blocks=num_kv_blocks,
+        max_model_len=max_model_len,
+        core=core_config(config),
+        runner=runner_config(config),
+        step_time=step_time(config),
+    )
+
+
+def pinned(config: ClusterConfig, plan: WorkerPlan) -> ClusterConfig:
+    """`config` with the plan's choices made: workers that start later, in less free memory, come out alike."""
+    return replace(
+        config,
+        workers=replace(config.workers, num_kv_blocks=plan.num_kv_blocks, kv_cache_memory_bytes=None),
+        model=replace(config.model, max_model_len=plan.max_model_len),
+    )
+
+
+def compose_worker_core(plan: WorkerPlan, *, worker_id: WorkerId, epoch: int, role: Role) -> WorkerCore:
+    """The pure core of one worker; `epoch` names this incarnation of its process."""
+    return WorkerCore(
+        plan.core,
+        worker_id=worker_id,
+        epoch=epoch,
+        role=role,
+        layout=plan.layout,
+        num_blocks=plan.num_kv_blocks,
+        fingerprint=plan.fingerprint.digest,
+        max_model_len=plan.max_model_len,
+        step_time=plan.step_time,
+    )
+
+
+# --- sections of the configuration as the rooms below want them -------------------------------------------------------
+
+
+def pool_sizes(config: ClusterConfig) -> dict[Role, int]:
+    """How many workers of each role."""
+    workers = config.workers
+    return {Role.PREFILL: workers.prefill_workers, Role.DECODE: workers.decode_workers, Role.BOTH: workers.mixed_workers}
+
+
+def numerics_of(config: ClusterConfig) -> Numerics:
+    """auto: reference, unless something is asked for that only fast numerics have."""
+    if config.model.numerics != "auto":
+        return config.model.numerics
+    wants_fast = config.model.dtype == "bfloat16" or config.workers.threads > 1 or config.workers.device == "cuda"
+    return "fast" if wants_fast else "reference"
+
+
+def runner_config(config: ClusterConfig) -> RunnerConfig:
+    return RunnerConfig(
+        numerics=numerics_of(config), dtype=config.model.dtype, device=config.workers.device, num_threads=config.workers.threads
+    )
+
+
+def core_config(config: ClusterConfig) -> WorkerCoreConfig:
+    workers = config.workers
+    return WorkerCoreConfig(
+        scheduler=SchedulerConfig(
+            max_num_seqs=workers.max_num_seqs,
+            max_num_batched_tokens=workers.max_num_batched_tokens,
+            step_time_budget_s=workers.step_time_budget_s,
+            max_inflight_steps=workers.max_inflight_steps,
+            enable_prefix_caching=workers.enable_prefix_caching,
+            block_size_tokens=workers.block_size,
+            force_preempt_every=workers.force_preempt_every,
+        ),
+        max_waiting=workers.max_waiting,
+        lease_s=workers.lease_s,
+        pull_deadline_s=workers.pull_deadline_s,
+        max_handoff_wait_s=workers.max_handoff_wait_s,
+        max_offered_bytes=workers.max_offered_bytes,
+        digest_mode=config.transport.offer_digest_mode,
+    )
+
+
+def step_time(config: ClusterConfig) -> StepTimeModel | None:
+    """The pace of the paced executor; None for a real one, whose steps are measured."""
+    if config.workers.executor != "paced":
+        return None
+    pace = config.paced
+    return LinearStepTime(
+        prefill_base_s=pace.prefill_base_s,
+        prefill_token_s=pace.prefill_token_s,
+        prefill_read_s=pace.prefill_read_s,
+        decode_base_s=pace.decode_base_s,
+        decode_sequence_s=pace.decode_sequence_s,
+        decode_read_s=pace.decode_read_s,
+    )
+
+
+# --- how many blocks, how long a sequence -----------------------------------------------------------------------------
+
+
+def _pool_and_length(config: ClusterConfig, model: ModelConfig, layout: KVLayout, memory_bytes: int | None) -> tuple[int, int]:
+    """(blocks of one worker, most tokens of one sequence); what the user did not say follows from the model and the memory."""
+    asked_len, size = config.model.max_model_len, layout.block_size_tokens
+    if asked_len is not None and asked_len > model.max_model_len:
+        raise ConfigError(
+            f"max_model_len {asked_len:,} exceeds the {model.max_model_len:,} tokens the checkpoint can address; lower --max-model-len"
+        )
+    blocks = _asked_blocks(config, layout)
+    if blocks is not None:
+        if asked_len is not None and blocks * size < asked_len:
+            raise ConfigError(
+                f"{blocks:,} KV blocks of {size} tokens hold {blocks * size:,}, fewer than max_model_len {asked_len:,};"
+                f" raise --kv-cache-memory-bytes to {div_ceil(asked_len, size) * layout.block_bytes:,}, or lower --max-model-len"
+            )
+        length = asked_len or min(model.max_model_len, blocks * size)
+    else:
+        most = None if memory_bytes is None else _blocks_that_fit(config, model, memory_bytes, asked_len or size, None)
+        length = asked_len or min(model.max_model_len, model.max_model_len if most is None else most * size)
+        kept = config.workers.max_num_seqs * div_ceil(min(length, KEPT_TOKENS_PER_SEQUENCE), size)
+        wanted = max(kept, div_ceil(length, size))
+        blocks = wanted if most is None else min(wanted, most)
+    if memory_bytes is not None:
+        _blocks_that_fit(config, model, memory_bytes, length, blocks)
+    return blocks, length
+
+
+def _asked_blocks(config: ClusterConfig, layout: KVLayout) -> int | None:
+    workers = config.workers
+    if workers.num_kv_blocks is not None:
+        return workers.num_kv_blocks
+    if workers.kv_cache_memory_bytes is None:
+        return None
+    blocks = workers.kv_cache_memory_bytes // layout.block_bytes
+    if blocks < 2:
+        least = f"{2 * layout.block_bytes:,}"
+        raise ConfigError(f"kv_cache_memory_bytes {workers.kv_cache_memory_bytes:,} holds {blocks} blocks; give at least {least}")
+    return blocks
+
+
+def _blocks_that_fit(config: ClusterConfig, model: ModelConfig, memory_bytes: int, length: int, blocks: int | None) -> int:
+    plan = memory_plan(
+        model,
+        memory_bytes=int(MEMORY_SHARE * memory_bytes),
+        num_workers=sum(pool_sizes(config).values()),
+        block_size_tokens=config.workers.block_size,
+        max_model_len=length,
+        num_blocks=blocks,
+    )
+    return plan.num_blocks
+
+
+def div_ceil(tokens: int, size: int) -> int:
+    """Blocks of `size` that hold `tokens`: rounds up."""
+    return -(-tokens // size)

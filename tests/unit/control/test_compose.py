@@ -1,0 +1,183 @@
+"""From configuration and checkpoint to a worker's plan: blocks and lengths that follow from memory, errors with the arithmetic, cores."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from control.compose import MEMORY_SHARE, WorkerPlan, compose_worker, compose_worker_core, numerics_of, pinned, plan_worker, pool_sizes
+from control.config import ClusterConfig, load_config
+from control.memory import available_memory_bytes
+from engine.core.config import SchedulerConfig, WorkerCoreConfig
+from engine.models.config import ModelConfig, parse_model_config
+from engine.models.tensors import expected_tensors
+from engine.step_time import LinearStepTime, StepShape
+from protocol.errors import ConfigError, ModelDoesNotFit
+from protocol.kv import DigestMode, ModelFingerprint
+from protocol.worker import Role
+
+pytestmark = pytest.mark.pure
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 256,
+    "max_position_embeddings": 2048,
+    "torch_dtype": "float32",
+}
+MODEL: ModelConfig = parse_model_config(TINY, {}, numerics="reference")
+BLOCK_BYTES = MODEL.kv_layout(16).block_bytes
+FINGERPRINT = ModelFingerprint(weights="w", config="c", rope="r", dtype="float32", quantization="", numerics="reference")
+GIB = 1 << 30
+
+
+def plan(tree: dict[str, Any] | None = None, *, memory_bytes: int | None = None, model: ModelConfig = MODEL) -> WorkerPlan:
+    return plan_worker(load_config(tree), model, fingerprint=FINGERPRINT, memory_bytes=memory_bytes)
+
+
+def test_pool_of_our_choosing_holds_every_sequence_and_no_more() -> None:
+    """64 sequences of 2048 tokens in blocks of 16. Seen to fail with all free memory taken."""
+    for memory_bytes in (None, 64 * GIB):
+        made = plan(memory_bytes=memory_bytes)
+        assert (made.num_kv_blocks, made.max_model_len) == (64 * 128, 2048)
+
+
+def test_little_memory_makes_a_smaller_pool_and_then_a_shorter_length() -> None:
+    weights_and_processes = 2 * 400 * 1024 * 1024 + 4 * sum(math.prod(shape) for shape in expected_tensors(MODEL).values())
+    for num_blocks in (500, 40):
+        memory_bytes = math.ceil((weights_and_processes + 2 * num_blocks * BLOCK_BYTES) / MEMORY_SHARE) + 10
+        made = plan(memory_bytes=memory_bytes)
+        assert made.num_kv_blocks == num_blocks
+        assert made.max_model_len == min(2048, num_blocks * 16)
+
+
+def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
+    with pytest.raises(ModelDoesNotFit, match=r"does not fit: .* weights \+ 2 x .* available"):
+        plan(memory_bytes=GIB // 2)
+    with pytest.raises(ModelDoesNotFit, match="1000000 blocks"):
+        plan({"workers": {"num_kv_blocks": 1_000_000}}, memory_bytes=GIB)
+
+
+def test_blocks_and_length_follow_what_the_user_said() -> None:
+    """Seen to fail with the length left at the model's when the pool is smaller."""
+    assert plan({"workers": {"num_kv_blocks": 10}}).max_model_len == 160
+    made = plan({"workers": {"kv_cache_memory_bytes": 100 * BLOCK_BYTES + 5}, "model": {"max_model_len": 1000}})
+    assert (made.num_kv_blocks, made.max_model_len) == (100, 1000)
+    assert plan({"model": {"max_model_len": 100}}).num_kv_blocks == 64 * 7
+
+
+@pytest.mark.parametrize(
+    ("tree", "sentence"),
+    [
+        (
+            {"model": {"max_model_len": 4096}},
+            "max_model_len 4,096 exceeds the 2,048 tokens the checkpoint can address; lower --max-model-len",
+        ),
+        (
+            {"model": {"max_model_len": 1000}, "workers": {"num_kv_blocks": 10}},
+            "10 KV blocks of 16 tokens hold 160, fewer than max_model_len 1,000",
+        ),
+        ({"workers": {"kv_cache_memory_bytes": 100}}, "kv_cache_memory_bytes 100 holds 0 blocks; give at least"),
+        ({"workers": {"device": "cuda"}}, "'cuda' is not supported by this version"),
+        ({"model": {"numerics": "reference"}, "workers": {"threads": 4}}, "reference numerics run on 1 thread"),
+    ],
+)
+def test_contradictions_are_refused(tree: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        plan(tree)
+
+
+def test_pinned_configuration_plans_the_same_again() -> None:
+    """A worker that is replaced later, in less free memory, has the blocks of the first. Seen to fail without pinning."""
+    config = load_config()
+    first = plan_worker(config, MODEL, fingerprint=FINGERPRINT, memory_bytes=GIB * 5 // 4)
+    again = plan_worker(pinned(config, first), MODEL, fingerprint=FINGERPRINT)
+    assert (again.num_kv_blocks, again.max_model_len) == (first.num_kv_blocks, first.max_model_len)
+
+
+def test_numerics_are_exact_unless_something_only_fast_ones_have_is_asked_for() -> None:
+    for tree, expected in [
+        ({}, "reference"),
+        ({"model": {"dtype": "float32"}}, "reference"),
+        ({"model": {"dtype": "bfloat16"}}, "fast"),
+        ({"workers": {"threads": 2}}, "fast"),
+        ({"model": {"numerics": "fast"}}, "fast"),
+    ]:
+        assert numerics_of(load_config(tree)) == expected, tree
+
+
+def test_defaults_of_the_workers_section_are_those_of_the_engine() -> None:
+    """Two homes of one default must not drift. Seen to fail with max_waiting 255."""
+    assert plan().core == WorkerCoreConfig(scheduler=SchedulerConfig(), digest_mode=DigestMode.SAMPLED)
+
+
+def test_settings_reach_core_and_executor() -> None:
+    tree = {
+        "workers": {"block_size": 32, "max_num_seqs": 3, "max_num_batched_tokens": 77, "enable_prefix_caching": False, "lease_s": 5},
+        "transport": {"kv_transport": "tcp"},
+    }
+    made = plan(tree)
+    scheduler = made.core.scheduler
+    assert (scheduler.block_size_tokens, scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (32, 3, 77)
+    assert not scheduler.enable_prefix_caching and made.core.lease_s == 5 and made.core.digest_mode is DigestMode.FULL
+    assert made.layout.block_size_tokens == 32
+
+
+def test_paced_workers_have_a_pace_and_real_ones_are_measured() -> None:
+    assert plan().step_time is None
+    paced = plan({"workers": {"executor": "paced"}, "paced": {"decode_base_s": 0.5, "decode_sequence_s": 0, "decode_read_s": 0}}).step_time
+    assert isinstance(paced, LinearStepTime) and paced.step_s(StepShape(decodes=9)) == 0.5
+
+
+def test_core_is_built_for_each_role() -> None:
+    made = plan({"workers": {"num_kv_blocks": 12}})
+    for role in Role:
+        core = compose_worker_core(made, worker_id=f"{role.value}-0", epoch=7, role=role)
+        snapshot = core.snapshot(0.0)
+        assert (snapshot.role, snapshot.epoch, snapshot.num_blocks_total, snapshot.num_blocks_unaccounted) == (role, 7, 12, 0)
+
+
+def test_pool_sizes_are_the_users() -> None:
+    config = load_config({"workers": {"prefill_workers": 2, "decode_workers": 3, "mixed_workers": 1}})
+    assert pool_sizes(config) == {Role.PREFILL: 2, Role.DECODE: 3, Role.BOTH: 1}
+
+
+def write_checkpoint(folder: Path) -> None:
+    """TINY with every weight zero, in one safetensors file."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, shape in expected_tensors(MODEL).items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    (folder / "config.json").write_text(json.dumps(TINY))
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(offset))
+
+
+def test_plan_is_made_from_a_directory_without_torch(tmp_path: Path) -> None:
+    """Two workers of one checkpoint agree on fingerprint; the numerics are part of it."""
+    write_checkpoint(tmp_path)
+    config = ClusterConfig()
+    first, second = compose_worker(config, tmp_path, memory_bytes=8 * GIB), compose_worker(config, tmp_path)
+    assert first.fingerprint == second.fingerprint and first.layout == MODEL.kv_layout(16)
+    assert compose_worker(load_config({"model": {"numerics": "fast"}}), tmp_path).fingerprint != first.fingerprint
+
+
+def test_a_containers_limit_counts_when_it_is_less(tmp_path: Path) -> None:
+    """Cached files can be taken back. Seen to fail with memory.current taken whole."""
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 50000\n")
+    assert available_memory_bytes(tmp_path) == 150_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory_bytes(tmp_path) > 1_000_000
