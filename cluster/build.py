@@ -26,7 +26,9 @@ from cluster.port import ReservedPort
 from cluster.processes import ProcessId, kill_all
 from cluster.ray_runtime import Guard, RayRuntime
 from cluster.run_directory import RunDirectory
+from control.compose import compose_worker, pinned
 from control.config import ClusterConfig
+from control.memory import available_memory_bytes
 from control.run_files import RunFile, remove_run_file, write_run_file
 from control.sections import DEMO_MODEL
 from control.startup import Notice, Phase, PhaseBegan, PhaseDone, Report, ServerReady, ServerStopping
@@ -115,7 +117,9 @@ class Cluster:
         self._port = ReservedPort(http.host, http.port, locks=self._run.root)
         with self._phase(Phase.MODEL, f"looking for {self.config.model.path}") as done, guard():
             model_dir = _find_model(self.config, self._environ)
-            done.append(str(model_dir))
+            plan = compose_worker(self.config, model_dir, memory_bytes=available_memory_bytes())
+            self.config = pinned(self.config, plan)
+            done.append(f"{plan.model.architecture}, {plan.num_kv_blocks} KV blocks a worker")
         with self._phase(Phase.RAY, self.config.ray.address or "starting a private Ray") as done:
             self._runtime = self._start_ray(guard)
             done.append(self._runtime.address)

@@ -28,13 +28,14 @@ from cluster.run_directory import RunDirectory
 from cluster.serve_app import Endpoint
 from cluster.supervisor import SupervisorDriver, keep_up
 from cluster.worker_build import WorkerSpec
+from control.compose import pool_sizes
 from control.config import ClusterConfig
 from control.supervisor import StartWorker, Supervisor
 from protocol.errors import BatonError, ServiceError
 from protocol.links import MembershipWatch
 from protocol.messages import Membership
 from protocol.wire import Identity
-from protocol.worker import Role, WorkerAddress, WorkerId
+from protocol.worker import WorkerAddress, WorkerId
 
 log = logging.getLogger("baton.cluster")
 
@@ -96,8 +97,7 @@ class Pieces:
         return pids
 
     def workers_are_up(self) -> bool:
-        workers = self._config.workers
-        return len(self.workers) >= workers.prefill_workers + workers.decode_workers + workers.mixed_workers
+        return len(self.workers) >= sum(pool_sizes(self._config).values())
 
     def raise_failure(self) -> None:
         """Ends a start that cannot succeed.
@@ -126,10 +126,7 @@ class Pieces:
         self._opening.start()
 
     async def _start(self) -> None:
-        workers = self._config.workers
-        self._supervisor.start(
-            {Role.PREFILL: workers.prefill_workers, Role.DECODE: workers.decode_workers, Role.BOTH: workers.mixed_workers}
-        )
+        self._supervisor.start(pool_sizes(self._config))
         for name, service in (("directory", self._start_directory), ("router", self._start_router)):
             self._keepers.append(asyncio.ensure_future(keep_up(name, service, tell=self._tell)))
 
