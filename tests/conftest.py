@@ -17,7 +17,7 @@ from tests.checkpoints import make_checkpoint
 from tests.serving import Serving, end, start
 
 HEAVY = frozenset({"torch", "ray", "transformers", "triton"})
-SHARED_CLUSTER = {"model": "demo", "workers": {"prefill_workers": 2, "decode_workers": 2}}
+SHARED_CLUSTER = {"model": "demo", "workers": {"prefill_workers": 2, "decode_workers": 2}, "router": {"disaggregate": "always"}}
 
 
 class AsIfNotInstalled:

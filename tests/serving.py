@@ -64,6 +64,31 @@ class Serving:
         """Rows of /status by name of the worker."""
         return {row["worker_id"]: row for row in self.status()["workers"]}
 
+    def counter(self, name: str) -> int:
+        """Sum of one of the workers' counters over the workers that live now."""
+        return sum(int(row["counters"].get(name, 0)) for row in self.workers().values())
+
+    def wait_at_rest(self, *, num_workers: int) -> dict[str, dict[str, Any]]:
+        """Rows of the workers once nothing is held for any request: I3, printed for every worker.
+
+        Raises:
+            AssertionError: after REST_TIMEOUT_S, with what is still held.
+        """
+        deadline_s = time.monotonic() + REST_TIMEOUT_S
+        held = ["no answer"]
+        while held and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+            document = self.status()
+            held = still_held(document, num_workers)
+        assert not held, f"not at rest after {REST_TIMEOUT_S:.0f} s: {held}"
+        for row in document["workers"]:
+            blocks = row["kv_blocks"]
+            print(
+                f"{row['worker_id']}: free {blocks['free']} + owned {blocks['owned']} + leased {blocks['leased']} "
+                f"+ cached {blocks['cached']} = total {blocks['total']}"
+            )
+        return {row["worker_id"]: row for row in document["workers"]}
+
     def is_ready(self) -> bool:
         try:
             return self.request("/ready")[0] == 200
@@ -99,6 +124,26 @@ def start(folder: Path, *arguments: str, config: Mapping[str, Any] | None = None
         time.sleep(0.1)
     serving.ready_s = time.monotonic() - started_s
     return serving
+
+
+def still_held(document: Mapping[str, Any], num_workers: int) -> list[str]:
+    """What keeps a cluster from being at rest, by its own words; the sum of I3 is checked whether it is or not."""
+    found = []
+    ready = [row for row in document["workers"] if row["state"] == "ready" and row["kv_blocks"] is not None]
+    if len(ready) != num_workers:
+        found.append(f"{len(ready)} of {num_workers} workers are ready")
+    for row in ready:
+        blocks, queue = row["kv_blocks"], row["queue"]
+        parts = sum(blocks[kind] for kind in ("free", "owned", "leased", "cached"))
+        assert parts == blocks["total"] and blocks["unaccounted"] == 0, f"{row['worker_id']} breaks the conservation law: {blocks}"
+        if blocks["owned"] or blocks["leased"] or queue["waiting"] or queue["running"]:
+            found.append(f"{row['worker_id']} holds {blocks} {queue}")
+    router = document["router"]["detail"]
+    if router is None:
+        found.append(f"router {document['router']['state']}")
+    elif router["bookings"] or router["stranded"] or any(queue["waiting"] for queue in router["queues"].values()):
+        found.append(f"router holds {router['bookings']} bookings, {router['stranded']} stranded, queues {router['queues']}")
+    return found
 
 
 def end(serving: Serving) -> None:
