@@ -45,6 +45,7 @@ class GatewayConfig:
     request_timeout_s: float = 600.0
     body_timeout_s: float = 30.0
     router_ack_s: float = 0.2  # no acknowledgement by then: place by least_work over the last snapshots
+    router_silent_s: float = 2.0  # an answer owed for longer: the router is taken for dead
     placement_wait_s: float = 30.0  # an accepted request that lost its worker waits this long for another
     link_wait_s: float = 1.0  # a worker just assigned may still be dialed this long
     stuck_after_s: float = 10.0  # work queued and no step for this long: the worker is stuck

@@ -102,7 +102,12 @@ class GatewayService:
         self._membership = MembershipWatch(self.identity, secret, host=directory_host, port=directory_port, on_change=self._on_membership)
         self.workers = Workers(self.identity, secret, config, clock=clock, on_fact=self._on_fact, on_lost=self._on_worker_lost)
         self.router = RouterLink(
-            self.identity, secret, on_up=self._on_router_up, on_down=self._on_router_down, on_message=self._on_router_message
+            self.identity,
+            secret,
+            silent_s=config.router_silent_s,
+            on_up=self._on_router_up,
+            on_down=self._on_router_down,
+            on_message=self._on_router_message,
         )
         self.metrics = Metrics(
             self.model.name,
@@ -187,7 +192,7 @@ class GatewayService:
         """Accept a request: from here on it has exactly one end, told to `feed`."""
         request = Request(
             request_id=request_id,
-            model_id=self.model.name,
+            model_id=self._model_id(),
             prompt_token_ids=prompt_token_ids,
             sampling=sampling,
             cache_root=self._cache_root(tenant, cache_salt),
@@ -336,6 +341,7 @@ class GatewayService:
             await asyncio.sleep(self.config.tick_s)
             now = self.clock()
             self.workers.tick(now)
+            self.router.tick(now)
             for live in [x for x in self._live.values() if x.session.wake_s <= now]:
                 self._post(live, Tick())
 
@@ -413,6 +419,10 @@ class GatewayService:
 
     def _least_max_model_len(self) -> int | None:
         return min((row.address.max_model_len for row in self.workers.rows.values()), default=None)
+
+    def _model_id(self) -> str:
+        """The workers' name for the model, which the router matches; clients may know it by others."""
+        return next((row.address.model_id for _, row in sorted(self.workers.rows.items())), self.model.name)
 
     def _fingerprint(self) -> bytes:
         return next((row.address.fingerprint for _, row in sorted(self.workers.rows.items())), b"")

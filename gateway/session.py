@@ -96,7 +96,8 @@ class Session:
         self.end: End | None = None
         self._config = config
         self._deadline_s = request.arrival_s + config.request_timeout_s
-        self._excluded: tuple[str, ...] = ()  # workers that failed this request
+        self._lost_workers: tuple[str, ...] = ()  # never asked again
+        self._avoided_workers: tuple[str, ...] = ()  # gave this request up; asked again when nobody else is there
         self._num_failed = 0  # attempts a worker lost or gave up
         self._handoff: Offered | None = None  # of this attempt
         self._cancel_at_end = False  # we ended a choice that its worker still computes
@@ -225,7 +226,7 @@ class Session:
             priority=request.priority,
             slo_ttft_s=request.slo.ttft_s,
             slo_tpot_s=request.slo.tpot_s,
-            excluded=self._excluded,
+            excluded=self._lost_workers + self._avoided_workers,
             local_only=len(texts) > 1,
         )
 
@@ -245,6 +246,7 @@ class Session:
             self._stop(Fail(error=_refusal(refused)), _A.REJECTED, refused.message, now)
             return
         # Accepted once, so it is not turned away now: it asks again until placement_wait_s is over.
+        self._avoided_workers = ()
         self._end_attempt(_A.REJECTED, refused.message)
         self._next_attempt(now, pause_s=max(refused.retry_after_s or 0.0, REPLACE_PAUSE_S))
 
@@ -253,6 +255,7 @@ class Session:
             error = NoWorker("no worker is ready to take requests; see GET /ready", retry_after_s=1.0)
             self._stop(Fail(error=error), _A.REJECTED, "no worker is ready", now)
         else:
+            self._avoided_workers = ()
             self._place_at_s = now + REPLACE_PAUSE_S
 
     # --- work ---
@@ -382,8 +385,10 @@ class Session:
             return
         self._cancel_work(except_at=worker_id if state is _A.LOST else "")
         self._end_attempt(state, reason)
-        if worker_id and worker_id not in self._excluded:
-            self._excluded += (worker_id,)
+        if state is _A.LOST:
+            self._lost_workers += (worker_id,)
+        elif worker_id:
+            self._avoided_workers += (worker_id,)
         self._next_attempt(now, pause_s=0.0)
 
     def _cancel_work(self, *, except_at: str) -> None:

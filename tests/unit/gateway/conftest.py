@@ -7,7 +7,7 @@ that lost, repeated or reordered a token shows at once, whichever workers it wen
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import itertools
 import json
 from array import array
@@ -36,8 +36,10 @@ from protocol.messages import (
     Done,
     HandoffDone,
     Offered,
+    Ping,
     Place,
     PlaceAck,
+    Pong,
     PrefillDone,
     Refused,
     Register,
@@ -59,7 +61,10 @@ from protocol.worker import Role, WorkerAddress, WorkerSnapshot, WorkerState
 
 SECRET = b"cluster secret of the tests"
 FINGERPRINT = bytes(16)
-CHAT_TEMPLATE = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 SPECIALS = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 EOS = 1
 epochs = itertools.count(1_000)
@@ -273,7 +278,9 @@ class FakeRouter:
 
     def __init__(self, workers: list[FakeWorker], directory_port: int) -> None:
         self.workers = workers
-        self.silent = False
+        self.silent = False  # takes no Place
+        self.hung = False  # takes nothing
+        self.assign = True  # False: leaves what it acknowledged in its queue
         self.refuse: tuple[int, str, float | None] | None = None
         self.places: list[Place] = []
         self.told: list[PrefillDone | Done] = []
@@ -298,14 +305,19 @@ class FakeRouter:
         connection.on_message = self._receive
 
     def _receive(self, connection: Connection, message: Any) -> None:
-        if isinstance(message, StatusRequest):
+        if self.hung:
+            return
+        if isinstance(message, Ping):
+            connection.send(Pong(nonce=message.nonce))
+        elif isinstance(message, StatusRequest):
             connection.send(StatusReply(reply_id=message.reply_id, json='{"policy": "fake"}'))
         elif isinstance(message, (PrefillDone, Done)):
             self.told.append(message)
         elif isinstance(message, Place) and not self.silent:
             self.places.append(message)
             connection.send(PlaceAck(request_id=message.request_id, attempt=message.attempt, queue_position=0))
-            connection.send(self._place(message))
+            if self.assign:
+                connection.send(self._place(message))
 
     def _place(self, place: Place) -> Assigned | Refused:
         turn = next(self._turn)
@@ -351,15 +363,18 @@ class FakeCluster:
             secret=SECRET, salt=b"s" * 32, epoch=next(epochs), name="gateway-0",
         )  # fmt: skip
         uvicorn_config = uvicorn.Config(make_app(self.service), port=0, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
-        self.server = uvicorn.Server(uvicorn_config)
-        self.server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-        self._serving = asyncio.create_task(self.server.serve())
-        await until(lambda: self.server.started)
+        uvicorn_config.load()
+        self.server = uvicorn.Server(uvicorn_config)  # without its main loop, which would sleep at start and end
+        self.server.lifespan = uvicorn_config.lifespan_class(uvicorn_config)
+        await self.server.startup()
         port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.http = aiohttp.ClientSession(self.url)
-        self.openai = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
         await until(lambda: not self.service.reasons_not_ready and self.service.router.is_up)
+
+    @functools.cached_property
+    def openai(self) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
 
     async def add_worker(self, worker_id: str, role: Role) -> FakeWorker:
         worker = self.workers[worker_id] = FakeWorker(worker_id, role, self.directory.port)
@@ -367,11 +382,12 @@ class FakeCluster:
         return worker
 
     async def close(self) -> None:
-        await self.openai.close()
+        if "openai" in self.__dict__:
+            await self.openai.close()
         await self.http.close()
-        self.server.should_exit = True
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait_for(self._serving, 5)
+        for server in self.server.servers:
+            server.close()
+        await self.server.lifespan.shutdown()
         await self.router.kill()
         for worker in self.workers.values():
             await worker.kill()
@@ -400,7 +416,7 @@ async def until(condition: Any, timeout_s: float = 5.0) -> None:
 
 @pytest.fixture
 def gateway_config() -> GatewayConfig:
-    return GatewayConfig(max_n=4, max_body_bytes=64 << 10, link_wait_s=0.3, placement_wait_s=2.0, max_messages=32)
+    return GatewayConfig(max_n=4, max_body_bytes=64 << 10, link_wait_s=0.3, placement_wait_s=2.0, router_silent_s=0.4, max_messages=32)
 
 
 @pytest.fixture
