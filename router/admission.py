@@ -21,8 +21,8 @@ RETRY_AFTER_MAX_S = 60.0
 
 def refusal_by_size(place: Place, pools: Pools) -> Refused | None:
     """No worker could hold the prompt and one more token, even alone."""
-    most = max((w.max_request_tokens for w in pools.all), default=None)
-    if most is None or place.num_tokens + 1 <= most:
+    most = pools.most_tokens
+    if not pools.all or place.num_tokens + 1 <= most:
         return None
     return _refused(
         place, 413, f"prompt of {place.num_tokens:,} tokens leaves no room in the {most:,} tokens a worker can hold; shorten it"
@@ -36,23 +36,24 @@ def refusal_by_queue(place: Place, *, num_waiting: int, max_queue: int, drain_s:
     return _refused(place, 429, f"{num_waiting} requests are waiting, the limit is {max_queue}; retry later", drain_s)
 
 
-def refusal_by_slo(
-    place: Place, pools: Pools, cached_tokens: Mapping[WorkerId, int], *, queue_s: float, kv_tokens: int, now: float
-) -> Refused | None:
-    """Every worker's prediction breaks the request's SLO. Nobody is refused on an estimate that no report has confirmed."""
+def refusal_by_slo(place: Place, pools: Pools, cached_tokens: Mapping[WorkerId, int], *, queue_s: float, kv_tokens: int) -> Refused | None:
+    """Every worker's prediction breaks the request's SLO. Nobody is refused on an estimate that no report has confirmed.
+
+    The loads of `pools` must be fresh.
+    """
     if place.attempt > 0:
         return None
     if place.slo_ttft_s is not None:
         workers = pools.prefill + pools.both or pools.decode
         if workers and all(w.model.is_fitted for w in workers):
-            least_s = queue_s + min(_ttft_s(w, place, cached_tokens, now) for w in workers)
+            least_s = queue_s + min(_ttft_s(w, place, cached_tokens) for w in workers)
             if least_s > place.slo_ttft_s:
                 text = f"predicted time to first token {least_s:.3f} s exceeds the objective {place.slo_ttft_s:.3f} s on every worker"
                 return _refused(place, 429, text + "; retry later", least_s - place.slo_ttft_s)
     if place.slo_tpot_s is not None:
         workers = pools.decode + pools.both or pools.prefill
         if workers and all(w.model.is_fitted for w in workers):
-            least_s = min(_tpot_s(w, place, kv_tokens, now) for w in workers)
+            least_s = min(_tpot_s(w, place, kv_tokens) for w in workers)
             if least_s > place.slo_tpot_s:
                 text = f"predicted time per token {least_s:.4f} s exceeds the objective {place.slo_tpot_s:.4f} s on every worker"
                 return _refused(place, 429, text + "; retry later", 1.0)
@@ -77,13 +78,13 @@ def drain_s(num_waiting_tokens: int, pools: Pools) -> float:
     return num_waiting_tokens / speed
 
 
-def _ttft_s(worker: Worker, place: Place, cached_tokens: Mapping[WorkerId, int], now: float) -> float:
+def _ttft_s(worker: Worker, place: Place, cached_tokens: Mapping[WorkerId, int]) -> float:
     missed = place.num_tokens - cached_tokens.get(worker.worker_id, 0)
-    return worker.queued_prefill_s(now) + worker.model.fitted.prefill_s(missed, place.num_tokens)
+    return worker.queued_prefill_s + worker.model.fitted.prefill_s(missed, place.num_tokens)
 
 
-def _tpot_s(worker: Worker, place: Place, kv_tokens: int, now: float) -> float:
-    return worker.model.fitted.decode_step_s(worker.num_sequences(now) + place.num_choices, worker.kv_tokens(now) + kv_tokens)
+def _tpot_s(worker: Worker, place: Place, kv_tokens: int) -> float:
+    return worker.model.fitted.decode_step_s(worker.num_sequences + place.num_choices, worker.kv_tokens + kv_tokens)
 
 
 def _refused(place: Place, status: int, message: str, retry_after_s: float | None = None) -> Refused:

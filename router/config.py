@@ -69,7 +69,7 @@ class RouterConfig:
 
     # Explaining
     num_explained: int = _bounded(256, 0)  # newest assignments kept
-    num_candidates: int = _bounded(8, 1, 8)  # scores kept in an assignment, of each pool
+    num_candidates: int = _bounded(4, 1, 8)  # scores kept in an assignment, of each pool
 
     def __post_init__(self) -> None:
         for spec in fields(self):

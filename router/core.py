@@ -105,7 +105,6 @@ class RouterCore:
         """What follows from one event; `now` in seconds on any steady clock."""
         commands: list[Command] = []
         self._commands = commands
-        self.index.expire(now)
         self._perform[type(event)](event, now)
         return commands
 
@@ -182,6 +181,7 @@ class RouterCore:
             place, num_waiting=len(self._queued), max_queue=self.config.max_queue, drain_s=drain_s
         )
         if refusal is None and self.config.refuse_by_slo and (place.slo_ttft_s is not None or place.slo_tpot_s is not None):
+            self.fleet.refresh(pools, now)
             output = queue.predicted_output_tokens(place) if queue is not None else place.expected_output_tokens
             refusal = admission.refusal_by_slo(
                 place,
@@ -189,7 +189,6 @@ class RouterCore:
                 self._placement.cached_tokens(place),
                 queue_s=drain_s,
                 kv_tokens=place.num_tokens + place.num_choices * output,
-                now=now,
             )
         return refusal
 
@@ -241,12 +240,11 @@ class RouterCore:
             return
         self._lose(event.worker_id, now)
         worker = Worker(
-            address=address,
+            address,
             model=CostModel(self._prior, bias=self.config.estimate_bias),
             tie_hash=xxhash.xxh3_64_intdigest(event.worker_id.encode(), seed=self._tie_seed),
             stale_s=self.config.snapshot_stale_s,
             settle_s=self.config.booking_settle_s,
-            role=address.role,
         )
         self.fleet.add(worker)
         self.index.join(event.worker_id, event.epoch)
@@ -318,6 +316,7 @@ class RouterCore:
     # --- time ---
 
     def _tick(self, now: float) -> None:
+        self.index.expire(now)
         for key in self.bookings.overdue(now):
             self.counters["bookings_expired"] += 1
             self._free(key, ended=False)
@@ -440,7 +439,7 @@ class RouterCore:
         prefill.note_booked(place.num_tokens, choice.cached_tokens)
         self._num_choices += 1
         prefill.last_chosen = decode.last_chosen = self._num_choices
-        self.index.speculate(prefill.worker_id, place.block_hashes, now)
+        self.index.speculate(prefill.worker_id, place.block_hashes, now, num_held=choice.num_marked_blocks)
         self.explained.append(assignment)
         self.counters["splits" if choice.is_split else "locals"] += 1
         self._commands.append(ToGateway(gateway=waiting.gateway, message=Assigned(assignment=assignment)))

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from math import ceil
+from dataclasses import dataclass
 
 from protocol.messages import Membership
 from protocol.request import AttemptKey
@@ -24,140 +23,138 @@ HoldKey = tuple[AttemptKey, Phase]
 
 _HIT_RATE_EWMA = 0.05
 _CONTEXT_EWMA = 0.1
+_NEVER = float("-inf")
 
 
-@dataclass(slots=True, kw_only=True)
 class Worker:
-    """One incarnation of a worker whose link is up. Policies see it through the read-only `policies.api.WorkerView`."""
+    """One incarnation of a worker whose link is up. Policies see it through the read-only `policies.api.WorkerView`.
 
-    address: WorkerAddress
-    model: CostModel
-    tie_hash: int
-    stale_s: float
-    settle_s: float
-    role: Role
-    state: WorkerState = WorkerState.STARTING
-    snapshot: WorkerSnapshot | None = None
-    read_at_s: float = float("-inf")  # when the snapshot's figures were read, on our clock
-    last_chosen: int = 0  # number of the choice that chose it last
-    hit_rate: float = 0.0  # running share of prompt tokens found cached here
-    context_mean: float = 512.0  # running mean context of prompts booked here
-    booked: Tally = field(default_factory=Tally)
-    fresh: Tally = field(default_factory=Tally)  # booked, and not in the snapshot yet
-    holds: dict[HoldKey, Hold] = field(default_factory=dict)
-    _settling: OrderedDict[HoldKey, float] = field(default_factory=OrderedDict)  # in `fresh` since, oldest first
-    _pending: set[HoldKey] = field(default_factory=set)  # in `fresh` until the prefill elsewhere is done
-    _refit_at_s: float = float("-inf")
+    The load is a sheet of plain attributes, written anew by `refresh` when something changed, so that scoring 64 workers reads and
+    adds and nothing else. It is true at the last `refresh`, which `Fleet.refresh` does for all before each choice.
+    """
 
-    # --- identity ---
+    __slots__ = (
+        "_changed",
+        "_drained_at_s",
+        "_pending",
+        "_refit_at_s",
+        "_settle_s",
+        "_settling",
+        "_stale_at_s",
+        "_stale_s",
+        "_young_s",
+        "address",
+        "booked",
+        "context_mean",
+        "cost",
+        "epoch",
+        "free_kv_tokens",
+        "fresh",
+        "hit_rate",
+        "holds",
+        "kv_capacity_tokens",
+        "kv_tokens",
+        "last_chosen",
+        "max_request_tokens",
+        "model",
+        "num_sequences",
+        "prompt_room_tokens",
+        "queued_prefill_s",
+        "queued_prefill_tokens",
+        "read_at_s",
+        "reclaimable_kv_tokens",
+        "role",
+        "snapshot",
+        "state",
+        "tie_hash",
+        "worker_id",
+    )
 
-    @property
-    def worker_id(self) -> WorkerId:
-        return self.address.worker_id
+    def __init__(self, address: WorkerAddress, *, model: CostModel, tie_hash: int, stale_s: float, settle_s: float) -> None:
+        self.address = address
+        self.worker_id: WorkerId = address.worker_id
+        self.epoch = address.epoch
+        self.model = model
+        self.cost: StepCost = model.cost  # seconds of work here, leaning high
+        self.tie_hash = tie_hash
+        self.role: Role = address.role
+        self.state = WorkerState.STARTING
+        self.snapshot: WorkerSnapshot | None = None
+        self.read_at_s = _NEVER  # when the snapshot's figures were read, on our clock
+        self.last_chosen = 0  # number of the choice that chose it last
+        self.hit_rate = 0.0  # running share of prompt tokens found cached here
+        self.context_mean = 512.0  # running mean of the prompts booked here
+        self.kv_capacity_tokens = address.num_kv_blocks * address.block_size_tokens
+        self.max_request_tokens = min(self.kv_capacity_tokens, address.max_model_len)
 
-    @property
-    def epoch(self) -> int:
-        return self.address.epoch
+        # Bookings
+        self.booked = Tally()
+        self.fresh = Tally()  # booked, and not in the snapshot yet
+        self.holds: dict[HoldKey, Hold] = {}
+        self._settling: OrderedDict[HoldKey, float] = OrderedDict()  # in `fresh` since, oldest first
+        self._pending: set[HoldKey] = set()  # in `fresh` until the prefill elsewhere is done
 
-    @property
-    def cost(self) -> StepCost:
-        """Seconds of work on this worker, leaning high."""
-        return self.model.cost
-
-    # --- load, as policies see it ---
+        # The sheet
+        self.queued_prefill_tokens = 0  # given to this worker and not computed yet
+        self.queued_prefill_s = 0.0  # until a prompt given to it now would start
+        self.num_sequences = 0  # that decode here, wait here, or will come here
+        self.kv_tokens = 0  # held for sequences now, or at the expected end of what was booked
+        self.free_kv_tokens = self.kv_capacity_tokens  # in blocks nobody holds
+        self.reclaimable_kv_tokens = 0  # in blocks only the prefix cache holds: a prompt evicts them once none is free
+        self.prompt_room_tokens = self.max_request_tokens  # of a new prompt's blocks; an idle worker takes anything
+        self._stale_s = stale_s
+        self._settle_s = settle_s
+        self._changed = True
+        self._stale_at_s = _NEVER
+        self._drained_at_s = _NEVER  # when what the snapshot saw waiting is computed
+        self._young_s = 0.0  # prefill seconds that come on top
+        self._refit_at_s = _NEVER
 
     def signal_age_s(self, now: float) -> float:
         """Age of the snapshot; infinite before the first."""
         return now - self.read_at_s
 
-    def is_fresh(self, now: float) -> bool:
-        return now - self.read_at_s <= self.stale_s
+    # --- the sheet ---
 
-    def queued_prefill_tokens(self, now: float) -> int:
-        """Prompt tokens given to this worker and not computed yet."""
-        snapshot = self.snapshot
-        if snapshot is None or now - self.read_at_s > self.stale_s:
-            return self.booked.prefill_tokens
-        return snapshot.waiting_tokens + self.fresh.prefill_tokens
+    def refresh(self, now: float) -> None:
+        """Make the sheet true at `now`."""
+        if self._changed or now > self._stale_at_s:
+            self._write_sheet(now)
+        left_s = self._drained_at_s - now
+        self.queued_prefill_s = self._young_s + left_s if left_s > 0.0 else self._young_s
 
-    def queued_prefill_s(self, now: float) -> float:
-        """Seconds until a prompt given to this worker now would start."""
-        cost, snapshot = self.model.cost, self.snapshot
-        age_s = now - self.read_at_s
-        if snapshot is None or age_s > self.stale_s:
-            return self._tally_s(self.booked, cost)
-        seconds = 0.0
-        if snapshot.waiting_tokens:
-            per_token = cost.prefill_token_s + cost.prefill_pair_s * self.context_mean
-            seconds = max(0.0, cost.step_s + snapshot.waiting_tokens * per_token - age_s)
-        return seconds + self._tally_s(self.fresh, cost) if self.fresh.num_prefills else seconds
-
-    def num_sequences(self, now: float) -> int:
-        """Sequences that decode here, wait here, or will come here."""
-        snapshot = self.snapshot
-        if snapshot is None or now - self.read_at_s > self.stale_s:
-            return self.booked.num_sequences
-        return snapshot.num_running + snapshot.num_waiting + self.fresh.num_sequences
-
-    def kv_tokens(self, now: float) -> int:
-        """KV tokens this worker holds for sequences or will hold at the expected end of what was booked."""
-        snapshot = self.snapshot
-        if snapshot is None or now - self.read_at_s > self.stale_s:
-            return self.booked.kv_tokens
-        return max(snapshot.running_kv_tokens + self.fresh.kv_tokens, self.booked.kv_tokens)
-
-    @property
-    def kv_capacity_tokens(self) -> int:
-        return self.address.num_kv_blocks * self.address.block_size_tokens
-
-    @property
-    def max_request_tokens(self) -> int:
-        """Tokens of the longest request this worker can hold."""
-        return min(self.kv_capacity_tokens, self.address.max_model_len)
-
-    @property
-    def reclaimable_kv_tokens(self) -> int:
-        """KV tokens in blocks that only the prefix cache holds: what a new prompt would evict once none is free."""
-        return self.snapshot.num_blocks_cached * self.address.block_size_tokens if self.snapshot is not None else 0
-
-    @property
-    def free_kv_tokens(self) -> int:
-        """KV tokens in blocks nobody holds, as far as the snapshot and younger bookings say."""
-        snapshot = self.snapshot
-        free = snapshot.num_blocks_free if snapshot is not None else self.address.num_kv_blocks
-        return max(0, free * self.address.block_size_tokens - self.fresh.prefill_tokens)
-
-    # --- room: the bounded inbox ---
-
-    def has_prefill_room(self, now: float, *, num_tokens: int, cached_tokens: int, inbox_steps: float) -> bool:
-        """True while about `inbox_steps` of prefill are waiting here and the prompt's blocks can be had.
-
-        A prompt mostly cached here follows its prefix beyond the bound: it adds little work, and elsewhere it would add much.
-        """
-        num_entries = self.booked.num_prefills
-        if self.queued_prefill_tokens(now) >= inbox_steps * self.address.max_num_batched_tokens and (
-            2 * cached_tokens < num_tokens or num_entries >= self.address.max_num_seqs
-        ):
-            return False
-        snapshot = self.snapshot
-        if snapshot is None or not self.is_fresh(now):
-            return True
-        held = snapshot.num_blocks_owned + snapshot.num_blocks_leased
-        if held == 0 and num_entries == 0:
-            return True
+    def _write_sheet(self, now: float) -> None:
+        snapshot, booked, fresh = self.snapshot, self.booked, self.fresh
+        self._changed = False
+        self.cost = cost = self.model.cost
+        if snapshot is None or now > self.read_at_s + self._stale_s:
+            self._stale_at_s = float("inf")
+            self._drained_at_s = _NEVER
+            self._young_s = _prefill_s(booked, cost)
+            self.queued_prefill_tokens = booked.prefill_tokens
+            self.num_sequences = booked.num_sequences
+            self.kv_tokens = booked.kv_tokens
+            self.free_kv_tokens = max(0, self.kv_capacity_tokens - booked.kv_tokens - booked.prefill_tokens)
+            self.reclaimable_kv_tokens = 0
+            self.prompt_room_tokens = self.max_request_tokens
+            return
         block = self.address.block_size_tokens
-        wanted = ceil((num_tokens - cached_tokens + self.fresh.prefill_tokens) / block)
-        return held + wanted <= snapshot.num_blocks_total
-
-    def has_decode_room(self, now: float, *, num_choices: int, kv_tokens: int, overcommit: float) -> bool:
-        """True when the batch has slots and the expected growth of all that was booked fits the pool; an idle worker takes anything."""
-        num_sequences = self.num_sequences(now)
-        if num_sequences == 0:
-            return True
-        return (
-            num_sequences + num_choices <= overcommit * self.address.max_num_seqs
-            and self.kv_tokens(now) + kv_tokens <= self.kv_capacity_tokens
-        )
+        held = snapshot.num_blocks_owned + snapshot.num_blocks_leased
+        self._stale_at_s = self.read_at_s + self._stale_s
+        self._drained_at_s = _NEVER
+        if snapshot.waiting_tokens:
+            token_s = cost.prefill_token_s + cost.prefill_pair_s * self.context_mean
+            self._drained_at_s = self.read_at_s + cost.step_s + snapshot.waiting_tokens * token_s
+        self._young_s = _prefill_s(fresh, cost)
+        self.queued_prefill_tokens = snapshot.waiting_tokens + fresh.prefill_tokens
+        self.num_sequences = snapshot.num_running + snapshot.num_waiting + fresh.num_sequences
+        self.kv_tokens = max(snapshot.running_kv_tokens + fresh.kv_tokens, booked.kv_tokens)
+        self.free_kv_tokens = max(0, snapshot.num_blocks_free * block - fresh.prefill_tokens)
+        self.reclaimable_kv_tokens = snapshot.num_blocks_cached * block
+        if held == 0 and booked.num_prefills == 0:
+            self.prompt_room_tokens = self.max_request_tokens
+        else:
+            self.prompt_room_tokens = max(0, (snapshot.num_blocks_total - held) * block - fresh.prefill_tokens)
 
     # --- bookings ---
 
@@ -168,6 +165,7 @@ class Worker:
         self.holds[key] = hold
         self.booked.add(hold)
         self.fresh.add(hold)
+        self._changed = True
         if pending:
             self._pending.add(key)
         else:
@@ -178,6 +176,7 @@ class Worker:
         if self.holds.pop(key, None) is None:
             return
         self.booked.add(hold, -1)
+        self._changed = True
         if key in self._pending or key in self._settling:
             self.fresh.add(hold, -1)
             self._pending.discard(key)
@@ -189,6 +188,10 @@ class Worker:
         if key in self._pending:
             self._pending.remove(key)
             self._settling[key] = now
+
+    def note_booked(self, num_tokens: int, cached_tokens: int) -> None:
+        self.hit_rate += _HIT_RATE_EWMA * (cached_tokens / max(num_tokens, 1) - self.hit_rate)
+        self.context_mean += _CONTEXT_EWMA * (num_tokens - self.context_mean)
 
     def check(self) -> None:
         """Assert that the tallies are the sums of the holds."""
@@ -207,9 +210,10 @@ class Worker:
         before, before_read_s = self.snapshot, self.read_at_s
         self.snapshot, self.read_at_s = snapshot, now - snapshot.age_s
         self.role, self.state = snapshot.role, snapshot.state
+        self._changed = True
         while self._settling:
             key, since_s = next(iter(self._settling.items()))
-            if since_s + self.settle_s > self.read_at_s:
+            if since_s + self._settle_s > self.read_at_s:
                 break
             del self._settling[key]
             self.fresh.add(self.holds[key], -1)
@@ -219,29 +223,25 @@ class Worker:
                 self._refit_at_s = now
                 self.model.refit()
 
-    def note_booked(self, num_tokens: int, cached_tokens: int) -> None:
-        self.hit_rate += _HIT_RATE_EWMA * (cached_tokens / max(num_tokens, 1) - self.hit_rate)
-        self.context_mean += _CONTEXT_EWMA * (num_tokens - self.context_mean)
 
-    @staticmethod
-    def _tally_s(tally: Tally, cost: StepCost) -> float:
-        return tally.num_prefills * cost.step_s + tally.prefill_tokens * cost.prefill_token_s + tally.prefill_pairs * cost.prefill_pair_s
+def _prefill_s(tally: Tally, cost: StepCost) -> float:
+    return tally.num_prefills * cost.step_s + tally.prefill_tokens * cost.prefill_token_s + tally.prefill_pairs * cost.prefill_pair_s
 
 
 def work_between(before: WorkerSnapshot, after: WorkerSnapshot, elapsed_s: float, context_mean: float) -> Work:
     """What the worker computed between two of its snapshots, as far as its counters tell."""
     num_steps = max(0, after.step_count - before.step_count)
-    busy_s = min(num_steps * after.step_time_ewma_s, max(elapsed_s, after.step_time_ewma_s))
 
     def grown(name: str) -> int:
         return max(0, after.counters.get(name, 0) - before.counters.get(name, 0))
 
-    prefill_tokens = grown("prefill_tokens")
+    busy_s = grown("busy_us") * 1e-6 or min(num_steps * after.step_time_ewma_s, max(elapsed_s, after.step_time_ewma_s))
+    prefill_tokens = grown("prompt_tokens_computed")
     return Work(
         num_steps=num_steps,
         prefill_tokens=prefill_tokens,
         prefill_pairs=prefill_tokens * context_mean,
-        decode_tokens=grown("decode_tokens"),
+        decode_tokens=grown("generated_tokens"),
         decode_kv_token_steps=num_steps * (before.running_kv_tokens + after.running_kv_tokens) / 2,
         busy_s=busy_s,
     )
@@ -254,25 +254,27 @@ class Pools:
     prefill: tuple[Worker, ...] = ()
     decode: tuple[Worker, ...] = ()
     both: tuple[Worker, ...] = ()
-    least_kv_tokens: int = 0  # of the workers: a longer prompt does not fit each of them
-
-    @property
-    def all(self) -> tuple[Worker, ...]:
-        return self.prefill + self.decode + self.both
+    all: tuple[Worker, ...] = ()
+    least_tokens: int = 0  # a request up to this length fits every worker
+    most_tokens: int = 0  # a longer one fits none
 
     def fit_for(self, num_tokens: int, excluded: tuple[WorkerId, ...]) -> Pools:
-        """Those that can hold `num_tokens` and are not excluded."""
-        if not excluded and num_tokens <= self.least_kv_tokens:
+        """Those that can hold `num_tokens` and are not excluded; the excluded ones after all where there is no other."""
+        if not excluded and num_tokens <= self.least_tokens:
             return self
-        return pools_of([w for w in self.all if w.worker_id not in excluded and w.max_request_tokens >= num_tokens])
+        fitting = [w for w in self.all if w.max_request_tokens >= num_tokens]
+        return pools_of([w for w in fitting if w.worker_id not in excluded] or fitting)
 
 
 def pools_of(workers: list[Worker]) -> Pools:
+    lengths = [w.max_request_tokens for w in workers]
     return Pools(
         prefill=tuple(w for w in workers if w.role is Role.PREFILL),
         decode=tuple(w for w in workers if w.role is Role.DECODE),
         both=tuple(w for w in workers if w.role is Role.BOTH),
-        least_kv_tokens=min((w.max_request_tokens for w in workers), default=0),
+        all=tuple(workers),
+        least_tokens=min(lengths, default=0),
+        most_tokens=max(lengths, default=0),
     )
 
 
@@ -314,12 +316,17 @@ class Fleet:
             self.changed()
         return worker
 
+    @staticmethod
+    def refresh(pools: Pools, now: float) -> None:
+        for worker in pools.all:
+            worker.refresh(now)
+
     def changed(self) -> None:
         """A worker came, went, or changed role or state."""
         self._pools.clear()
 
     def pools(self, model_id: str) -> Pools:
-        """Ready workers of a model."""
+        """Ready workers of a model; their loads as of the last `refresh`."""
         pools = self._pools.get(model_id)
         if pools is None:
             ready = [w for w in self._workers.values() if w.state is WorkerState.READY and w.address.model_id == model_id]

@@ -79,10 +79,9 @@ class GuardedPolicy:
 def _complaint(costs: dict[WorkerId, Cost], view: PlacementView) -> str | None:
     if not costs:
         return "priced no worker"
-    in_view = {w.worker_id for w in view.workers}
-    for worker_id, cost in costs.items():
-        if worker_id not in in_view:
-            return f"priced {worker_id!r}, which is not in view"
-        if not isfinite(cost.seconds):
-            return f"priced {worker_id} at {cost.seconds}"
+    unknown = costs.keys() - {w.worker_id for w in view.workers}
+    if unknown:
+        return f"priced {min(unknown)!r}, which is not in view"
+    if not all(map(isfinite, [cost.seconds for cost in costs.values()])):
+        return "priced " + ", ".join(f"{name} at {cost.seconds}" for name, cost in costs.items() if not isfinite(cost.seconds))
     return None

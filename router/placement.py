@@ -14,11 +14,11 @@ it placement of an instance pair) from the cost model alone, so that it is the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from heapq import nsmallest
 
+from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.messages import CandidateScore, Place
 from protocol.worker import WorkerId
 from router.config import Disaggregate, RouterConfig
@@ -28,6 +28,7 @@ from router.policies.api import Cost, PlacementView, Pool, Replicate
 from router.prefix_index import PrefixIndex
 
 MAX_REPLICATIONS = 1024
+_AGE_MAX_S = 1e9  # said of a worker never heard of
 
 
 class Blocked(Enum):
@@ -51,6 +52,7 @@ class Choice:
     prefill: Worker
     decode: Worker
     cached_tokens: int  # on the prefill worker
+    num_marked_blocks: int  # leading hash blocks the index already knows there
     kv_tokens: int  # on the decode worker at the expected end
     policy: str
     reason: str
@@ -76,6 +78,9 @@ class _Ask:
     def cached(self, worker: Worker) -> int:
         return self.cached_tokens.get(worker.worker_id, 0)
 
+    def num_marked_blocks(self, worker: Worker) -> int:
+        return self.device_tokens.get(worker.worker_id, 0) // HASH_BLOCK_SIZE_TOKENS
+
     def missed(self, worker: Worker) -> int:
         return self.place.num_tokens - self.cached_tokens.get(worker.worker_id, 0)
 
@@ -94,12 +99,13 @@ class Placement:
         pools = self._fleet.pools(place.model_id).fit_for(place.num_tokens + 1, place.excluded)
         if not pools.all:
             return Blocked.NOBODY
+        self._fleet.refresh(pools, now)
         ask = self._ask(place, now, predicted_output_tokens)
         config = self._config
         if place.local_only:
-            return self._whole(ask, _decoders(pools), "choices differ: prefilled where they decode")
+            return self._whole(ask, _who_may_decode(pools), "choices differ: prefilled where they decode")
         if config.disaggregate is Disaggregate.NEVER:
-            return self._whole(ask, _decoders(pools), "disaggregate is never: prefilled where it decodes")
+            return self._whole(ask, _who_may_decode(pools), "disaggregate is never: prefilled where it decodes")
         if not (pools.prefill or pools.both):
             return self._whole(ask, pools.decode, "no prefill worker is ready: prefilled where it decodes")
         if not (pools.decode or pools.both):
@@ -131,7 +137,7 @@ class Placement:
 
     def _whole(self, ask: _Ask, workers: tuple[Worker, ...], reason: str) -> Choice | Blocked:
         """Prefill and decode on one worker."""
-        ranking = self._rank(ask, Pool.WHOLE, [w for w in workers if self._takes_prefill(ask, w) and self._takes_decode(ask, w)])
+        ranking = self._rank(ask, Pool.WHOLE, self._prefillers(ask, self._decoders(ask, workers)))
         if ranking is None:
             return Blocked.FULL
         return self._local(ask, ranking.best, ranking, reason, prefill_scores=ranking.scores)
@@ -139,21 +145,17 @@ class Placement:
     def _split(self, ask: _Ask, prefillers: tuple[Worker, ...], decoders: tuple[Worker, ...]) -> Choice | Blocked:
         """Prefill on one worker, decode on another; or both on the decode worker where that is better."""
         may_stay = self._config.disaggregate is Disaggregate.AUTO
-        with_room = [w for w in decoders if self._takes_decode(ask, w)]
+        with_room = self._decoders(ask, decoders)
         decode = self._rank(ask, Pool.DECODE, with_room)
         if decode is None:
             return Blocked.FULL
-        if may_stay and ask.missed(decode.best) <= self._config.local_prefill_max_tokens and self._takes_prefill(ask, decode.best):
+        if may_stay and ask.missed(decode.best) <= self._config.local_prefill_max_tokens and self._prefillers(ask, [decode.best]):
             limit = self._config.local_prefill_max_tokens
             return self._local(
                 ask, decode.best, decode, f"{ask.missed(decode.best)} tokens are missing, up to {limit} are prefilled where they decode"
             )
-        prefill = self._rank(
-            ask,
-            Pool.PREFILL,
-            [w for w in prefillers if w is not decode.best and self._takes_prefill(ask, w)],
-            decode_worker=decode.best,
-        )
+        others = [w for w in self._prefillers(ask, prefillers) if w is not decode.best]
+        prefill = self._rank(ask, Pool.PREFILL, others, decode_worker=decode.best)
         if prefill is None:
             return Blocked.FULL
         if may_stay:
@@ -169,6 +171,7 @@ class Placement:
             prefill=prefill.best,
             decode=decode.best,
             cached_tokens=ask.cached(prefill.best),
+            num_marked_blocks=ask.num_marked_blocks(prefill.best),
             kv_tokens=ask.kv_tokens,
             policy=prefill.policy,
             reason=reason,
@@ -180,14 +183,14 @@ class Placement:
         """A decode worker that holds enough of the prompt to finish it sooner than the best prefill worker, without undue harm."""
         most_cached = max(decoders, key=ask.cached)
         config, num_tokens = self._config, ask.place.num_tokens
-        split_s = prefill.queued_prefill_s(ask.now) + prefill.cost.prefill_s(ask.missed(prefill), num_tokens) + self._transfer_s(ask)
+        split_s = prefill.queued_prefill_s + prefill.cost.prefill_s(ask.missed(prefill), num_tokens) + self._transfer_s(ask)
         for worker in (decode.best, most_cached):
             missed = ask.missed(worker)
             if missed > config.local_prefill_predicted_max_tokens or missed > config.local_prefill_max_missed_ratio * num_tokens:
                 continue
-            if self._is_busy(worker, ask.now) or not self._takes_prefill(ask, worker):
+            if self._is_busy(worker) or not self._prefillers(ask, [worker]):
                 continue
-            alone_s = worker.queued_prefill_s(ask.now) + worker.cost.prefill_s(missed, num_tokens)
+            alone_s = worker.queued_prefill_s + worker.cost.prefill_s(missed, num_tokens)
             local_s = alone_s * config.local_prefill_interference
             if local_s < split_s:
                 return self._local(
@@ -205,6 +208,7 @@ class Placement:
             prefill=worker,
             decode=worker,
             cached_tokens=ask.cached(worker),
+            num_marked_blocks=ask.num_marked_blocks(worker),
             kv_tokens=ask.kv_tokens,
             policy=ranking.policy,
             reason=reason,
@@ -229,17 +233,17 @@ class Placement:
             transfer_s=self._transfer_s(ask) if pool is not Pool.WHOLE else 0.0,
         )
         policy, costs = self._policy.score(view, ask.place, ask.now)
-        priced = [(costs[w.worker_id].seconds, w.last_chosen, w.tie_hash, i) for i, w in enumerate(workers) if w.worker_id in costs]
-        best = nsmallest(self._config.num_candidates, priced)
+        best = sorted([(costs[w.worker_id][0], w.last_chosen, w.tie_hash, i) for i, w in enumerate(workers) if w.worker_id in costs])
+        del best[self._config.num_candidates :]
         scores = tuple([_candidate(workers[i], costs[workers[i].worker_id], ask) for *_, i in best])
         return Ranking(policy=policy, best=workers[best[0][-1]], scores=scores)
 
     def _total_s(self, ask: _Ask, choice: Choice) -> float:
         """Predicted seconds until the last token, to compare shapes."""
         prefill, decode = choice.prefill, choice.decode
-        seconds = prefill.queued_prefill_s(ask.now) + prefill.cost.prefill_s(ask.missed(prefill), ask.place.num_tokens)
-        num_sequences = decode.num_sequences(ask.now) + ask.place.num_choices
-        token_s = decode.cost.decode_step_s(num_sequences, decode.kv_tokens(ask.now) + ask.kv_tokens)
+        seconds = prefill.queued_prefill_s + prefill.cost.prefill_s(ask.missed(prefill), ask.place.num_tokens)
+        num_sequences = decode.num_sequences + ask.place.num_choices
+        token_s = decode.cost.decode_step_s(num_sequences, decode.kv_tokens + ask.kv_tokens)
         if choice.is_split:
             seconds += self._transfer_s(ask)
         else:
@@ -249,24 +253,43 @@ class Placement:
     def _transfer_s(self, ask: _Ask) -> float:
         return self._config.transfer_s_base + self._config.transfer_s_per_token * ask.place.num_tokens
 
-    # --- room ---
+    # --- room: the bounded inbox ---
 
-    def _takes_prefill(self, ask: _Ask, worker: Worker) -> bool:
-        return worker.has_prefill_room(
-            ask.now, num_tokens=ask.place.num_tokens, cached_tokens=ask.cached(worker), inbox_steps=self._config.inbox_steps
-        )
+    def _prefillers(self, ask: _Ask, workers: Sequence[Worker]) -> list[Worker]:
+        """Those with less than `inbox_steps` of prefill waiting, where the prompt's blocks can be had.
 
-    def _takes_decode(self, ask: _Ask, worker: Worker) -> bool:
-        return worker.has_decode_room(
-            ask.now, num_choices=ask.place.num_choices, kv_tokens=ask.kv_tokens, overcommit=self._config.decode_overcommit
-        )
+        A prompt mostly cached on a worker follows its prefix beyond the bound, up to max_num_seqs prompts: it adds little work there
+        and would add much elsewhere.
+        """
+        num_tokens, cached_tokens, inbox_steps = ask.place.num_tokens, ask.cached_tokens, self._config.inbox_steps
+        with_room = []
+        for worker in workers:
+            cached = cached_tokens.get(worker.worker_id, 0)
+            if num_tokens - cached > worker.prompt_room_tokens:
+                continue
+            address = worker.address
+            if worker.queued_prefill_tokens < inbox_steps * address.max_num_batched_tokens or (
+                2 * cached >= num_tokens and worker.booked.num_prefills < address.max_num_seqs
+            ):
+                with_room.append(worker)
+        return with_room
+
+    def _decoders(self, ask: _Ask, workers: Sequence[Worker]) -> list[Worker]:
+        """Those whose batch has slots and whose pool holds the expected growth of all that was booked; an idle worker takes anything."""
+        num_choices, kv_tokens, overcommit = ask.place.num_choices, ask.kv_tokens, self._config.decode_overcommit
+        return [
+            w
+            for w in workers
+            if not w.num_sequences
+            or (w.num_sequences + num_choices <= overcommit * w.address.max_num_seqs and w.kv_tokens + kv_tokens <= w.kv_capacity_tokens)
+        ]
 
     @staticmethod
-    def _is_busy(worker: Worker, now: float) -> bool:
+    def _is_busy(worker: Worker) -> bool:
         """A decode worker that prefills already, or whose batch is nearly full."""
         return (
-            worker.queued_prefill_tokens(now) >= worker.address.max_num_batched_tokens
-            or worker.num_sequences(now) > 0.9 * worker.address.max_num_seqs
+            worker.queued_prefill_tokens >= worker.address.max_num_batched_tokens
+            or worker.num_sequences > 0.9 * worker.address.max_num_seqs
         )
 
     # --- the request ---
@@ -296,13 +319,13 @@ class Placement:
             target = next((w for w in prefillers if w.worker_id == worker_id), None)
             if target is None or ask.now > until_s:
                 del self._replications[h]
-            elif self._takes_prefill(ask, target):
+            elif self._prefillers(ask, [target]):
                 del self._replications[h]
                 return target
         return None
 
 
-def _decoders(pools: Pools) -> tuple[Worker, ...]:
+def _who_may_decode(pools: Pools) -> tuple[Worker, ...]:
     return pools.decode + pools.both or pools.prefill
 
 
@@ -313,11 +336,12 @@ def _at_most(tokens: Mapping[WorkerId, int], most: int) -> Mapping[WorkerId, int
 
 
 def _candidate(worker: Worker, cost: Cost, ask: _Ask) -> CandidateScore:
+    names, seconds = zip(*cost.terms, strict=True) if cost.terms else ((), ())
     return CandidateScore(
         worker_id=worker.worker_id,
         seconds=cost.seconds,
-        cached_tokens=ask.cached(worker),
-        signal_age_s=min(worker.signal_age_s(ask.now), 1e9),
-        term_names=tuple([name for name, _ in cost.terms]),
-        term_seconds=tuple([seconds for _, seconds in cost.terms]),
+        cached_tokens=ask.cached_tokens.get(worker.worker_id, 0),
+        signal_age_s=min(ask.now - worker.read_at_s, _AGE_MAX_S),
+        term_names=names,
+        term_seconds=seconds,
     )

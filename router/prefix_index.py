@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise, repeat
-from operator import and_
+from operator import and_, or_
 
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.messages import KvEvents, KvSnapshot
@@ -22,7 +22,7 @@ from protocol.worker import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEve
 ENTRY_BYTES = 140
 # A slot of a set at its usual load: one (worker, hash).
 PAIR_BYTES = 40
-_STRIDE = 32
+_STRIDE = 64
 
 
 @dataclass(slots=True, kw_only=True)
@@ -159,9 +159,8 @@ class PrefixIndex:
         holdings.guesses.update(dict.fromkeys(hashes, expires_s))
         self._num_pairs += len(holdings.guesses) - num_before
         self._guesses.append((expires_s, holdings, hashes))
-        masks, get, bit = self._device, self._device.get, holdings.bit
-        for h in hashes[num_held:]:
-            masks[h] = get(h, 0) | bit
+        new, masks = hashes[num_held:], self._device
+        masks.update(zip(new, map(or_, map(masks.get, new, repeat(0)), repeat(holdings.bit)), strict=False))
 
     def expire(self, now: float) -> None:
         """Drop guesses whose time is over."""

@@ -71,6 +71,7 @@ def notes(core: RouterCore) -> list[str]:
 
 
 def _worker(worker: Worker, now: float) -> dict[str, object]:
+    worker.refresh(now)
     fitted = worker.model.fitted
     return {
         "worker_id": worker.worker_id,
@@ -78,10 +79,10 @@ def _worker(worker: Worker, now: float) -> dict[str, object]:
         "role": worker.role.value,
         "state": worker.state.value,
         "snapshot_age_s": round(now - worker.read_at_s, 4) if worker.snapshot is not None else None,
-        "queued_prefill_s": round(worker.queued_prefill_s(now), 6),
-        "queued_prefill_tokens": worker.queued_prefill_tokens(now),
-        "sequences": worker.num_sequences(now),
-        "kv_tokens": worker.kv_tokens(now),
+        "queued_prefill_s": round(worker.queued_prefill_s, 6),
+        "queued_prefill_tokens": worker.queued_prefill_tokens,
+        "sequences": worker.num_sequences,
+        "kv_tokens": worker.kv_tokens,
         "kv_capacity_tokens": worker.kv_capacity_tokens,
         "booked_prefills": worker.booked.num_prefills,
         "booked_sequences": worker.booked.num_sequences,

@@ -37,7 +37,7 @@ class Cost(NamedTuple):
 
 
 class WorkerView(Protocol):
-    """A worker as a policy may read it. Loads include what was booked and is not in the worker's snapshot yet."""
+    """A worker as a policy may read it, true at the moment of the choice. Loads include what was booked and no snapshot shows yet."""
 
     @property
     def worker_id(self) -> WorkerId: ...
@@ -61,6 +61,26 @@ class WorkerView(Protocol):
         ...
 
     @property
+    def queued_prefill_tokens(self) -> int:
+        """Prompt tokens given to this worker and not computed yet."""
+        ...
+
+    @property
+    def queued_prefill_s(self) -> float:
+        """Seconds until a prompt given to this worker now would start."""
+        ...
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that decode here, wait here, or will come here."""
+        ...
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV tokens held for sequences, or that will be at the expected end of what was booked."""
+        ...
+
+    @property
     def kv_capacity_tokens(self) -> int: ...
     @property
     def free_kv_tokens(self) -> int:
@@ -72,18 +92,8 @@ class WorkerView(Protocol):
         """In blocks only the prefix cache holds."""
         ...
 
-    def signal_age_s(self, now: float) -> float: ...
-    def queued_prefill_tokens(self, now: float) -> int: ...
-    def queued_prefill_s(self, now: float) -> float:
-        """Seconds until a prompt given to this worker now would start."""
-        ...
-
-    def num_sequences(self, now: float) -> int:
-        """Sequences that decode here, wait here, or will come here."""
-        ...
-
-    def kv_tokens(self, now: float) -> int:
-        """KV tokens held for sequences, or that will be at the expected end of what was booked."""
+    def signal_age_s(self, now: float) -> float:
+        """Age of the worker's last word. Beyond `snapshot_stale_s` the loads are the router's own bookings."""
         ...
 
 

@@ -30,46 +30,49 @@ class PrefixCost(Stateless):
         self.config = config
 
     def score(self, view: PlacementView, request: Place, now: float, rng: Random) -> dict[WorkerId, Cost]:
-        if view.pool is Pool.DECODE:
-            return {w.worker_id: self._decode_cost(view, request, w, now) for w in view.workers}
-        num_tokens, cached_tokens, whole = request.num_tokens, view.cached_tokens, view.pool is Pool.WHOLE
-        prefill_s = []
+        return self._score_decode(view, request) if view.pool is Pool.DECODE else self._score_prefill(view, request)
+
+    def _score_prefill(self, view: PlacementView, request: Place) -> dict[WorkerId, Cost]:
+        num_tokens, cached, whole = request.num_tokens, view.cached_tokens.get, view.pool is Pool.WHOLE
+        priced = []
         for worker in view.workers:
-            prefill_s.append(worker.cost.prefill_s(num_tokens - cached_tokens.get(worker.worker_id, 0), num_tokens))
-        least_s = min(prefill_s, default=0.0)
-        beta = self.config.beta
+            missed = num_tokens - cached(worker.worker_id, 0)
+            priced.append((worker.cost.prefill_s(missed, num_tokens), missed, worker))
+        least_s = min(priced, key=_seconds)[0]
+        beta, last_name = self.config.beta, "decode" if whole else "transfer"
+        output, kv_tokens, num_choices = view.predicted_output_tokens, view.kv_tokens, request.num_choices
         costs = {}
-        for worker, own_s in zip(view.workers, prefill_s, strict=True):
-            name = worker.worker_id
-            queue_s = worker.queued_prefill_s(now)
+        for own_s, missed, worker in priced:
+            queue_s = worker.queued_prefill_s
             duplicate_s = beta * (own_s - least_s)
-            evict_s = self._eviction_s(worker, num_tokens - cached_tokens.get(name, 0))
+            evict_s = self._eviction_s(worker, missed) if missed > worker.free_kv_tokens else 0.0
             if whole:
-                decode_s = self._decode_s(view, request, worker, now)
-                total = queue_s + own_s + duplicate_s + evict_s + decode_s
-                last = ("decode", decode_s)
+                last = worker.cost.decode_step_s(worker.num_sequences + num_choices, worker.kv_tokens + kv_tokens) * output
             else:
-                transfer_s = view.transfer_s if name != view.decode_worker else 0.0
-                total = queue_s + own_s + duplicate_s + evict_s + transfer_s
-                last = ("transfer", transfer_s)
-            costs[name] = Cost(total, (("queue", queue_s), ("prefill", own_s), ("duplicate", duplicate_s), ("evict", evict_s), last))
+                last = view.transfer_s
+            terms = (("queue", queue_s), ("prefill", own_s), ("duplicate", duplicate_s), ("evict", evict_s), (last_name, last))
+            costs[worker.worker_id] = Cost(queue_s + own_s + duplicate_s + evict_s + last, terms)
         return costs
 
-    def _decode_cost(self, view: PlacementView, request: Place, worker: WorkerView, now: float) -> Cost:
-        missed = request.num_tokens - view.cached_tokens.get(worker.worker_id, 0)
-        decode_s = self._decode_s(view, request, worker, now)
-        evict_s = self._eviction_s(worker, missed)
-        transfer_s = view.transfer_s * missed / max(request.num_tokens, 1)
-        return Cost(decode_s + evict_s + transfer_s, (("decode", decode_s), ("evict", evict_s), ("transfer", transfer_s)))
-
-    @staticmethod
-    def _decode_s(view: PlacementView, request: Place, worker: WorkerView, now: float) -> float:
-        num_sequences = worker.num_sequences(now) + request.num_choices
-        return view.predicted_output_tokens * worker.cost.decode_step_s(num_sequences, worker.kv_tokens(now) + view.kv_tokens)
+    def _score_decode(self, view: PlacementView, request: Place) -> dict[WorkerId, Cost]:
+        num_tokens, cached = request.num_tokens, view.cached_tokens.get
+        transfer_token_s = view.transfer_s / max(num_tokens, 1)
+        output, kv_tokens, num_choices = view.predicted_output_tokens, view.kv_tokens, request.num_choices
+        costs = {}
+        for worker in view.workers:
+            missed = num_tokens - cached(worker.worker_id, 0)
+            decode_s = output * worker.cost.decode_step_s(worker.num_sequences + num_choices, worker.kv_tokens + kv_tokens)
+            evict_s = self._eviction_s(worker, missed) if missed > worker.free_kv_tokens else 0.0
+            transfer_s = transfer_token_s * missed
+            terms = (("decode", decode_s), ("evict", evict_s), ("transfer", transfer_s))
+            costs[worker.worker_id] = Cost(decode_s + evict_s + transfer_s, terms)
+        return costs
 
     def _eviction_s(self, worker: WorkerView, missed: int) -> float:
-        """Seconds of prefill that cached blocks pushed out by this prompt would have saved: 0 while memory is free."""
+        """Seconds of prefill that the cached blocks pushed out by this prompt would have saved."""
         displaced = min(missed - worker.free_kv_tokens, worker.reclaimable_kv_tokens)
-        if displaced <= 0 or not self.config.eviction:
-            return 0.0
-        return worker.hit_rate * displaced * worker.cost.prefill_token_s
+        return worker.hit_rate * displaced * worker.cost.prefill_token_s if self.config.eviction else 0.0
+
+
+def _seconds(priced: tuple[float, int, WorkerView]) -> float:
+    return priced[0]
