@@ -60,6 +60,7 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()
+        signal.alarm(0)  # set by Ray's C++ handler when SIGTERM came within ray.init: it would abort us in 3 s
         if not self._reason:
             self._reason, self._first_s = _NAMES[signal.Signals(number)], now_s
         elif number == signal.SIGINT and now_s - self._first_s > ECHO_S:

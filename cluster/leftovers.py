@@ -4,7 +4,8 @@
     ... start, use and stop Baton ...
     python -m cluster.leftovers --against before.json        (lists what is left; exit status 1 if anything is)
 
-Ours is what works in, is named after, or was made below our run directories, and shared memory of this user that is new. Stdlib only.
+Ours is what works in, is named after, or was made below our run directories, and shared memory of this user that is new. Runs whose
+own process still lives are nobody's leftovers.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.processes import ProcessId, all_processes, listeners, process_id, working_under
-from cluster.run_directory import default_root
+from cluster.run_directory import default_root, live_runs
 from control.run_files import runtime_dir
 
 SCHEMA = "baton.leftovers.v1"
@@ -47,22 +48,40 @@ class Traces:
 def take(environ: Mapping[str, str] = os.environ) -> Traces:
     """The traces of every run of this user on this machine."""
     roots = tuple(dict.fromkeys([default_root(), runtime_dir(environ)]))
-    processes = our_processes(roots)
+    alive = [str(run) for root in roots for run in live_runs(root)]
+    living = {int(path.stem) for root in roots for path in root.glob("*.json") if path.stem.isdigit() and process_id(int(path.stem))}
+    processes = our_processes(roots, but_not=alive)
     pids = {p.pid for p in processes}
+    files = [path for path in _files(roots) if path not in alive and not _is_of(path, living)]
     return Traces(
         processes=tuple(f"{p.pid} {p.start_ticks} {p.title[:120]}" for p in processes),
         ports=tuple(sorted(f"{s.host}:{s.port} of {s.pids}" for s in listeners(pids) if pids)),
-        unix_sockets=tuple(sorted(path for path in _unix_socket_paths() if _is_below(path, roots))),
+        unix_sockets=tuple(sorted({path for path in _unix_socket_paths() if _is_below(path, roots) and not _is_below(path, alive)})),
         shared_memory=tuple(sorted(_shared_memory())),
-        files=tuple(sorted(_files(roots))),
+        files=tuple(sorted(files)),
     )
 
 
-def our_processes(roots: tuple[Path, ...]) -> list[ProcessId]:
+def our_processes(roots: tuple[Path, ...], *, but_not: Sequence[str] = ()) -> list[ProcessId]:
     """Processes that work below a root (also a removed one) or name one in their command line; not those above this one."""
     found = {p for root in roots for p in working_under(root)}
     found.update(p for p in all_processes() if any(f"{root}/" in p.title for root in roots) and p.is_alive)
+    for run in but_not:
+        found.difference_update(working_under(Path(run)))
     return sorted(found - _ancestry())
+
+
+def _is_of(path: str, living: set[int]) -> bool:
+    """A run file, or the lock of a port, of a process that lives."""
+    name = Path(path)
+    if name.suffix == ".json":
+        return name.stem.isdigit() and int(name.stem) in living
+    if name.suffix == ".lock":
+        try:
+            return process_id(int(name.read_text())) is not None
+        except (OSError, ValueError):
+            return False
+    return False
 
 
 def _ancestry() -> set[ProcessId]:
@@ -108,7 +127,7 @@ def _files(roots: tuple[Path, ...]) -> list[str]:
     return [str(path) for root in roots if root.is_dir() for path in root.iterdir()]
 
 
-def _is_below(path: str, roots: tuple[Path, ...]) -> bool:
+def _is_below(path: str, roots: Sequence[Path | str]) -> bool:
     return any(path.startswith(f"{root}/") for root in roots)
 
 

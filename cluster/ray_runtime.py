@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -250,7 +251,7 @@ def _working_in(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """`ray.init` installs a SIGTERM handler of its own; the caller's stays."""
+    """The caller's signal handlers stay. `ray.init` installs one for SIGTERM in Python, and in C++ one that aborts 3 s later."""
     from ray._private import utils
 
     original = utils.set_sigterm_handler
@@ -259,6 +260,8 @@ def _handlers_kept() -> Iterator[None]:
         yield
     finally:
         utils.set_sigterm_handler = original
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # as Python knows it, over what C++ has put there
 
 
 def _ignore_handler(handler: Callable[[int, FrameType | None], None]) -> None:

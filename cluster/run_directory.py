@@ -96,11 +96,21 @@ def private_root(root: Path) -> Path:
 
 def prune(root: Path) -> list[Path]:
     """Remove directories of runs whose process is gone (ended by SIGKILL); returns them."""
-    removed = []
+    removed = [run for run, owner in _owners(root) if not owner.is_alive]
+    for run in removed:
+        shutil.rmtree(run, ignore_errors=True)
+    return removed
+
+
+def live_runs(root: Path) -> list[Path]:
+    """Directories of runs whose process lives."""
+    return [run for run, owner in _owners(root) if owner.is_alive]
+
+
+def _owners(root: Path) -> list[tuple[Path, ProcessId]]:
+    found = []
     for path in sorted(root.glob("*/owner")):
         with contextlib.suppress(OSError, ValueError):
             pid, start_ticks = (int(word) for word in path.read_text().split())
-            if not ProcessId(pid=pid, start_ticks=start_ticks).is_alive:
-                shutil.rmtree(path.parent, ignore_errors=True)
-                removed.append(path.parent)
-    return removed
+            found.append((path.parent, ProcessId(pid=pid, start_ticks=start_ticks)))
+    return found
