@@ -18,7 +18,7 @@ from simulator.sim_worker import FromWorker, SimWorker
 
 Place = Callable[[Attempt], tuple[str, str]]  # (prefill worker, decode worker); equal: computed where it decodes
 
-MAX_ATTEMPTS = 50
+MAX_ATTEMPTS = 200
 
 
 @dataclass(slots=True, kw_only=True)
@@ -114,7 +114,9 @@ class SimGateway:
         if ledger.attempt >= MAX_ATTEMPTS:
             self._close(ledger, "failed", f"{MAX_ATTEMPTS} attempts")
         else:
-            self._loop.call_later(0.01, lambda: None if ledger.terminal else self._begin(ledger))
+            backoff_s = min(0.01 * 2 ** min(ledger.attempt, 8), 1.0)
+            number = ledger.attempt
+            self._loop.call_later(backoff_s, lambda: self._begin(ledger) if not ledger.terminal and ledger.attempt == number else None)
 
     def _close(self, ledger: Ledger, terminal: str, reason: str) -> None:
         assert not ledger.terminal, f"{ledger.request.request_id} ends twice: {ledger.terminal}, then {terminal}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from array import array
 
+import xxhash
+
 from engine.core.attempts import LiveAttempt
 from engine.core.block_pool import BlockPool
 from kvtransfer.handoff import SourceHandoff
 from protocol.kv import DigestMode, Endpoint, HandoffKind, HandoffShard, KVHandoff, KVLayout, Lease
 from protocol.request import AttemptKey
-
-HANDOFF_ID_HEX_DIGITS = 32
 
 
 class Offers:
@@ -49,7 +49,7 @@ class Offers:
         block_ids = live.leader.block_table[: -(-len(token_ids) // self._layout.block_size_tokens)]
         self._pool.lease(block_ids)
         self._num_made += 1
-        handoff_id = f"{self._epoch & (1 << 64) - 1:016x}{self._num_made:016x}"
+        handoff_id = xxhash.xxh3_128_hexdigest(f"{self._worker_id}\0{self._epoch}\0{self._num_made}".encode())
         size_bytes = len(block_ids) * self._layout.block_bytes
         offer = SourceHandoff(
             handoff_id=handoff_id, block_ids=block_ids, size_bytes=size_bytes, lease_s=self._lease_s, expires_s=now + self._lease_s

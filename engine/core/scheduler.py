@@ -146,7 +146,7 @@ class Scheduler:
                 if sequence.residency == residency and sequence.state is SequenceState.RUNNING:
                     sequence.num_computed_tokens += leapt
                     sequence.num_confirmed_tokens = end + leapt
-            if isinstance(self._step_time, FittedStepTime):
+            if self._config.step_time_budget_s is not None and isinstance(self._step_time, FittedStepTime):
                 self._step_time.observe(step.shape, result.duration_s / result.num_steps)
         return step
 

@@ -19,6 +19,7 @@ from engine.core.events import (
     CancelReceived,
     Command,
     DrainStarted,
+    DropSource,
     Emit,
     Event,
     GatewayLost,
@@ -192,17 +193,21 @@ class WorkerCore:
         if live.part in self._attempts or live.part in self._remembered:
             self._counters["duplicates_ignored"] += 1
             return
+        num_waiting = len(self._scheduler.waiting)
         if self._state is WorkerState.DRAINING:
-            self._refuse(live, "the worker is draining", retryable=True)
-        elif len(self._scheduler.waiting) >= self._config.max_waiting:
-            self._refuse(live, f"inbox full: {len(self._scheduler.waiting)} attempts wait, max_waiting is {self._config.max_waiting}", True)
-        elif (reason := self._limits.refusal(submit)) is not None:
-            self._refuse(live, reason, retryable=False)
+            self._refuse(live, submit, "the worker is draining", retryable=True)
+        elif num_waiting >= self._config.max_waiting:
+            reason = f"inbox full: {num_waiting} attempts wait, max_waiting is {self._config.max_waiting}"
+            self._refuse(live, submit, reason, retryable=True)
+        elif (impossible := self._limits.refusal(submit)) is not None:
+            self._refuse(live, submit, impossible, retryable=False)
         else:
             self._open(live, submit, now)
 
-    def _refuse(self, live: LiveAttempt, reason: str, retryable: bool) -> None:
+    def _refuse(self, live: LiveAttempt, submit: Submit, reason: str, *, retryable: bool) -> None:
         self._counters["attempts_refused"] += 1
+        if submit.handoff is not None:
+            self._out.append(DropSource(handoff=submit.handoff, reason=reason))
         self._fail(live, reason, retryable=retryable)
 
     def _open(self, live: LiveAttempt, submit: Submit, now: float) -> None:
