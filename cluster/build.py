@@ -19,22 +19,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from cluster.interrupts import Interrupted, Interrupts
-from cluster.pieces import Pieces
 from cluster.port import ReservedPort
 from cluster.processes import ProcessId, kill_all
-from cluster.ray_runtime import Guard, RayRuntime
 from cluster.run_directory import RunDirectory
-from control.compose import compose_worker, pinned
 from control.config import ClusterConfig
 from control.memory import available_memory_bytes
 from control.run_files import RunFile, remove_run_file, write_run_file
 from control.sections import DEMO_MODEL
 from control.startup import Notice, Phase, PhaseBegan, PhaseDone, Report, ServerReady, ServerStopping
-from engine.demo import make_demo_model
-from engine.hub import resolve_model
 from protocol.errors import ServiceError
+
+if TYPE_CHECKING:
+    from cluster.pieces import Pieces
+    from cluster.ray_runtime import Guard, RayRuntime
 
 log = logging.getLogger("baton.cluster")
 
@@ -114,8 +114,10 @@ class Cluster:
         """Until requests are answered. `guard` is entered around whatever takes long: an interrupt may come there and only there."""
         self._run = RunDirectory()
         http = self.config.http
-        self._port = ReservedPort(http.host, http.port, locks=self._run.root)
+        self._port = ReservedPort(http.host, http.port, locks=self._run.root)  # before anything slow is even imported
         with self._phase(Phase.MODEL, f"looking for {self.config.model.path}") as done, guard():
+            from control.compose import compose_worker, pinned
+
             model_dir = _find_model(self.config, self._environ)
             plan = compose_worker(self.config, model_dir, memory_bytes=available_memory_bytes())
             self.config = pinned(self.config, plan)
@@ -123,6 +125,8 @@ class Cluster:
         with self._phase(Phase.RAY, self.config.ray.address or "starting a private Ray") as done:
             self._runtime = self._start_ray(guard)
             done.append(self._runtime.address)
+        from cluster.pieces import Pieces
+
         self._pieces = Pieces(
             self.config, model_dir=model_dir, run=self._run, port=self._port, runtime=self._runtime, tell=self._notices.append
         )
@@ -150,6 +154,8 @@ class Cluster:
             self._runtime.check()
 
     def _start_ray(self, guard: Guard) -> RayRuntime:
+        from cluster.ray_runtime import RayRuntime
+
         assert self._run is not None
         namespace = self.config.ray.namespace or f"baton-{self._run.id}"
         if self.config.ray.address is not None:
@@ -251,8 +257,12 @@ class Cluster:
 def _find_model(config: ClusterConfig, environ: Mapping[str, str]) -> Path:
     """The checkpoint's directory; made or downloaded first where it has to be."""
     if config.model.path == DEMO_MODEL:
+        from engine.demo import make_demo_model
+
         cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return make_demo_model(cache / "baton" / "demo")
+    from engine.hub import resolve_model
+
     return resolve_model(
         config.model.path,
         revision=config.model.revision,
