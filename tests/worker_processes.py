@@ -15,7 +15,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -256,9 +256,7 @@ class WireGateway:
             while True:
                 for snapshot in self.snapshots.values():
                     assert snapshot.num_blocks_unaccounted == 0, snapshot
-                busy = [
-                    s for s in self.snapshots.values() if s.num_running or s.num_waiting or s.num_blocks_owned or s.num_blocks_leased
-                ]
+                busy = [s for s in self.snapshots.values() if s.num_running or s.num_waiting or s.num_blocks_owned or s.num_blocks_leased]
                 if not busy and self.snapshots:
                     return dict(self.snapshots)
                 await asyncio.sleep(0.05)

@@ -1,0 +1,92 @@
+"""From a config to a running worker: memory, executor, core, endpoint and host put together in the process that serves."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.worker_host import WorkerHost
+from control.compose import WorkerPlan, compose_worker, compose_worker_core
+from control.config import ClusterConfig
+from engine.core.executor import Executor
+from kvtransfer.endpoint import KVEndpoint
+from kvtransfer.region import PoolMemory
+from kvtransfer.transport import Region
+from protocol.kv import Endpoint
+from protocol.worker import Role, WorkerAddress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """All a worker process is told. Travels by Ray (private to the cluster), never over our own sockets."""
+
+    config: ClusterConfig  # with the number of blocks decided (control.compose.pinned), so that all workers come out alike
+    model_dir: Path
+    worker_id: str
+    role: Role
+    directory_host: str
+    directory_port: int
+    secret: bytes
+    run_dir: Path  # 0700, for this run's Unix sockets
+
+
+def build_worker(spec: WorkerSpec) -> WorkerHost:
+    """Allocate the pool, load the weights, bind core and sockets; `await host.start()` puts it on the air.
+
+    Raises:
+        ModelError: the checkpoint cannot be served.
+    """
+    epoch = time.time_ns()
+    plan = compose_worker(spec.config, spec.model_dir)
+    fingerprint = plan.fingerprint.digest
+    pool = PoolMemory.create(plan.layout, plan.num_kv_blocks)
+    address = WorkerAddress(
+        worker_id=spec.worker_id,
+        role=spec.role,
+        epoch=epoch,
+        host=spec.config.transport.host,
+        port=0,
+        pid=os.getpid(),
+        hostname=socket.gethostname(),
+        kv_endpoint=Endpoint(),
+        model_id=spec.config.model.model_id,
+        fingerprint=fingerprint,
+        block_size_tokens=plan.layout.block_size_tokens,
+        num_kv_blocks=plan.num_kv_blocks,
+        max_model_len=plan.max_model_len,
+        max_num_seqs=plan.core.scheduler.max_num_seqs,
+        max_num_batched_tokens=plan.core.scheduler.max_num_batched_tokens,
+    )
+    return WorkerHost(
+        core=compose_worker_core(plan, worker_id=spec.worker_id, epoch=epoch, role=spec.role),
+        executor=_make_executor(spec, plan, pool.region),
+        make_endpoint=lambda on_peer_message: KVEndpoint(
+            spec.config.transport,
+            pool,
+            worker_id=spec.worker_id,
+            epoch=epoch,
+            secret=spec.secret,
+            run_dir=str(spec.run_dir),
+            fingerprint=fingerprint,
+            on_peer_message=on_peer_message,
+        ),
+        address=address,
+        secret=spec.secret,
+        directory_host=spec.directory_host,
+        directory_port=spec.directory_port,
+    )
+
+
+def _make_executor(spec: WorkerSpec, plan: WorkerPlan, region: Region) -> Executor:
+    """Only what is used is imported: a paced worker needs no torch and starts in a tenth of the time."""
+    if spec.config.workers.executor == "paced":
+        from engine.paced import PacedExecutor
+
+        assert plan.step_time is not None, "control.compose gives a paced worker its pace"
+        return PacedExecutor(region, plan.step_time, vocab_size=plan.model.vocab_size, eos_period=spec.config.paced.eos_period)
+    from engine.runner.torch_executor import TorchExecutor
+
+    return TorchExecutor(spec.model_dir, plan.runner, region)
