@@ -7,10 +7,10 @@ The tokenizer is a byte-level BPE trained on the documentation every Python carr
 
 from __future__ import annotations
 
-import builtins
-import importlib
+import ast
 import json
 import shutil
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from engine.models.config import parse_model_config
 from engine.models.tensors import EMBEDDING, LM_HEAD, Shape, expected_tensors
+from protocol.errors import ModelUnavailable
 
 VERSION = 1  # raised when any file below would come out differently; a directory of another version is made anew
 VERSION_KEY = "baton_demo_version"  # in config.json
@@ -29,7 +30,8 @@ VOCAB_SIZE = 2048
 END_OF_TEXT, TURN_START, TURN_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 LOGIT_SPREAD = 3.0
 QUERY_KEY_SPREAD = 1.6  # scores spread by its square, so attention is far from uniform
-TURN_END_LOGIT_SCALE = 0.5  # of a usual token's: an answer can end by itself, seldom soon
+SELF_DAMPING = 0.12  # of a token's own embedding in its logit: no token is its own best successor
+TURN_END_LOGIT_SCALE = 0.8  # of a usual token's: an answer can end by itself, seldom soon
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -57,12 +59,15 @@ CONFIG: dict[str, object] = {
     "pad_token_id": 0,
     VERSION_KEY: VERSION,
 }
-TEXT_MODULES = (  # whose docstrings the tokenizer is trained on
-    "argparse", "array", "asyncio", "collections", "concurrent.futures", "configparser", "contextlib", "copy", "csv", "dataclasses",
-    "datetime", "decimal", "difflib", "doctest", "email.message", "enum", "fractions", "functools", "heapq", "html.parser", "http.client",
-    "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "os", "pathlib", "pickle", "random", "re", "shutil", "socket",
-    "statistics", "string", "struct", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "tokenize", "typing",
-    "unittest", "urllib.parse", "urllib.request", "uuid", "weakref", "xml.etree.ElementTree", "zipfile",
+TEXT_FILES = (  # of the standard library, whose docstrings the tokenizer is trained on
+    "argparse", "ast", "calendar", "cmd", "collections/__init__", "concurrent/futures/_base", "configparser", "contextlib", "copy",
+    "csv", "dataclasses", "datetime", "decimal", "difflib", "dis", "doctest", "email/message", "enum", "fractions", "functools",
+    "gettext", "heapq", "html/parser", "http/client", "http/cookiejar", "http/server", "imaplib", "inspect", "ipaddress",
+    "json/__init__", "json/decoder", "locale", "logging/__init__", "logging/handlers", "mailbox", "mimetypes", "multiprocessing/pool",
+    "optparse", "os", "pathlib", "pdb", "pickle", "pickletools", "pkgutil", "platform", "pprint", "pydoc", "random", "re", "sched",
+    "shutil", "smtplib", "socket", "socketserver", "statistics", "string", "subprocess", "sysconfig", "tarfile", "tempfile",
+    "textwrap", "threading", "timeit", "tokenize", "trace", "traceback", "typing", "unittest/case", "unittest/mock", "urllib/parse",
+    "urllib/request", "uuid", "warnings", "weakref", "xml/etree/ElementTree", "zipfile", "zipfile/__init__",
 )  # fmt: skip
 
 
@@ -73,6 +78,7 @@ def make_demo_model(target_dir: Path) -> Path:
 
     Raises:
         OSError: the disk is full or the parent directory cannot be written.
+        ModelUnavailable: this Python has no library source to train the tokenizer on.
     """
     if _is_made(target_dir):
         return target_dir
@@ -141,21 +147,23 @@ def _train_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(), trainer)
-    assert tokenizer.get_vocab_size() == VOCAB_SIZE, f"the text gave only {tokenizer.get_vocab_size()} tokens"
+    if (size := tokenizer.get_vocab_size()) != VOCAB_SIZE:
+        raise ModelUnavailable(
+            f"the demo model's tokenizer got {size} of {VOCAB_SIZE} tokens: this Python lacks the source of its library; name another model"
+        )
     return tokenizer
 
 
 def _texts() -> Iterator[str]:
-    """Docstrings of the standard library, each once."""
-    told: set[str] = set()
-    for owner in (builtins, *map(importlib.import_module, TEXT_MODULES)):
-        for _, member in sorted(vars(owner).items()):
-            inside = [item for _, item in sorted(vars(member).items())] if isinstance(member, type) else []
-            for subject in (member, *inside):
-                text = getattr(subject, "__doc__", None)
-                if isinstance(text, str) and text not in told:
-                    told.add(text)
-                    yield text
+    """Docstrings as the source files have them: what else this process imported makes no difference."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for name in TEXT_FILES:
+        path = library / f"{name}.py"
+        if not path.exists():  # another Python keeps it elsewhere
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
+                yield text
 
 
 def _weights(tokenizer: Tokenizer) -> dict[str, npt.NDArray[np.float32]]:
@@ -163,6 +171,7 @@ def _weights(tokenizer: Tokenizer) -> dict[str, npt.NDArray[np.float32]]:
     rng = np.random.Generator(np.random.PCG64(20260))
     config = parse_model_config(CONFIG, {})
     weights = {name: _random(rng, name, shape) for name, shape in expected_tensors(config).items()}
+    weights[LM_HEAD] -= SELF_DAMPING * weights[EMBEDDING]
     for token_id in range(VOCAB_SIZE):
         if not _is_readable(tokenizer.decode([token_id], skip_special_tokens=True)):
             weights[LM_HEAD][token_id] = 0.0

@@ -1,0 +1,109 @@
+"""Reference numerics: a sequence's logits have the same bits however it was computed.
+
+How: the truth is each sequence alone, its prompt in one step, then token by token, on blocks of 16. Against it stand random
+schedules of the real TorchExecutor: batches of 1 to 32, prompts cut into random chunks, some of the output recomputed as if it
+were prompt (preemption), blocks of 16, 32 or 48 in scattered places, sequences joining and leaving. Compared with torch.equal.
+
+Seen to fail when `linear_in_row_tiles` calls torch.mm on all rows at once (tests 1, 2), when `attend_slab` uses a key tile as long as the
+longest sequence, and when silu_mul takes torch's silu (odd sizes).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tests.torch_driver import GREEDY, TorchDriver  # noqa: E402
+
+NUM_SEQUENCES = 32
+NUM_OUTPUT = 4
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "odd sizes": ("llama", {"hidden_size": 60, "intermediate_size": 99, "head_dim": 18, "num_key_value_heads": 1, "vocab_size": 515}),
+    "windows and biases": ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "norms on heads": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+}
+
+
+def make_prompts(seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 500) for _ in range(rng.choice([1, 2, 15, 16, 17, 31, 33, 47, 64, 100]))] for _ in range(NUM_SEQUENCES)]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model_dir(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> Path:
+    arch, overrides = MODELS[request.param]
+    return tiny_checkpoint(arch, **overrides)
+
+
+@pytest.fixture(scope="module")
+def truth(model_dir: Path) -> tuple[list[list[int]], list[Any]]:
+    """Per sequence its output tokens, and its logits [NUM_OUTPUT, vocab_size]."""
+    outputs, logits = [], []
+    with TorchDriver(model_dir) as driver:
+        for i, prompt in enumerate(make_prompts(0)):
+            driver.step(starts=[driver.start(i, prompt, **GREEDY)])
+            output: list[int] = []
+            computed, known = 0, len(prompt)
+            while len(output) < NUM_OUTPUT:
+                (sampled,) = driver.step([driver.entry(i, computed, known - computed)], [(0, i)])
+                output += sampled.token_ids
+                computed, known = known, known + 1
+            driver.step(ended=[i])
+            driver._free += driver.tables.pop(i)
+            outputs.append(output)
+            logits.append(torch.stack(driver.logits[i]))
+    return outputs, logits
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_logits_do_not_depend_on_the_schedule(seed: int, model_dir: Path, truth: tuple[list[list[int]], list[Any]]) -> None:
+    rng = random.Random(seed)
+    prompts, (outputs, logits) = make_prompts(0), truth
+    max_batch, chunk_max = rng.choice([1, 5, 32]) if seed else 32, rng.choice([3, 16, 40, 100])
+    waiting = rng.sample(range(NUM_SEQUENCES), NUM_SEQUENCES)
+    running: dict[int, int] = {}  # sequence -> computed tokens
+    known = [len(prompt) for prompt in prompts]
+    seen: list[list[int]] = [[] for _ in prompts]
+    with TorchDriver(model_dir, block_size=rng.choice([16, 32, 48])) as driver:
+        while waiting or running:
+            starts, ended, entries, samples = [], [], [], []
+            for i in [i for i in running if len(seen[i]) == NUM_OUTPUT]:
+                ended.append(i)
+                driver._free += driver.tables[i]
+                del running[i]
+            while waiting and len(running) < max_batch and rng.random() < 0.7:
+                i = waiting.pop()
+                starts.append(driver.start(i, prompts[i], **GREEDY))
+                running[i] = 0
+            for i in rng.sample(list(running), len(running)):
+                if rng.random() < 0.05:  # preempted: KV is computed again, prompt and output alike
+                    running[i] = 0
+                size = min(rng.randint(1, chunk_max), known[i] - running[i])
+                if running[i] + size == known[i]:
+                    samples.append((len(entries), i))
+                entries.append(driver.entry(i, running[i], size))
+                running[i] += size
+            for sampled in driver.step(entries, samples, starts=starts, ended=ended):
+                assert sampled.error is None
+                seen[sampled.sequence_id] += sampled.token_ids
+                known[sampled.sequence_id] += 1
+        for i in range(NUM_SEQUENCES):
+            assert seen[i] == outputs[i], f"tokens of sequence {i}"
+            assert torch.equal(torch.stack(driver.logits[i]), logits[i]), f"bits of sequence {i}"
+
+
+def test_the_first_token_matters_for_the_last(model_dir: Path) -> None:
+    """Else the equality above would be cheap: another first token gives other logits after 90 tokens."""
+    rng = random.Random(1)
+    prompt = [rng.randrange(3, 500) for _ in range(90)]
+    with TorchDriver(model_dir) as driver:
+        driver.generate([prompt, [prompt[0] + 1, *prompt[1:]]], 1)
+        distance = (driver.logits[0][0] - driver.logits[1][0]).abs().max()
+    assert distance > 0.01
