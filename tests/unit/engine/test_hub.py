@@ -43,7 +43,7 @@ FETCHED = {name for name in FILES if not name.endswith((".bin", ".py", ".model")
 class FakeHub(BaseHTTPRequestHandler):
     """GET api/models/{id}[/revision/{rev}], GET api/models/{id}/tree/{commit}, HEAD and GET {id}/resolve/{commit}/{file}."""
 
-    protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.0"  # a connection for each question, so that a stopped server answers nobody
     asked: list[str]
     files: dict[str, bytes]
 
@@ -156,7 +156,6 @@ def test_cached_commit_is_not_asked_for(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_half_a_download_is_finished_at_the_next_start(hub: Hub, tmp_path: Path) -> None:
-    """Seen to fail when the cache was believed without looking at the index."""
     directory = resolve(hub, tmp_path)
     (directory / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ModelUnavailable, match="not in"):
@@ -209,6 +208,17 @@ def test_pickle_weights_are_refused(hub: Hub, tmp_path: Path) -> None:
     (directory / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelUnavailable, match="pickle files only"):
         resolve_model(str(directory))
+
+
+def test_directory_that_lacks_a_shard_is_refused(tmp_path: Path) -> None:
+    """Seen to fail without a look at the index."""
+    for name in FETCHED - {"model-00002-of-00002.safetensors"}:
+        (tmp_path / name).write_bytes(FILES[name])
+    with pytest.raises(ModelUnavailable, match="lacks 1 of its weight files, model-00002"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ModelUnavailable, match="damaged"):
+        resolve_model(str(tmp_path))
 
 
 def test_directory_is_used_as_it_is(tmp_path: Path) -> None:
