@@ -265,10 +265,15 @@ class KVEndpoint:
             return
         pull.checking = True
         checked = self._loop.run_in_executor(self._checker, _check, pull)
-        checked.add_done_callback(lambda future: self._checked(pull, future.result()))
+        checked.add_done_callback(lambda future: self._checked(pull, future))
 
-    def _checked(self, pull: PullState, bad_blocks: str) -> None:
+    def _checked(self, pull: PullState, check: asyncio.Future[str]) -> None:
         pull.checking = False
+        broken = check.exception()
+        if broken is not None:  # a bug of ours: the pull still ends, and the loop's exception handler hears of it
+            self._finish(pull, pull.combined(error=TransferError.REFUSED, detail=f"the check broke down: {broken!r}", now=self._now()))
+            raise broken
+        bad_blocks = check.result()
         if bad_blocks:
             self._failed(pull, pull.combined(error=TransferError.DIGEST_MISMATCH, detail=bad_blocks, now=self._now()))
         elif pull.cancelled:

@@ -257,7 +257,7 @@ def test_only_asked_indices_are_copied(pair: Pair) -> None:
 
 
 def test_block_written_anew_before_the_pull_is_stale(pair: Pair) -> None:
-    """Fails when neither side compares generations before the copy (planted: then the check after it still answers)."""
+    """Fails when first_stale always answers None (planted: delivered)."""
     pair.source.rewrite(5, 2)
     outcome = pair.target.pull(pair.source.shard([4, 5, 6]), [0, 1, 2])
     assert outcome.error is TransferError.STALE_GENERATION and outcome.num_blocks == 0
@@ -399,7 +399,7 @@ def test_many_transfers_at_once_do_not_mix(pair: Pair) -> None:
 
 
 def test_close_leaves_nothing_and_ends_what_was_under_way(backend: str, run_dir: str) -> None:
-    """Fails when a lane's link is not closed at its end, or the server's thread is not joined (planted)."""
+    """Fails when a lane's link is not closed at its end (planted)."""
     before = _belongings()
     pair = Pair(backend, run_dir)
     assert pair.target.pull(pair.source.shard([1, 2]), [0, 1]).error is None

@@ -80,8 +80,7 @@ def test_sampled_layers_rotate_with_place_and_hand_off(pool: PoolMemory) -> None
 @pytest.mark.parametrize(("mode", "rounds"), [(DigestMode.FULL, 2500), (DigestMode.SAMPLED, 1500)])
 def test_campaign_of_injected_damage(pool: PoolMemory, mode: DigestMode, rounds: int) -> None:
     """Thousands of pulls with flipped bits, lost tails and exchanged blocks: FULL finds every one, SAMPLED every exchange and lost
-    block, and one flipped bit in about as many as there are layers. Fails when verify compares 4 of the 8 bytes of every digest's
-    first block only (planted)."""
+    block, and one flipped bit in about as many as there are layers. Fails when verify leaves out the last block (planted)."""
     exchange = LocalExchange()
     source = LocalTransport(exchange, worker_id="source", epoch=1)
     source.register(pool.region)
