@@ -12,12 +12,14 @@ from control.config import ClusterConfig
 from engine.checkpoint import fingerprint as fingerprint_of
 from engine.checkpoint import open_checkpoint
 from engine.core.config import SchedulerConfig, WorkerCoreConfig
+from engine.core.policy import DecodePolicy, PrefillPolicy
 from engine.core.worker_core import WorkerCore
 from engine.models.config import ModelConfig, load_model_config
 from engine.models.memory import memory_plan
 from engine.runner.config import RunnerConfig
 from engine.step_time import LinearStepTime, StepTimeModel
 from kernels.numerics import Numerics
+from prefill_workers.policy import ChunkedPrefill
 from protocol.errors import ConfigError
 from protocol.kv import KVLayout, ModelFingerprint
 from protocol.worker import Role, WorkerId
@@ -36,6 +38,8 @@ class WorkerPlan:
     num_kv_blocks: int
     max_model_len: int  # tokens
     core: WorkerCoreConfig
+    prefill: PrefillPolicy
+    decode: DecodePolicy
     runner: RunnerConfig
     step_time: StepTimeModel | None  # None: fitted to the steps seen
 
@@ -64,6 +68,8 @@ def plan_worker(config: ClusterConfig, model: ModelConfig, *, fingerprint: Model
         num_kv_blocks=num_kv_blocks,
         max_model_len=max_model_len,
         core=core_config(config),
+        prefill=prefill_policy(config),
+        decode=config.decode,
         runner=runner_config(config),
         step_time=step_time(config),
     )
@@ -79,7 +85,7 @@ def pinned(config: ClusterConfig, plan: WorkerPlan) -> ClusterConfig:
 
 
 def compose_worker_core(plan: WorkerPlan, *, worker_id: WorkerId, epoch: int, role: Role) -> WorkerCore:
-    """The pure core of one worker; `epoch` names this incarnation of its process."""
+    """The pure core of one worker; `epoch` names this incarnation of its process. Either role has both policies: roles may change."""
     return WorkerCore(
         plan.core,
         worker_id=worker_id,
@@ -89,6 +95,8 @@ def compose_worker_core(plan: WorkerPlan, *, worker_id: WorkerId, epoch: int, ro
         num_blocks=plan.num_kv_blocks,
         fingerprint=plan.fingerprint.digest,
         max_model_len=plan.max_model_len,
+        prefill=plan.prefill,
+        decode=plan.decode,
         step_time=plan.step_time,
     )
 
@@ -134,6 +142,15 @@ def core_config(config: ClusterConfig) -> WorkerCoreConfig:
         max_handoff_wait_s=workers.max_handoff_wait_s,
         max_offered_bytes=workers.max_offered_bytes,
         digest_mode=config.transport.offer_digest_mode,
+    )
+
+
+def prefill_policy(config: ClusterConfig) -> ChunkedPrefill:
+    return ChunkedPrefill(
+        max_offered_bytes=config.workers.max_offered_bytes,
+        order_by=config.prefill.order_by,
+        chunk_tokens_alone=config.prefill.chunk_tokens_alone,
+        chunk_tokens_beside_decodes=config.prefill.chunk_tokens_beside_decodes,
     )
 
 

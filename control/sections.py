@@ -12,8 +12,10 @@ from typing import Literal
 
 from control.binding import check_limits, limited
 from control.supervisor import SupervisorConfig
+from decode_workers.policy import WatermarkDecode
 from gateway.config import GatewayConfig
 from kvtransfer.config import TransportConfig
+from prefill_workers.policy import PromptOrder
 from protocol.errors import ConfigError
 from router.config import RouterConfig
 
@@ -91,6 +93,18 @@ class WorkersSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillSection:
+    """In which order prompts are computed, and how much of one in a step (prefill_workers/policy.py)."""
+
+    order_by: PromptOrder = PromptOrder.FIRST_COME
+    chunk_tokens_alone: int = limited(1 << 30, minimum=1)  # max_num_batched_tokens bounds it too
+    chunk_tokens_beside_decodes: int = limited(1 << 30, minimum=1)
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PacedSection:
     """The pace of the paced executor: seconds a unit, in the order of a 7B model on one data-centre GPU."""
 
@@ -133,6 +147,8 @@ class ClusterConfig:
     model: ModelSection = field(default_factory=ModelSection)
     hub: HubSection = field(default_factory=HubSection)
     workers: WorkersSection = field(default_factory=WorkersSection)
+    prefill: PrefillSection = field(default_factory=PrefillSection)
+    decode: WatermarkDecode = field(default_factory=WatermarkDecode)
     paced: PacedSection = field(default_factory=PacedSection)
     router: RouterConfig = field(default_factory=RouterConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)

@@ -124,12 +124,16 @@ def test_settings_reach_core_and_executor() -> None:
     tree = {
         "workers": {"block_size": 32, "max_num_seqs": 3, "max_num_batched_tokens": 77, "enable_prefix_caching": False, "lease_s": 5},
         "transport": {"kv_transport": "tcp"},
+        "prefill": {"order_by": "shortest_first", "chunk_tokens_beside_decodes": 64},
+        "decode": {"watermark_fraction": 0.1},
     }
     made = plan(tree)
     scheduler = made.core.scheduler
     assert (scheduler.block_size_tokens, scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (32, 3, 77)
     assert not scheduler.enable_prefix_caching and made.core.lease_s == 5 and made.core.digest_mode is DigestMode.FULL
     assert made.layout.block_size_tokens == 32
+    assert made.prefill.chunk_tokens(500, 1) == 64 and made.prefill.order(0, 9, 5) == (0, 5)
+    assert not made.decode.may_admit(9, 0, 100) and made.decode.may_admit(10, 0, 100)
 
 
 def test_paced_workers_have_a_pace_and_real_ones_are_measured() -> None:
