@@ -18,6 +18,8 @@ from array import array
 from collections import deque
 from typing import Protocol
 
+import numpy as np
+
 from kvtransfer.config import TransportConfig
 from kvtransfer.session import Pause, Session
 from kvtransfer.transport import Region, Ticket, Transfer
@@ -53,9 +55,9 @@ class Pull:
         self.transfer = transfer
         self.target = target
         self.refusal = _refusal(transfer, target)  # not empty: nobody can carry this
-        indices = () if self.refusal else transfer.source_indices
-        self.source_block_ids = array("I", [transfer.source.block_ids[i] for i in indices])
-        self.generations = array("Q", [transfer.source.generations[i] for i in indices])
+        indices = array("I") if self.refusal else transfer.source_indices
+        self.source_block_ids = _taken(transfer.source.block_ids, indices)
+        self.generations = _taken(transfer.source.generations, indices)
         self.started = time.monotonic()
         self.deadline = self.started + transfer.deadline_s
         self.cancelled = False  # set by the owner's thread, read by the lane
@@ -333,9 +335,14 @@ def _refusal(transfer: Transfer, target: Region) -> str:
     source, indices = transfer.source, transfer.source_indices
     if source.layout != target.layout:
         return "source and target layouts differ; the planner has to come between"
-    if len(source.block_ids) != len(source.generations) or any(i >= len(source.block_ids) for i in indices):
+    if len(source.block_ids) != len(source.generations) or max(indices, default=-1) >= len(source.block_ids):
         return f"the offer names {len(source.block_ids)} blocks and {len(source.generations)} generations, not all that were asked for"
     if len(indices) != len(transfer.target_block_ids):
         return f"{len(indices)} source blocks for {len(transfer.target_block_ids)} target blocks"
-    beyond = [b for b in transfer.target_block_ids if b >= target.num_blocks]
-    return f"target block {beyond[0]} of a pool of {target.num_blocks}" if beyond else ""
+    last = max(transfer.target_block_ids, default=-1)
+    return f"target block {last} of a pool of {target.num_blocks}" if last >= target.num_blocks else ""
+
+
+def _taken(words: array[int], indices: array[int]) -> array[int]:
+    """words[i] for each index; through numpy, since this runs on the event loop's thread for thousands of blocks."""
+    return array(words.typecode, np.frombuffer(words, dtype=words.typecode)[np.frombuffer(indices, dtype=np.uint32)].tobytes())
