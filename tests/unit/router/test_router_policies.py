@@ -1,0 +1,287 @@
+"""What a placement policy promises, and what the router does when one does not keep it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from random import Random
+
+import pytest
+
+from protocol.errors import ConfigError
+from protocol.messages import Place
+from protocol.worker import WorkerId
+from router import policies
+from router.policies import Cost, PlacementView, Stateless
+from router.policies.api import Booked, PolicyCommand, PolicyEvent, PolicyOverran, Replicate, Tick
+from router.policies.prefix_cost import PrefixCost
+from tests.unit.router.router_world import World, chain, place, pools
+
+pytestmark = pytest.mark.pure
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_policy_takes_its_parameters_from_the_text() -> None:
+    policy = policies.load("prefix_cost:beta=0.5,eviction=off")
+    assert isinstance(policy, PrefixCost) and policy.config == PrefixCost.Config(beta=0.5, eviction=False)
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("prefix_cots", "did you mean 'prefix_cost'"),
+        ("nothing_like_it", "known are round_robin, least_work, prefix_cost"),
+        ("prefix_cost:betta=1", "did you mean 'beta'"),
+        ("prefix_cost:beta=much", "beta='much' is no float"),
+        ("prefix_cost:beta", "is not a parameter"),
+        ("round_robin:beta=1", "it has none"),
+        ("no_such_module_anywhere:Policy", "cannot import"),
+        ("tests.unit.router.test_router_policies:Constnat", "did you mean 'Constant'"),
+        ("tests.unit.router.test_router_policies:NoPolicy", "lacks score"),
+        ("tests.unit.router.test_router_policies:Tomorrow", "speaks POLICY_API 2"),
+    ],
+)
+def test_a_wrong_policy_is_refused_by_name(spec: str, text: str) -> None:
+    with pytest.raises(ConfigError, match="(?s).*" + text.replace("(", "\\(")):
+        policies.load(spec)
+
+
+def test_a_users_policy_is_loaded_by_module_and_class() -> None:
+    name = "tests.unit.router.test_router_policies:Constant:seconds=2.5"
+    world = World(pools(1, 1), policy=policies.load(name))
+    assert world.assign(place(1)).prefill_scores[0].seconds == 2.5
+
+
+# --- round robin ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fleet", [pools(3, 4), pools(0, 0, 5)])
+def test_round_robin_gives_every_worker_its_turn(fleet: dict[str, object]) -> None:
+    """After any number of requests two workers of a pool differ by one at most. Seen to fail with the turn not advanced."""
+    world = World(fleet, policy=policies.load("round_robin"))  # type: ignore[arg-type]
+    prefills: Counter[str] = Counter()
+    decodes: Counter[str] = Counter()
+    for number in range(47):
+        request = place(number)
+        found = world.assign(request)
+        prefills[found.prefill_worker] += 1
+        decodes[found.decode_worker] += 1
+        world.done(request)
+        for counts in (prefills, decodes):
+            assert max(counts.values()) - min(counts.values()) <= 1
+    assert len(prefills) + len(decodes) == (7 if "decode-0" in fleet else 10)
+
+
+def test_round_robin_goes_on_where_it_was_after_a_restart() -> None:
+    first = World(pools(3, 1), policy=policies.load("round_robin"))
+    for number in range(4):
+        first.assign(place(number))
+    successor = policies.load("round_robin")
+    successor.restore(first.core.policy._policy.snapshot())
+    second = World(pools(3, 1), policy=successor)
+    assert second.assign(place(9)).prefill_worker == first.assign(place(9)).prefill_worker
+
+
+# --- least work -------------------------------------------------------------------------------------------------------
+
+
+def test_least_work_counts_seconds_not_requests() -> None:
+    """One prompt of 4096 weighs more than three of 256."""
+    world = World(pools(2, 2), policy=policies.load("least_work"))
+    long = world.assign(place(0, num_tokens=4096))
+    short = [world.assign(place(n, num_tokens=256)) for n in range(1, 4)]
+    assert {s.prefill_worker for s in short} == {"prefill-0", "prefill-1"} - {long.prefill_worker}
+
+
+# --- prefix cost ------------------------------------------------------------------------------------------------------
+
+
+def test_prefix_cost_follows_a_prefix_until_its_queue_costs_more_than_three_times_what_it_saves() -> None:
+    """beta 2: (1 + 2) times. The saved prefill is 2048 tokens, the queue grows by reports of waiting tokens."""
+    prefix = chain("system prompt", 128)
+
+    def chosen(waiting_tokens: int, beta: float) -> str:
+        world = World(pools(2, 1), policy=policies.load(f"prefix_cost:beta={beta}"), inbox_steps=100.0)
+        world.hold("prefill-1", prefix)
+        world.report("prefill-1", waiting_tokens=waiting_tokens)
+        return world.assign(place(1, num_tokens=2100, block_hashes=prefix)).prefill_worker
+
+    assert [chosen(w, beta=2.0) for w in (0, 2048, 5000, 7500)] == ["prefill-1"] * 3 + ["prefill-0"]
+    assert [chosen(w, beta=0.0) for w in (0, 1500, 2500)] == ["prefill-1"] * 2 + ["prefill-0"]
+
+
+def test_siblings_that_arrive_together_land_together() -> None:
+    """Eight siblings over one fresh prefix of 4096 tokens, no event from any worker in between.
+
+    Seen to fail with speculation off (index.speculate not called): they scatter over all four workers.
+    """
+    world = World(pools(4, 2))
+    prefix = chain("fresh", 256)
+    for number in range(8):
+        tail = chain(("tail", number), 6, parent=prefix[-1])
+        world.now += 0.005
+        found = world.assign(place(number, num_tokens=4096 + 100, block_hashes=prefix + tail))
+        assert found.cached_tokens == (0 if number == 0 else 4096)
+    assert len({a.prefill_worker for a in world.core.explained}) == 1
+
+
+def test_different_prompts_spread() -> None:
+    world = World(pools(4, 2))
+    chosen = Counter(world.assign(place(n, num_tokens=1024)).prefill_worker for n in range(8))
+    assert set(chosen.values()) == {2}
+
+
+def test_eviction_is_charged_only_when_memory_is_full() -> None:
+    world = World(pools(2, 1))
+    for number in range(40):  # a history of hits on prefill-0 only
+        request = place(number, block_hashes=chain("hot", 32))
+        world.hold("prefill-0", request.block_hashes)
+        world.assign(request)
+        world.done(request)
+    full = {"num_blocks_free": 0, "num_blocks_cached": 4096}
+    world.report("prefill-0", **full)
+    world.report("prefill-1", **full)
+    found = world.assign(place(99, num_tokens=1024))
+    evict = {s.worker_id: dict(zip(s.term_names, s.term_seconds, strict=True))["evict"] for s in found.prefill_scores}
+    assert evict["prefill-0"] > evict["prefill-1"] >= 0.0
+    assert found.prefill_worker == "prefill-1"
+
+
+def test_exact_ties_go_to_the_worker_chosen_least_recently() -> None:
+    world = World(pools(0, 3))
+    chosen = []
+    for number in range(9):
+        request = place(number)
+        chosen.append(world.assign(request).decode_worker)
+        world.done(request)
+    assert chosen[:3] == chosen[3:6] == chosen[6:] and len(set(chosen[:3])) == 3
+
+
+def test_the_same_seed_chooses_alike_and_another_seed_breaks_ties_otherwise() -> None:
+    def run(seed: int) -> list[tuple[str, str]]:
+        world = World(pools(5, 5), seed=seed)
+        return [(a.prefill_worker, a.decode_worker) for a in (world.assign(place(n)) for n in range(20))]
+
+    assert run(1) == run(1)
+    assert len({tuple(run(seed)) for seed in range(6)}) > 1
+
+
+# --- policies that misbehave ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConstantConfig:
+    seconds: float = 1.0
+    trouble: str = ""
+
+
+class Constant(Stateless):
+    """Prices every worker alike; `trouble` names what it does instead."""
+
+    Config = ConstantConfig
+
+    def __init__(self, config: ConstantConfig) -> None:
+        self.config = config
+
+    def score(self, view: PlacementView, request: Place, now: float, rng: Random) -> dict[WorkerId, Cost]:
+        match self.config.trouble:
+            case "raises":
+                raise KeyError("prefill-7")
+            case "nan":
+                return {w.worker_id: Cost(float("nan"), ()) for w in view.workers}
+            case "unknown":
+                return {"prefill-7": Cost(1.0, ())}
+            case "nobody":
+                return {}
+        return {w.worker_id: Cost(self.config.seconds, ()) for w in view.workers}
+
+    def observe(self, event: PolicyEvent, now: float) -> None:
+        if self.config.trouble == "deaf" and isinstance(event, Booked):
+            raise RuntimeError("not listening")
+
+
+class Tomorrow(Constant):
+    policy_api = 2
+
+
+class NoPolicy:
+    Config = ConstantConfig
+
+
+@pytest.mark.parametrize("trouble", ["raises", "nan", "unknown", "nobody"])
+def test_a_policy_that_fails_is_replaced_by_least_work_loudly(trouble: str) -> None:
+    world = _with(trouble)
+    world.report("prefill-0", waiting_tokens=1000)
+    found = world.assign(place(1))
+    assert (found.policy, found.prefill_worker) == ("least_work", "prefill-1")
+    assert world.core.policy.num_fallbacks == 2, "one a pool"
+    (note,) = world.core.notes()
+    assert "failed 2 times" in note and "least_work" in note
+
+
+def test_a_policy_that_cannot_listen_still_places() -> None:
+    world = _with("deaf")
+    assert world.assign(place(1)).policy != "least_work"
+    assert "RuntimeError in observe: not listening" in world.core.notes()[0]
+
+
+def test_a_policy_that_overran_is_replaced_for_a_while() -> None:
+    world = _with("", policy_penalty_s=1.0)
+    world.on(PolicyOverran(duration_s=0.5, limit_s=0.01))
+    assert world.assign(place(1)).policy == "least_work"
+    world.now += 1.1
+    world.report_all()
+    assert world.assign(place(2)).policy == "prefix_cost", "the name of the configured policy"
+    assert world.core.policy.num_overruns == 1
+
+
+def _with(trouble: str, **config: object) -> World:
+    return World(pools(2, 1), policy=Constant(ConstantConfig(trouble=trouble)), **config)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+class Replicating(Constant):
+    """Asks once for a copy of one prefix on one worker."""
+
+    def __init__(self, wish: Replicate) -> None:
+        super().__init__(ConstantConfig())
+        self.wish: tuple[PolicyCommand, ...] = (wish,)
+
+    def commands(self, now: float) -> tuple[PolicyCommand, ...]:
+        wish, self.wish = self.wish, ()
+        return wish
+
+
+def test_a_replication_sends_the_next_request_with_the_prefix_to_the_worker_named() -> None:
+    prefix = chain("hot", 10)
+    wish = Replicate(block_hash=prefix[-1], worker_id="prefill-2", within_s=5.0)
+    world = World(pools(3, 1), policy=Replicating(wish))
+    world.tick()
+    request = place(1, block_hashes=prefix + chain("tail", 22, parent=prefix[-1]))
+    assert all("replicates" not in world.assign(place(n)).reason for n in (2, 3)), "other prompts are not moved"
+    found = world.assign(request)
+    assert found.prefill_worker == "prefill-2" and "replicates" in found.reason
+    assert "replicates" not in world.assign(replace(request, request_id="e" * 32)).reason
+
+
+def test_ticks_reach_the_policy() -> None:
+    seen: list[PolicyEvent] = []
+
+    class Listening(Constant):
+        def observe(self, event: PolicyEvent, now: float) -> None:
+            seen.append(event)
+
+    world = World(pools(1, 1), policy=Listening(ConstantConfig()))
+    request = place(1)
+    world.assign(request)
+    world.prefill_done(request)
+    world.done(request)
+    world.tick()
+    world.kill("decode-0")
+    names = [type(e).__name__ for e in seen if type(e).__name__ != "KvChanged"]
+    assert names == ["WorkerJoined", "WorkerJoined", "Booked", "FirstToken", "Finished", "Tick", "WorkerLeft"]
+    assert isinstance(seen[-2], Tick)
