@@ -25,7 +25,7 @@ from cluster.run_directory import RunDirectory
 run = RunDirectory(Path(sys.argv[1]))
 unix = socket.socket(socket.AF_UNIX); unix.bind(str(run.kv / "left.sock")); unix.listen()
 tcp = socket.socket(); tcp.bind(("127.0.0.1", 0)); tcp.listen(); tcp.set_inheritable(True); unix.set_inheritable(True)
-left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=run.cwd, close_fds=False, stdout=-3)
+left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=run.cwd, close_fds=False, stdout=-3, stderr=-3)
 print(run.path, left.pid, tcp.getsockname()[1], flush=True)
 """
 
