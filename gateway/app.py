@@ -152,7 +152,7 @@ class GatewayApp:
         self.service.model.resolve(body.model)
         tokenizer = self.service.model.tokenizer
         if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequest("either prompt or messages is required, and not both", param="prompt")
+            raise InvalidRequest("either prompt or messages is required, and not both", param="prompt", code="invalid_value")
         if body.prompt is not None:
             prompt, special = body.prompt, body.add_special_tokens is not False
             ids = await self.service.encode(lambda: tokenizer.encode(prompt, add_special_tokens=special), len(prompt))

@@ -55,7 +55,9 @@ async def completions(service: GatewayService, exchange: Exchange, raw: bytes) -
     ]
     for prompt in prompts:
         if not prompt:
-            raise InvalidRequest("prompt is empty: it has no token, not even a BOS; write at least one", param="prompt")
+            raise InvalidRequest(
+                "prompt is empty: it has no token, not even a BOS; write at least one", param="prompt", code="invalid_value"
+            )
     shape = _shape(service, body, model, chat=False, num_logprobs=num_logprobs)
     await _generate(service, exchange, body, shape, prompts, max_tokens=body.max_tokens, default_max_tokens=COMPLETION_MAX_TOKENS)
 

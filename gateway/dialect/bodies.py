@@ -46,7 +46,9 @@ class ChatBody(SharedFields):
     def num_logprobs(self, config: GatewayConfig) -> int | None:
         check_num_logprobs(self.top_logprobs, config, "top_logprobs")
         if self.top_logprobs and not self.logprobs:
-            raise InvalidRequest(f"top_logprobs is {self.top_logprobs}; it needs logprobs: true", param="top_logprobs")
+            raise InvalidRequest(
+                f"top_logprobs is {self.top_logprobs}; it needs logprobs: true", param="top_logprobs", code="invalid_value"
+            )
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -73,9 +75,11 @@ class CompletionBody(SharedFields):
         else:
             prompts = [p for p in raw if not isinstance(p, int)]
         if not prompts:
-            raise InvalidRequest("prompt is an empty list; it should have at least one prompt", param="prompt")
+            raise InvalidRequest("prompt is an empty list; it should have at least one prompt", param="prompt", code="invalid_value")
         if len(prompts) > config.max_prompts:
-            raise InvalidRequest(f"prompt has {len(prompts)} prompts; the limit is {config.max_prompts}", param="prompt")
+            raise InvalidRequest(
+                f"prompt has {len(prompts)} prompts; the limit is {config.max_prompts}", param="prompt", code="invalid_value"
+            )
         for prompt in prompts:
             if isinstance(prompt, list):
                 check_token_ids(prompt, vocab_size, "prompt")
@@ -105,7 +109,9 @@ def template_messages(messages: Sequence[ChatMessage], config: GatewayConfig) ->
         InvalidRequest: too many, an unknown role, or content that is not text.
     """
     if len(messages) > config.max_messages:
-        raise InvalidRequest(f"messages has {len(messages)} entries; the limit is {config.max_messages}", param="messages")
+        raise InvalidRequest(
+            f"messages has {len(messages)} entries; the limit is {config.max_messages}", param="messages", code="invalid_value"
+        )
     return [_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 

@@ -106,38 +106,32 @@ def check_limits(body: SharedFields, config: GatewayConfig, vocab_size: int) -> 
     Raises:
         InvalidRequest: the body asks for more than this gateway gives; names value and limit.
     """
-    if (body.n or 1) > config.max_n:
-        raise InvalidRequest(f"n is {body.n}; the limit is {config.max_n}", param="n", code="invalid_value")
-    if len(body.stop_strings) > config.max_stop:
-        raise InvalidRequest(f"stop has {len(body.stop_strings)} strings; the limit is {config.max_stop}", param="stop")
-    for stop in body.stop_strings:
-        if not stop:
-            raise InvalidRequest("stop has an empty string, which would stop every answer at once; leave it out", param="stop")
-        if len(stop.encode()) > config.max_stop_bytes:
-            raise InvalidRequest(f"a stop string has {len(stop.encode())} bytes; the limit is {config.max_stop_bytes}", param="stop")
-    if len(body.stop_token_ids or ()) > config.max_stop_token_ids:
-        raise InvalidRequest(
-            f"stop_token_ids has {len(body.stop_token_ids or ())} ids; the limit is {config.max_stop_token_ids}", param="stop_token_ids"
-        )
-    if len(body.logit_bias or ()) > config.max_logit_bias:
-        raise InvalidRequest(
-            f"logit_bias has {len(body.logit_bias or ())} entries; the limit is {config.max_logit_bias}", param="logit_bias"
-        )
+    _at_most("n", body.n or 1, config.max_n)
+    _at_most("stop", len(body.stop_strings), config.max_stop, "strings")
+    _at_most("stop_token_ids", len(body.stop_token_ids or ()), config.max_stop_token_ids, "ids")
+    _at_most("logit_bias", len(body.logit_bias or ()), config.max_logit_bias, "entries")
     _logit_bias(body, vocab_size)
+    if "" in body.stop_strings:
+        raise _wrong("stop", "stop has an empty string, which would stop every answer at once; leave it out")
+    longest = max((len(stop.encode()) for stop in body.stop_strings), default=0)
+    if longest > config.max_stop_bytes:
+        raise _wrong("stop", f"a stop string has {longest} bytes; the limit is {config.max_stop_bytes}")
     if body.cache_salt is not None and not 1 <= len(body.cache_salt.encode()) <= config.max_cache_salt_bytes:
-        raise InvalidRequest(
-            f"cache_salt has {len(body.cache_salt.encode())} bytes; it should have 1 to {config.max_cache_salt_bytes}", param="cache_salt"
-        )
+        size = len(body.cache_salt.encode())
+        raise _wrong("cache_salt", f"cache_salt has {size} bytes; it should have 1 to {config.max_cache_salt_bytes}")
     if body.stream_options is not None and not body.stream:
-        raise InvalidRequest("stream_options is only allowed with stream: true", param="stream_options")
+        raise _wrong("stream_options", "stream_options is only allowed with stream: true")
     if body.stream_options is not None and body.stream_options.model_extra:
         name = next(iter(body.stream_options.model_extra))
         raise InvalidRequest(f"stream_options.{name[:64]} is not implemented", param="stream_options", code="unsupported_parameter")
 
 
 def check_num_logprobs(count: int | None, config: GatewayConfig, param: str) -> None:
-    if count is not None and count > config.max_logprobs:
-        raise InvalidRequest(f"{param} is {count}; the limit is {config.max_logprobs}", param=param, code="invalid_value")
+    """
+    Raises:
+        InvalidRequest: more of the most likely tokens than the limit.
+    """
+    _at_most(param, count or 0, config.max_logprobs)
 
 
 def sampling_params(
@@ -174,7 +168,7 @@ def sampling_params(
     most = max_tokens if max_tokens is not None else min(left, default_max_tokens or d.max_tokens or left)
     min_tokens = body.min_tokens or 0
     if min_tokens > most:
-        raise InvalidRequest(f"min_tokens is {min_tokens}; it should be at most max_tokens, {most}", param="min_tokens")
+        raise _wrong("min_tokens", f"min_tokens is {min_tokens}; it should be at most max_tokens, {most}")
     return SamplingParams(
         max_tokens=most,
         temperature=_first(body.temperature, d.temperature, 1.0),
@@ -203,8 +197,15 @@ def _logit_bias(body: SharedFields, vocab_size: int) -> tuple[tuple[int, float],
     pairs = []
     for key, bias in (body.logit_bias or {}).items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size):
-            raise InvalidRequest(
-                f"logit_bias has the key {shown(key)}; keys are token ids below {vocab_size}, as strings", param="logit_bias"
-            )
+            raise _wrong("logit_bias", f"logit_bias has the key {shown(key)}; keys are token ids below {vocab_size}, as strings")
         pairs.append((int(key), bias))
     return tuple(sorted(pairs))
+
+
+def _at_most(param: str, value: int, limit: int, of: str = "") -> None:
+    if value > limit:
+        raise _wrong(param, f"{param} {'has' if of else 'is'} {value}{of and ' '}{of}; the limit is {limit}")
+
+
+def _wrong(param: str, message: str) -> InvalidRequest:
+    return InvalidRequest(message, param=param, code="invalid_value")

@@ -165,7 +165,7 @@ async def test_no_worker_in_time_is_an_error_in_the_stream(cluster: Any) -> None
         blocks = (await response.read()).decode().split("\n\n")
     assert blocks[-2] == "data: [DONE]"
     error = json.loads(blocks[-3].removeprefix("data: "))["error"]
-    assert error["type"] == "server_error" and error["code"] == "no_worker" and "2 s" in error["message"]
+    assert error["type"] == "server_error" and error["code"] == "no_worker" and "1 s" in error["message"]
 
 
 async def test_silent_router_is_replaced_by_least_work_after_200_ms_and_says_so(cluster: Any) -> None:
