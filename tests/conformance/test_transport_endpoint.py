@@ -245,6 +245,15 @@ async def test_failed_pull_is_tried_once_more_over_another_path(make: Make, rate
     assert target.kv.counters["pull_retries"] == 1 and target.kv.counters["path_retry"] == 1
 
 
+async def test_without_another_path_the_first_error_stands(make: Make) -> None:
+    """Fails when the retry looks for a path without leaving out the one that failed (planted: REFUSED)."""
+    source, target = make("prefill-0", "shm"), make("decode-0", "auto", wrap=with_faults(FaultRates(cut=1.0), seed=4))
+    await source.kv.start()
+    await target.kv.start()
+    assert (await pull(target, offer(source, [1]), [4])).error is TransferError.TRUNCATED
+    assert target.kv.counters["pull_retries"] == 0
+
+
 async def test_an_outcome_told_twice_ends_a_pull_once(make: Make) -> None:
     """Fails when the ticket is looked up without being removed (planted: set_result raises InvalidStateError)."""
     source, target = make("prefill-0", "shm"), make("decode-0", "shm", wrap=with_faults(FaultRates(duplicate=1.0), seed=1))
