@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 2.0
 REFRESH_S = 0.5
+WIDE_COLUMNS = 120
 
 
 def status(
@@ -39,29 +40,35 @@ def status(
     from rich.live import Live
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDE_COLUMNS)  # a pipe has no width; nothing is cut there
+    is_wide = console.width >= WIDE_COLUMNS
     if not (console.is_terminal if watch is None else watch):
-        console.print(status_table(document, server.url))
+        console.print(status_table(document, server.url, is_wide=is_wide))
         return
     try:
-        with Live(status_table(document, server.url), console=console, auto_refresh=False) as live:
+        with Live(status_table(document, server.url, is_wide=is_wide), console=console, auto_refresh=False) as live:
             while True:
                 time.sleep(REFRESH_S)
-                live.update(status_table(server.get("/status"), server.url), refresh=True)
+                live.update(status_table(server.get("/status"), server.url, is_wide=is_wide), refresh=True)
     except KeyboardInterrupt:
         return
 
 
-def status_table(document: Json, url: str) -> RenderableType:
-    """The document as a table and a line for each note; a figure the server does not know yet shows as a dash."""
+def status_table(document: Json, url: str, *, is_wide: bool) -> RenderableType:
+    """The document as a table and a line for each note; a figure the server does not know yet shows as a dash.
+
+    Columns of KV blocks: free + owned + leased + cached = total.
+    """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"{document.get('model', '?')} at {url}", title_justify="left", box=None, pad_edge=False)
-    for name in ("worker", "role", "state", "pid", "host"):
-        table.add_column(name)
-    for name in ("running", "waiting", "KV free", "owned", "leased", "cached", "total", "steps", "age s"):
-        table.add_column(name, justify="right")
+    table = Table(title=f"{document.get('model', '?')} at {url}", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("worker", "role", "state", "pid", *(["host"] if is_wide else [])):
+        table.add_column(name, no_wrap=True)
+    for name in ("run", "wait", "free", "owned", "leased", "cached", "steps", *(["total", "age s"] if is_wide else [])):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in document.get("workers") or []:
         queue, blocks = row.get("queue") or {}, row.get("kv_blocks") or {}
         state = _cell(row.get("state"))
@@ -70,12 +77,12 @@ def status_table(document: Json, url: str) -> RenderableType:
             _cell(row.get("role")),
             Text(state, style={"ready": "green", "lost": "red", "unreachable": "red"}.get(state, "yellow")),
             _cell(row.get("pid")),
-            _cell(row.get("host")),
+            *([_cell(row.get("host"))] if is_wide else []),
             _cell(queue.get("running")),
             _cell(queue.get("waiting")),
-            *(_cell(blocks.get(kind)) for kind in ("free", "owned", "leased", "cached", "total")),
+            *(_cell(blocks.get(kind)) for kind in ("free", "owned", "leased", "cached")),
             _cell(row.get("step_count")),
-            _cell(row.get("age_s")),
+            *([_cell(blocks.get("total")), _cell(row.get("age_s"))] if is_wide else []),
         )
     return Group(table, *(Text(note, style="yellow") for note in notes_of(document)))
 

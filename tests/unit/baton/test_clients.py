@@ -214,10 +214,10 @@ def test_table_has_a_row_for_each_worker_and_a_line_for_each_note() -> None:
     from rich.console import Console
 
     out = io.StringIO()
-    Console(file=out, width=160).print(status_table(STATUS, "http://x"))
+    Console(file=out, width=160).print(status_table(STATUS, "http://x", is_wide=True))
     lines = out.getvalue().splitlines()
     assert lines[0].startswith("demo at http://x")
-    assert lines[2].split() == ["prefill-0", "prefill", "ready", "4242", "box", "2", "3", "90", "6", "3", "1", "100", "77", "0.12"]
+    assert lines[2].split() == ["prefill-0", "prefill", "ready", "4242", "box", "2", "3", "90", "6", "3", "1", "77", "100", "0.12"]
     assert lines[3].split() == ["decode-1", "decode", "starting", *["-"] * 11]
     assert notes_of(STATUS) == [
         "not ready: no decode worker",
@@ -227,6 +227,9 @@ def test_table_has_a_row_for_each_worker_and_a_line_for_each_note() -> None:
         "decode-1: stuck",
     ]
     assert all(any(note in line for line in lines) for note in notes_of(STATUS))
+    narrow = io.StringIO()
+    Console(file=narrow, width=80).print(status_table(STATUS, "http://x", is_wide=False))
+    assert "prefill-0" in narrow.getvalue() and "…" not in narrow.getvalue()
 
 
 class Verb:
@@ -235,9 +238,9 @@ class Verb:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys
 
-    def __call__(self, *arguments: str, stdin: str = "") -> tuple[object, str, str]:
+    def __call__(self, *arguments: str, stdin: str | io.StringIO = "") -> tuple[object, str, str]:
         self._monkeypatch.setattr(sys, "argv", ["baton", *arguments])
-        self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         code: object = 0
         try:
             main()
@@ -269,3 +272,20 @@ def test_status_prints_one_document_or_one_table(running: Running, baton: Verb) 
     assert (code, json.loads(out)) == (0, STATUS)
     code, out, _ = baton("status", "--url", running.url)
     assert code == 0 and "prefill-0" in out
+
+
+class Keyboard(io.StringIO):
+    """Lines typed on a terminal, then Ctrl-D."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_conversation_goes_on_until_ctrl_d(running: Running, baton: Verb) -> None:
+    """Trouble does not end it, /clear forgets, the system prompt stays. Seen to fail with `clear` emptying the messages."""
+    typed = Keyboard("one\nrefuse\n\ntwo\n/clear\nthree\n")
+    code, out, _ = baton("chat", "--url", running.url, "--system", "be brief", stdin=typed)
+    assert code == 0 and "max_tokens 9 exceeds 8" in out and out.count("tokens, first after") == 3
+    asked = [[m["content"] for m in body["messages"]] for body in running.handler.bodies]
+    first = "You said: \x1b[31mone é"
+    assert asked == [["be brief", "one"], ["be brief", "one", first, "refuse"], ["be brief", "one", first, "two"], ["be brief", "three"]]
