@@ -32,7 +32,7 @@ from protocol.messages import (
 )
 from protocol.request import AttemptKey
 from protocol.worker import AllBlocksCleared, BlocksStored, WorkerId, WorkerState
-from router import admission, status
+from router import admission, policies, status
 from router.bookings import Booking, Bookings, Hold, Phase
 from router.config import RouterConfig
 from router.cost_model import CostModel, StepCost
@@ -76,7 +76,7 @@ class RouterCore:
         self.fleet = Fleet()
         self.index = PrefixIndex(max_bytes=config.index_max_bytes, speculative_ttl_s=config.speculative_ttl_s)
         self.bookings = Bookings(ttl_s=config.booking_ttl_s)
-        self.policy = GuardedPolicy(policy, name=config.policy.partition(":")[0], rng=rng, penalty_s=config.policy_penalty_s)
+        self.policy = GuardedPolicy(policy, name=policies.split(config.policy)[0], rng=rng, penalty_s=config.policy_penalty_s)
         self.queues: dict[str, FairQueue] = {}
         self.stranded: OrderedDict[AttemptKey, Waiting] = OrderedDict()
         self.explained: deque[Assignment] = deque(maxlen=config.num_explained)
@@ -107,6 +107,10 @@ class RouterCore:
         self._commands = commands
         self._perform[type(event)](event, now)
         return commands
+
+    def catch_up(self) -> None:
+        """Work that can wait until the answers are out. A driver calls it after it has performed the commands, or not at all."""
+        self.index.catch_up()
 
     def status(self, now: float) -> dict[str, object]:
         """Everything an operator may ask, as plain JSON values; schema `baton.router.v1`."""

@@ -181,7 +181,8 @@ class Placement:
 
     def _better_local(self, ask: _Ask, decoders: list[Worker], decode: Ranking, prefill: Worker) -> Choice | None:
         """A decode worker that holds enough of the prompt to finish it sooner than the best prefill worker, without undue harm."""
-        most_cached = max(decoders, key=ask.cached)
+        holders = [w for w in decoders if w.worker_id in ask.cached_tokens]
+        most_cached = max(holders, key=ask.cached, default=decode.best)
         config, num_tokens = self._config, ask.place.num_tokens
         split_s = prefill.queued_prefill_s + prefill.cost.prefill_s(ask.missed(prefill), num_tokens) + self._transfer_s(ask)
         for worker in (decode.best, most_cached):

@@ -66,6 +66,7 @@ class PrefixIndex:
         self._live = 0
         self._num_pairs = 0
         self._guesses: deque[tuple[float, _Holdings, Sequence[bytes]]] = deque()
+        self._unmarked: list[tuple[float, _Holdings, Sequence[bytes], int]] = []  # (end, who, chain, blocks marked already)
         self.num_dropped = 0
         self.num_gaps = 0
 
@@ -82,6 +83,7 @@ class PrefixIndex:
         self._live |= holdings.bit
 
     def leave(self, worker_id: WorkerId) -> None:
+        self.catch_up()
         holdings = self._holdings.pop(worker_id, None)
         if holdings is None:
             return
@@ -105,6 +107,7 @@ class PrefixIndex:
 
         Returns those taken, and False when one is missing after them, so that a resync from `next_number` is due.
         """
+        self.catch_up()
         holdings = self._holdings.get(frame.worker_id)
         if holdings is None or holdings.epoch != frame.epoch:
             return (), True
@@ -130,6 +133,7 @@ class PrefixIndex:
         holdings = self._holdings.get(frame.worker_id)
         if holdings is None or holdings.epoch != frame.epoch:
             return False
+        self.catch_up()
         self._remove(holdings, holdings.device.difference(frame.hashes), Tier.DEVICE)
         self._remove(holdings, list(holdings.host), Tier.HOST)
         self._store(holdings, frame.hashes, Tier.DEVICE)
@@ -146,24 +150,30 @@ class PrefixIndex:
     def speculate(self, worker_id: WorkerId, hashes: Sequence[bytes], now: float, *, num_held: int = 0) -> None:
         """The worker will soon hold `hashes` (a chain from its start); believed until confirmed or the time is over.
 
-        `num_held`: as many leading ones matched already, which saves the work of marking them.
+        `num_held`: as many leading ones matched already, which saves the work of marking them. Marking waits for `catch_up` or
+        the next call of anything else here, whichever is first.
         """
         holdings = self._holdings.get(worker_id)
-        if holdings is None or not hashes or self._ttl_s <= 0.0:
-            return
-        if self.size_bytes + (len(hashes) - num_held) * (ENTRY_BYTES + PAIR_BYTES) > self._max_bytes:
-            self.num_dropped += len(hashes)
-            return
-        expires_s = now + self._ttl_s
-        num_before = len(holdings.guesses)
-        holdings.guesses.update(dict.fromkeys(hashes, expires_s))
-        self._num_pairs += len(holdings.guesses) - num_before
-        self._guesses.append((expires_s, holdings, hashes))
-        new, masks = hashes[num_held:], self._device
-        masks.update(zip(new, map(or_, map(masks.get, new, repeat(0)), repeat(holdings.bit)), strict=False))
+        if holdings is not None and hashes and self._ttl_s > 0.0:
+            self._unmarked.append((now + self._ttl_s, holdings, hashes, num_held))
+
+    def catch_up(self) -> None:
+        """Mark what was speculated: some 30 us for a prompt of 4k tokens, so better done once the answer is out."""
+        unmarked, self._unmarked = self._unmarked, []
+        for expires_s, holdings, hashes, num_held in unmarked:
+            if self.size_bytes + (len(hashes) - num_held) * (ENTRY_BYTES + PAIR_BYTES) > self._max_bytes:
+                self.num_dropped += len(hashes)
+                continue
+            num_before = len(holdings.guesses)
+            holdings.guesses.update(dict.fromkeys(hashes, expires_s))
+            self._num_pairs += len(holdings.guesses) - num_before
+            self._guesses.append((expires_s, holdings, hashes))
+            new, masks = hashes[num_held:], self._device
+            masks.update(zip(new, map(or_, map(masks.get, new, repeat(0)), repeat(holdings.bit)), strict=False))
 
     def expire(self, now: float) -> None:
         """Drop guesses whose time is over."""
+        self.catch_up()
         while self._guesses and self._guesses[0][0] <= now:
             _, holdings, hashes = self._guesses.popleft()
             guesses, device = holdings.guesses, holdings.device
@@ -178,6 +188,7 @@ class PrefixIndex:
 
     def match(self, hashes: Sequence[bytes]) -> Match:
         """Cached leading tokens by worker."""
+        self.catch_up()
         device = self._depths(hashes, self._device)
         if not self._host:
             return Match(device_tokens=device, total_tokens=device)

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+from collections import deque
 from random import Random
 from time import perf_counter
 from typing import Any
@@ -55,6 +56,7 @@ log = logging.getLogger("baton.router")
 
 TICK_S = 0.05
 NAME = "router"
+NUM_DECISIONS_TIMED = 1024
 
 
 class RouterService:
@@ -89,6 +91,7 @@ class RouterService:
         self._epochs: dict[WorkerId, int] = {}  # of the open links
         self._ticker: asyncio.Task[None] | None = None
         self._noted: list[str] = []
+        self._decision_s: deque[float] = deque(maxlen=NUM_DECISIONS_TIMED)
 
     # --- life ---
 
@@ -119,7 +122,10 @@ class RouterService:
         return self._listener.port
 
     def status(self) -> dict[str, object]:
-        return self._core.status(self._now())
+        """The core's document, and how long the latest turns with a Place took."""
+        taken_s = sorted(self._decision_s)
+        timing = {f"p{q}_s": round(taken_s[len(taken_s) * q // 100], 7) for q in (50, 99)} if taken_s else {}
+        return self._core.status(self._now()) | {"decision_time": timing}
 
     # --- the turn: one event in, commands out ---
 
@@ -130,6 +136,7 @@ class RouterService:
         if slowest_s > self._limit_s:
             self._run(PolicyOverran(duration_s=slowest_s, limit_s=self._limit_s), now)
             self._policy.take_slowest_s()
+        self._core.catch_up()
 
     def _run(self, event: Event, now: float) -> None:
         for command in self._core.on(event, now):
@@ -174,7 +181,11 @@ class RouterService:
         self._turn(GatewayUp(gateway=name))
 
     def _receive(self, connection: Connection, message: Any) -> None:
-        if isinstance(message, (Place, PrefillDone, Done)):
+        if isinstance(message, Place):
+            start_s = perf_counter()
+            self._turn(FromGateway(gateway=connection.peer.name, message=message))
+            self._decision_s.append(perf_counter() - start_s)
+        elif isinstance(message, (PrefillDone, Done)):
             self._turn(FromGateway(gateway=connection.peer.name, message=message))
         elif isinstance(message, StatusRequest):
             connection.send(StatusReply(reply_id=message.reply_id, json=json.dumps(self.status())))

@@ -21,7 +21,19 @@ from router.policies.least_work import LeastWork
 from router.policies.prefix_cost import PrefixCost
 from router.policies.round_robin import RoundRobin
 
-__all__ = ["BUILT_IN", "POLICY_API", "Cost", "PlacementPolicy", "PlacementView", "PolicyClass", "Pool", "Stateless", "WorkerView", "load"]
+__all__ = [
+    "BUILT_IN",
+    "POLICY_API",
+    "Cost",
+    "PlacementPolicy",
+    "PlacementView",
+    "PolicyClass",
+    "Pool",
+    "Stateless",
+    "WorkerView",
+    "load",
+    "split",
+]
 
 BUILT_IN: dict[str, PolicyClass] = {
     "round_robin": RoundRobin,
@@ -38,13 +50,13 @@ def load(spec: str) -> PlacementPolicy:
     Raises:
         ConfigError: unknown name or parameter (the text has the nearest known one), or a class that is no policy.
     """
-    name, parameters = _split(spec)
+    name, parameters = split(spec)
     cls = BUILT_IN[name] if name in BUILT_IN else _import(name)
     return cls(_config(name, parameters, _config_class(cls)))
 
 
-def _split(spec: str) -> tuple[str, str]:
-    """(`NAME` or `module:Class`, `k=v,...` or nothing)."""
+def split(spec: str) -> tuple[str, str]:
+    """Name (`NAME` or `module:Class`) and parameters (`k=v,...` or nothing) of a policy's text."""
     head, _, rest = spec.strip().partition(":")
     if head in BUILT_IN or "=" in rest.partition(":")[0]:
         return head, rest
