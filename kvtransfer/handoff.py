@@ -57,6 +57,8 @@ class SourceHandoff:
 
     def acknowledge(self) -> None:
         """The target has verified its copy: every move up to RELEASED."""
+        if not self.is_open:
+            self.state = advance(self.state, HandoffState.ACKED)  # raises
         for to in _WAY[_WAY.index(self.state) + 1 :]:
             self.state = advance(self.state, to)
 
