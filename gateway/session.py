@@ -256,7 +256,7 @@ class Session:
             self._stop(Fail(error=error), _A.REJECTED, "no worker is ready", now)
         else:
             self._avoided_workers = ()
-            self._place_at_s = now + REPLACE_PAUSE_S
+            self._place_at_s, self._answer_by_s = now + REPLACE_PAUSE_S, NEVER_S
 
     # --- work ---
 

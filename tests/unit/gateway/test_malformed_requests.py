@@ -63,7 +63,8 @@ MALFORMED: dict[str, tuple[str, bytes, int, str | None, str, tuple[str, ...]]] =
     "temperature too high": (CHAT, chat(temperature=2.5), 400, "temperature", "invalid_value", ("2.5", "2")),
     "top_p below zero": (CHAT, chat(top_p=-0.1), 400, "top_p", "invalid_value", ("-0.1", "0")),
     "infinite penalty": (
-        CHAT, b'{"messages":[{"role":"user","content":"x"}],"presence_penalty":1e999}', 400, "presence_penalty", "invalid_value", ("finite",),
+        CHAT, b'{"messages":[{"role":"user","content":"x"}],"presence_penalty":1e999}', 400, "presence_penalty", "invalid_value",
+        ("finite",),
     ),
     "too many stops": (CHAT, chat(stop=["x"] * 17), 400, "stop", "invalid_value", ("17", "16")),
     "empty stop": (CHAT, chat(stop=""), 400, "stop", "invalid_value", ("empty",)),

@@ -1,0 +1,286 @@
+"""Moves of one session, event by event; tests/property/test_session_property.py shuffles them."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+
+from gateway.config import GatewayConfig
+from gateway.events import (
+    AttemptEnded,
+    CancelAt,
+    ChoiceStopped,
+    ClientGone,
+    Deliver,
+    Fail,
+    Finish,
+    NoPlace,
+    PlaceWithoutRouter,
+    RouterAway,
+    RouterLost,
+    RouterUp,
+    SendPlace,
+    Start,
+    SubmitTo,
+    TellRouter,
+    Tick,
+    WorkerLost,
+    WorkerSaid,
+)
+from gateway.session import Session
+from protocol.block_hash import block_hashes
+from protocol.errors import DeadlineExceeded, InvalidRequest, NoWorker, Overloaded
+from protocol.kv import FirstToken, HandoffKind, KVHandoff, Lease
+from protocol.lifecycle import AttemptState
+from protocol.messages import (
+    Assigned,
+    Assignment,
+    AttemptFailed,
+    Done,
+    HandoffDone,
+    Offered,
+    PlaceAck,
+    PrefillDone,
+    Refused,
+    TokenRun,
+    TransferFailed,
+)
+from protocol.request import FinishReason, Request, SamplingParams, token_buffer
+
+pytestmark = pytest.mark.pure
+
+CONFIG = GatewayConfig(request_timeout_s=60.0, max_attempts=3, router_ack_s=0.2, placement_wait_s=5.0)
+
+
+def make(n: int = 1, max_tokens: int = 8) -> Session:
+    sampling = SamplingParams(max_tokens=max_tokens, n=n)
+    prompt = token_buffer(range(40))
+    return Session(
+        Request(request_id="r", model_id="m", prompt_token_ids=prompt, sampling=sampling, cache_root=bytes(16), arrival_s=0.0), CONFIG
+    )
+
+
+def assigned(number: int, prefill: str = "p0", decode: str = "d0") -> Assigned:
+    return Assigned(
+        assignment=Assignment(
+            request_id="r", attempt=number, prefill_worker=prefill, decode_worker=decode, cached_tokens=0, policy="x", reason="",
+            prefill_scores=(), decode_scores=(), waited_s=0.0,
+        )
+    )  # fmt: skip
+
+
+def run(position: int, *tokens: int, number: int = 0, choice: int = 0, reason: FinishReason | None = None, by: str = "d0") -> WorkerSaid:
+    fact = TokenRun(
+        request_id="r", attempt=number, choice=choice, position=position, token_ids=array("I", tokens), logprobs=(),
+        finish_reason=reason, num_cached_tokens=7,
+    )  # fmt: skip
+    return WorkerSaid(worker_id=by, fact=fact)
+
+
+def offered(number: int = 0, choices: tuple[int, ...] = (0,), by: str = "p0") -> WorkerSaid:
+    handoff = KVHandoff(
+        handoff_id="h", kind=HandoffKind.PREFILL, request_id="r", attempt=number, fingerprint=b"", token_ids=token_buffer(),
+        layer_watermark=1, first_tokens=tuple(FirstToken(choice=c, token_id=0) for c in choices), lease=Lease(duration_s=1.0), shards=(),
+    )  # fmt: skip
+    return WorkerSaid(worker_id=by, fact=Offered(handoff=handoff))
+
+
+DONE = WorkerSaid(worker_id="d0", fact=HandoffDone(request_id="r", attempt=0, size_bytes=1, duration_s=0.1, path="shm"))
+FAILED = WorkerSaid(worker_id="d0", fact=TransferFailed(request_id="r", attempt=0, error="peer_lost", detail=""))
+
+
+def play(session: Session, *events: Any, now: float = 1.0) -> list[Any]:
+    return [command for event in events for command in session.on(event, now)]
+
+
+def only(commands: list[Any], kind: type) -> list[Any]:
+    return [c for c in commands if isinstance(c, kind)]
+
+
+def test_whole_life_of_a_disaggregated_request() -> None:
+    session = make()
+    (place,) = play(session, Start(), now=0.0)
+    assert place.place.block_hashes == tuple(block_hashes(bytes(16), range(40))) and place.place.num_tokens == 40
+    (submit,) = play(session, assigned(0), now=0.1)
+    assert submit.worker_id == "p0" and submit.submit.prefill_only and session.state is AttemptState.PREFILLING
+    (first,) = play(session, run(0, 5, by="p0"), now=0.2)
+    assert (first.position, list(first.token_ids)) == (0, [5]) and session.num_cached_tokens == 7
+    told, submit = play(session, offered(), now=0.3)
+    assert isinstance(told.message, PrefillDone) and submit.worker_id == "d0" and submit.submit.handoff is not None
+    assert session.state is AttemptState.WAITING_KV
+    assert play(session, DONE, now=0.4) == [] and session.state is AttemptState.DECODING
+    deliver, ended, told, end = play(session, run(1, 6, 7, reason=FinishReason.STOP), now=0.5)
+    assert list(deliver.token_ids) == [6, 7] and ended.state is AttemptState.FINISHED
+    assert told.message == Done(request_id="r", attempt=0, num_output_tokens=3) and isinstance(end, Finish)
+    (timeline,) = session.timelines
+    assert (timeline.assigned_s, timeline.prefill_end_s, timeline.handoff_end_s, timeline.end_s) == (0.1, 0.3, 0.4, 0.5)
+    assert (timeline.ttft_s, timeline.num_tokens) == (0.2, 3)
+
+
+def test_answer_of_one_token_needs_no_decode_worker() -> None:
+    session = make()
+    commands = play(session, Start(), assigned(0), run(0, 5, reason=FinishReason.STOP, by="p0"))
+    assert [c.worker_id for c in only(commands, SubmitTo)] == ["p0"] and isinstance(session.end, Finish)
+
+
+def test_transfer_that_failed_is_recomputed_where_it_decodes() -> None:
+    session = make()
+    play(session, Start(), assigned(0), run(0, 5, by="p0"), offered(), FAILED)
+    assert session.state is AttemptState.PREFILLING and session.workers == ("d0",)
+    assert play(session, WorkerLost(worker_id="p0")) == []
+    play(session, run(1, 6))
+    assert session.state is AttemptState.DECODING
+
+
+def test_same_worker_for_both_has_no_handoff() -> None:
+    session = make()
+    commands = play(session, Start(), assigned(0, "d0", "d0"), run(0, 5))
+    assert not only(commands, SubmitTo)[0].submit.prefill_only and session.state is AttemptState.DECODING
+    assert isinstance(only(commands, TellRouter)[0].message, PrefillDone)
+
+
+def test_choice_that_ends_on_its_first_token_is_not_computed_again() -> None:
+    session = make(n=2)
+    play(session, Start(), assigned(0), run(0, 5, by="p0", reason=FinishReason.STOP), run(0, 6, choice=1, by="p0"))
+    (submit,) = only(play(session, offered(choices=(1,))), SubmitTo)
+    assert submit.submit.attempt.finished == (True, False) and [len(d) for d in submit.submit.attempt.delivered] == [0, 0]
+
+
+@pytest.mark.parametrize(("moves", "lost", "survivors"), [
+    ((), "p0", []),  # prefilling: the prefill worker
+    ((), "d0", ["p0"]),  # prefilling elsewhere: the decode worker
+    ((run(0, 5, by="p0"), offered()), "d0", ["p0"]),  # waiting for KV
+    ((run(0, 5, by="p0"), offered(), DONE), "d0", ["p0"]),  # decoding
+])  # fmt: skip
+def test_loss_in_each_phase_starts_a_new_attempt_without_the_lost_worker(moves: tuple[Any, ...], lost: str, survivors: list[str]) -> None:
+    session = make()
+    play(session, Start(), assigned(0), *moves)
+    commands = play(session, WorkerLost(worker_id=lost))
+    assert [c.worker_id for c in only(commands, CancelAt)] == survivors
+    (ended,) = only(commands, AttemptEnded)
+    assert ended.state is AttemptState.LOST and ended.number == 0
+    (place,) = only(commands, SendPlace)
+    assert place.place.attempt == 1 and place.place.excluded == (lost,)
+    assert [list(d) for d in session.attempt.delivered] == [[5] if moves else []]
+
+
+def test_facts_of_an_older_attempt_are_ignored() -> None:
+    session = make()
+    play(session, Start(), assigned(0), WorkerLost(worker_id="p0"), assigned(1))
+    assert play(session, run(0, 9, number=0, by="p0"), offered(0), DONE, FAILED, assigned(0)) == []
+    assert only(play(session, run(0, 5, number=1, by="p0")), Deliver)
+
+
+def test_repeated_and_early_runs_are_put_in_order() -> None:
+    session = make()
+    play(session, Start(), assigned(0, "d0", "d0"))
+    commands = play(session, run(2, 7, 8), run(0, 5), run(0, 5, 6), run(1, 6, 7), run(4, 9))
+    assert [t for d in only(commands, Deliver) for t in d.token_ids] == [5, 6, 7, 8, 9]
+    assert [d.position for d in only(commands, Deliver)] == [0, 1, 2, 4]
+
+
+def test_retry_of_choices_that_differ_is_local_and_shares_the_prompt_hashes() -> None:
+    session = make(n=2)
+    play(session, Start(), assigned(0, "d0", "d0"), run(0, *range(8)), run(0, *range(9), choice=1))
+    (place,) = only(play(session, WorkerLost(worker_id="d0")), SendPlace)
+    assert place.place.local_only and place.place.num_tokens == 49 and place.place.expected_output_tokens == 0
+    assert len(place.place.block_hashes) == 2
+
+
+def test_retry_of_equal_choices_may_be_handed_off() -> None:
+    session = make(n=2)
+    play(session, Start(), assigned(0, "d0", "d0"), *(run(0, *range(8), choice=c) for c in (0, 1)))
+    (place,) = only(play(session, WorkerLost(worker_id="d0")), SendPlace)
+    assert not place.place.local_only and place.place.num_choices == 2 and len(place.place.block_hashes) == 3
+
+
+def test_worker_that_gave_up_is_avoided_until_there_is_nobody_else() -> None:
+    session = make()
+    fact = AttemptFailed(request_id="r", attempt=0, reason="inbox full", retryable=True)
+    (place,) = only(play(session, Start(), assigned(0), WorkerSaid(worker_id="p0", fact=fact))[1:], SendPlace)
+    assert place.place.excluded == ("p0",)
+    refused = Refused(request_id="r", attempt=1, status=503, message="nobody", retry_after_s=0.5)
+    play(session, refused, now=2.0)
+    assert session.end is None and session.wake_s == 2.5
+    (place,) = only(play(session, Tick(), now=2.5), SendPlace)
+    assert place.place.excluded == () and place.place.attempt == 2
+
+
+def test_worker_that_cannot_ever_do_it_ends_the_request() -> None:
+    session = make()
+    fact = AttemptFailed(request_id="r", attempt=0, reason="needs 9 blocks, has 4", retryable=False)
+    play(session, Start(), assigned(0), WorkerSaid(worker_id="p0", fact=fact))
+    assert isinstance(session.end, Fail) and "needs 9 blocks" in str(session.end.error)
+
+
+def test_attempts_are_bounded() -> None:
+    session = make()
+    play(session, Start())
+    for number in range(3):
+        play(session, assigned(number, f"p{number}"), WorkerLost(worker_id=f"p{number}"))
+    assert isinstance(session.end, Fail) and "3 attempts" in str(session.end.error)
+
+
+def test_no_acknowledgement_in_200_ms_places_without_the_router() -> None:
+    session = make()
+    play(session, Start(), now=0.0)
+    assert session.wake_s == pytest.approx(0.2) and play(session, Tick(), now=0.19) == []
+    assert only(play(session, Tick(), now=0.2), PlaceWithoutRouter)
+    assert only(play(session, assigned(0)), SubmitTo) and play(session, assigned(0, "p1", "d1")) == []
+
+
+def test_acknowledged_request_waits_for_the_router_until_that_is_lost() -> None:
+    session = make()
+    play(session, Start(), PlaceAck(request_id="r", attempt=0, queue_position=3), now=0.0)
+    assert session.wake_s == CONFIG.request_timeout_s
+    play(session, RouterLost(), now=5.0)
+    assert session.wake_s == pytest.approx(5.2)
+    assert only(play(session, RouterUp(), now=5.1), SendPlace)
+    assert only(play(session, RouterAway(), now=5.1), PlaceWithoutRouter)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(429, Overloaded), (503, NoWorker), (400, InvalidRequest)])
+def test_first_refusal_is_final(status: int, kind: type) -> None:
+    session = make()
+    play(session, Start(), Refused(request_id="r", attempt=0, status=status, message="m", retry_after_s=2.0))
+    assert isinstance(session.end, Fail) and isinstance(session.end.error, kind) and session.state is AttemptState.REJECTED
+
+
+def test_nobody_at_first_is_503_and_later_is_waited_for() -> None:
+    session = make()
+    play(session, Start(), NoPlace())
+    assert isinstance(session.end, Fail) and isinstance(session.end.error, NoWorker)
+    session = make()
+    play(session, Start(), assigned(0, "d0", "d0"), run(0, 5), WorkerLost(worker_id="d0"), now=1.0)
+    play(session, NoPlace(), now=1.0)
+    assert session.end is None and session.wake_s == 1.25
+    play(session, Tick(), NoPlace(), now=5.9)
+    play(session, Tick(), now=6.0)
+    assert isinstance(session.end, Fail) and "5 s" in str(session.end.error)
+
+
+def test_stop_string_ends_a_choice_and_cancels_the_rest_of_the_work() -> None:
+    session = make(n=2)
+    play(session, Start(), assigned(0, "d0", "d0"), run(0, 1, 2, 3), run(0, 4, choice=1))
+    assert play(session, ChoiceStopped(choice=0, num_tokens=2)) == []
+    assert play(session, run(3, 9)) == []
+    commands = play(session, run(1, 5, choice=1, reason=FinishReason.LENGTH))
+    assert [c.worker_id for c in only(commands, CancelAt)] == ["d0"] and isinstance(session.end, Finish)
+    assert session.num_output_tokens == 2 + 2
+
+
+def test_client_gone_cancels_in_every_phase() -> None:
+    for moves, workers in (((), []), ((assigned(0),), ["p0"]), ((assigned(0), offered()), ["p0", "d0"])):
+        session = make()
+        commands = play(session, Start(), *moves, ClientGone())
+        assert [c.worker_id for c in only(commands, CancelAt)] == workers and session.state is AttemptState.CANCELLED
+        assert play(session, Tick(), WorkerLost(worker_id="p0"), ClientGone(), now=99.0) == [] and session.wake_s == float("inf")
+
+
+def test_deadline_ends_the_request() -> None:
+    session = make()
+    play(session, Start(), assigned(0))
+    assert only(play(session, Tick(), now=60.0), CancelAt)
+    assert isinstance(session.end, Fail) and isinstance(session.end.error, DeadlineExceeded)
