@@ -50,6 +50,7 @@ class Server:
                 if event == "[DONE]":
                     return
                 yield _object(event.encode())
+            raise ServerUnavailable(f"{self.url} broke the answer off; what came is not all of it")
 
     @contextmanager
     def _answer(self, method: str, path: str, body: Mapping[str, object] | None) -> Iterator[http.client.HTTPResponse]:
@@ -62,17 +63,20 @@ class Server:
             connection = kind(parts.hostname or "", parts.port, timeout=self.timeout_s)
         except (ValueError, http.client.InvalidURL):
             raise ConfigError(f"--url {self.url} is not an address such as http://127.0.0.1:8000") from None
+        began = False
         try:
             payload = None if body is None else json.dumps(body).encode()
             connection.request(method, parts.path.rstrip("/") + path, body=payload, headers=headers)
             response = connection.getresponse()
             if response.status >= 400:
                 raise ServerRefused(_error_text(response.status, response.read(BODY_BYTES_MAX)))
+            began = True
             yield response
         except (OSError, http.client.HTTPException) as error:
-            raise ServerUnavailable(
-                f"no server at {self.url} ({self._reason(error)}); start one with `baton serve`, or name it with --url"
-            ) from None
+            if began:
+                raise ServerUnavailable(f"{self.url} broke the answer off ({self._reason(error)})") from None
+            remedy = "start one with `baton serve`, or name it with --url"
+            raise ServerUnavailable(f"no server at {self.url} ({self._reason(error)}); {remedy}") from None
         finally:
             connection.close()
 

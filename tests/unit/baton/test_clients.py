@@ -87,6 +87,9 @@ class FakeServer(BaseHTTPRequestHandler):
             self._event(f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'content': word}}]})}\n\n")
         if said == "fail":
             self._event(f"data: {json.dumps({'error': {'message': 'the worker is gone'}})}\n\n")
+        if said == "cut":
+            self.close_connection = True
+            return None
         while said == "hang":
             try:
                 self._event(": still here\n\n")
@@ -163,6 +166,15 @@ def test_trouble_is_told_in_the_servers_words(running: Running, said: str, sente
     with pytest.raises(ServerRefused, match=sentence):
         list(talk.ask(said))
     assert talk.messages[-1]["role"] == "assistant" if said == "fail" else talk.messages == []
+
+
+def test_an_answer_that_breaks_off_is_not_taken_for_whole(running: Running) -> None:
+    """The server ends the connection before [DONE]. Seen to fail when the end of the stream was the end of the answer."""
+    talk = conversation(running)
+    pieces: list[str] = []
+    with pytest.raises(ServerUnavailable, match="broke the answer off"):
+        pieces.extend(talk.ask("cut"))
+    assert talk.messages[-1]["content"] == "You said: \x1b[31mcut é"
 
 
 def test_server_is_found_by_its_run_file_or_named(running: Running, tmp_path: Path) -> None:
