@@ -14,10 +14,15 @@ from types import ModuleType
 import pytest
 
 from tests.checkpoints import make_checkpoint
-from tests.serving import Serving, end, start
+from tests.serving import KILLED_ON_PURPOSE, Serving, end, start
 
 HEAVY = frozenset({"torch", "ray", "transformers", "triton"})
-SHARED_CLUSTER = {"model": "demo", "workers": {"prefill_workers": 2, "decode_workers": 2}, "router": {"disaggregate": "always"}}
+SHARED_CLUSTER = {
+    "model": "demo",
+    "workers": {"prefill_workers": 2, "decode_workers": 2},
+    "router": {"disaggregate": "always"},
+    "supervisor": KILLED_ON_PURPOSE,
+}
 
 
 class AsIfNotInstalled:

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 15.0
-REST_TIMEOUT_S = 20.0
+REST_TIMEOUT_S = 60.0  # a fresh worker has imported torch by then on a loaded machine
+KILLED_ON_PURPOSE = {"stable_after_s": 0.2, "max_young_deaths": 1000}  # the supervisor's patience with tests that kill again and again
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,6 +70,12 @@ class Serving:
     def counter(self, name: str) -> int:
         """Sum of one of the workers' counters over the workers that live now."""
         return sum(int(row["counters"].get(name, 0)) for row in self.workers().values())
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of the samples of a metric that carry these labels."""
+        text = self.request("/metrics")[1].decode()
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
 
     def wait_at_rest(self, *, num_workers: int) -> dict[str, dict[str, Any]]:
         """Rows of the workers once nothing is held for any request: I3, printed for every worker.

@@ -55,14 +55,11 @@ def test_status_names_every_worker(serving: Serving) -> None:
 
 
 def test_metrics_are_well_formed_and_count_requests(serving: Serving) -> None:
-    def total() -> float:
-        families = list(text_string_to_metric_families(serving.request("/metrics")[1].decode()))
-        assert all(family.name.startswith(("baton_", "vllm:")) for family in families)
-        return sum(s.value for f in families for s in f.samples if s.name == "baton_requests_total")
-
-    before = total()
+    before = serving.metric("baton_requests_total", outcome="finished")
     serving.json("/v1/completions", {"model": "demo", "prompt": "Hello", "max_tokens": 2})
-    assert total() == before + 1
+    assert serving.metric("baton_requests_total", outcome="finished") == before + 1
+    families = text_string_to_metric_families(serving.request("/metrics")[1].decode())
+    assert all(family.name.startswith(("baton_", "vllm:")) for family in families)
 
 
 def test_tokenize_agrees_with_usage(serving: Serving) -> None:

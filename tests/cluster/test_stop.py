@@ -7,7 +7,10 @@ sockets, shared-memory segments, files in the temporary directory. Seen to fail 
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import pytest
 
 from cluster.processes import ProcessId, descendants, wait_gone
 from tests.cluster.ledger import Ledger, stream
-from tests.serving import STOP_TIMEOUT_S, Serving, end, start
+from tests.serving import STOP_TIMEOUT_S, Serving, end, environment, start
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(150)]
 
@@ -43,12 +46,19 @@ def segments() -> set[Path]:
 
 @pytest.mark.parametrize("number", DRAINED)
 async def test_server_under_load_drains_and_is_gone(number: signal.Signals, tmp_path: Path) -> None:
+    """The server asks for a key; a stranger's is refused on the way."""
     before = segments()
-    server = await asyncio.to_thread(start, tmp_path, config=SMALL)
+    server = await asyncio.to_thread(start, tmp_path, config=SMALL, api_key="right")
     try:
+        for key in ("wrong", ""):
+            status, answer = server.request("/v1/models", Authorization=f"Bearer {key}")
+            assert status == 401 and json.loads(answer)["error"]["code"] == "invalid_api_key"
         journal: list[Ledger] = []
         body: dict[str, Any] = {"model": "demo", "prompt": "Hello", "max_tokens": 64, "ignore_eos": True}
-        streams = [asyncio.create_task(stream(server.host, server.port, "/v1/completions", body, journal=journal)) for _ in range(16)]
+        streams = [
+            asyncio.create_task(stream(server.host, server.port, "/v1/completions", body, api_key="right", journal=journal))
+            for _ in range(16)
+        ]
         while sum(ledger.num_tokens > 1 for ledger in journal) < 8:
             await asyncio.sleep(0.01)
         belongings = Belongings(server)
@@ -87,11 +97,6 @@ def test_server_told_to_stop_while_it_starts_is_gone(number: signal.Signals, aft
 
 
 def test_busy_port_is_an_error_within_two_seconds_that_names_the_holder(serving: Serving, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    from tests.serving import environment
-
     started_s = time.monotonic()
     command = [sys.executable, "-m", "baton", "serve", "--port", str(serving.port)]
     outcome = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30, check=False)
