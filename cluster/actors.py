@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.loop_thread import LoopThread
+from cluster.user_path import import_last_from
 from protocol.errors import BatonError
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class _Host:
     """What the actors share: a loop thread, and a `life` call that ends when the actor does."""
 
     def __init__(self, user_path: str) -> None:
-        if user_path and user_path not in sys.path:
-            sys.path.append(user_path)  # last: a `router/` of the user's must not hide ours
+        if user_path:
+            import_last_from(user_path)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._loop = LoopThread("baton-loop")
         self._ended = threading.Event()
@@ -157,7 +157,7 @@ def spawn(host_class: type[_Host], *, name: str, near: str, user_path: str = "",
     """A fresh actor of `host_class` in this job's namespace; it ends with this process, which owns it.
 
     near: Ray's name of a node's address resource ("node:10.0.0.1"): it runs there.
-    user_path: appended to the actor's import path; "" for none.
+    user_path: a directory to import from when a module is nowhere else; "" for none.
     """
     options = {
         "name": name,
