@@ -82,6 +82,13 @@ class FakeServer(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
+        try:
+            self._stream(said)
+        except OSError:
+            self.close_connection = True
+            self.left.set()
+
+    def _stream(self, said: str) -> None:
         self._event(": keep-alive\n\n")
         for word in ["You ", "said: ", f"\x1b[31m{said}", " é"]:
             self._event(f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'content': word}}]})}\n\n")
@@ -89,12 +96,9 @@ class FakeServer(BaseHTTPRequestHandler):
             self._event(f"data: {json.dumps({'error': {'message': 'the worker is gone'}})}\n\n")
         if said == "cut":
             self.close_connection = True
-            return None
+            return
         while said == "hang":
-            try:
-                self._event(": still here\n\n")
-            except OSError:
-                return self.left.set()
+            self._event(": still here\n\n")
             time.sleep(0.01)
         self._event(f"data: {json.dumps({'choices': [], 'usage': {'prompt_tokens': 5, 'completion_tokens': 4}})}\n\n")
         self._event("data: [DONE]\n\n")
