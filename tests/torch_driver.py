@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.core.executor import BatchPlan, PlanEntry, SampledTokens, SampleEntry, SequenceStart, StepResult
 from engine.models.config import load_model_config
 from engine.runner.config import RunnerConfig
@@ -24,6 +26,7 @@ class TorchDriver:
     def __init__(
         self, model_dir: Path, *, numerics: Any = "reference", dtype: str = "auto", block_size: int = 16, num_blocks: int = 256
     ) -> None:
+        torch.set_num_threads(1)  # the oracle beside it too: on two shared cores threads wait for each other
         model = load_model_config(model_dir, dtype=dtype, numerics=numerics)
         self.pool = PoolMemory.create(model.kv_layout(block_size), num_blocks)
         self.executor = TorchExecutor(model_dir, RunnerConfig(numerics=numerics, dtype=dtype), self.pool.region)
