@@ -2,7 +2,8 @@
 
 The tokenizers are trained on the spot on a few lines, the templates are written below after those of the model families: Llama 3
 (header tokens, BOS from the template, date), Mistral ([INST], alternation enforced, SentencePiece), Qwen (default system text,
-tools branch, enable_thinking) and plain ChatML with a generation tag. No network, no weights.
+tools branch, enable_thinking) and plain ChatML with a generation tag, whose
+tokenizer adds a BOS that the template does not want. No network, no weights.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ SHAPES: dict[str, tuple[Any, str, dict[str, Any]]] = {
         {"bos_token": "<s>", "eos_token": "</s>", "unk_token": {"__type": "AddedToken", "content": "<unk>", "special": True}},
     ),
     "qwen": (lambda: byte_level(IM, bos=None), QWEN, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
-    "chatml": (lambda: byte_level(IM, bos=None), CHATML, {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}),
+    "chatml": (lambda: byte_level(IM, bos="<|endoftext|>"), CHATML, {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}),
 }
 
 CHATS: dict[str, list[dict[str, Any]]] = {
