@@ -1,7 +1,7 @@
 """Reference numerics: a sequence's logits have the same bits however it was computed.
 
 How: the truth is each sequence alone, its prompt in one step, then token by token, on blocks of 16. Against it stand random
-schedules of the real TorchExecutor: batches of 1 to 32, prompts cut into random chunks, some of the output recomputed as if it
+schedules of the real TorchExecutor: batches of 1 to 20, prompts cut into random chunks, some of the output recomputed as if it
 were prompt (preemption), blocks of 16, 32 or 48 in scattered places, sequences joining and leaving. Compared with torch.equal.
 
 Seen to fail when `linear_in_row_tiles` calls torch.mm on all rows at once (tests 1, 2), when `attend_slab` uses a key tile as long as the
@@ -21,8 +21,8 @@ torch = pytest.importorskip("torch")
 
 from tests.torch_driver import GREEDY, TorchDriver  # noqa: E402
 
-NUM_SEQUENCES = 32
-NUM_OUTPUT = 4
+NUM_SEQUENCES = 20
+NUM_OUTPUT = 3
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "odd sizes": ("llama", {"hidden_size": 60, "intermediate_size": 99, "head_dim": 18, "num_key_value_heads": 1, "vocab_size": 515}),
@@ -39,7 +39,7 @@ def make_prompts(seed: int) -> list[list[int]]:
 @pytest.fixture(scope="module", params=MODELS)
 def model_dir(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> Path:
     arch, overrides = MODELS[request.param]
-    return tiny_checkpoint(arch, **overrides)
+    return tiny_checkpoint(arch, num_hidden_layers=2, **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def truth(model_dir: Path) -> tuple[list[list[int]], list[Any]]:
 def test_logits_do_not_depend_on_the_schedule(seed: int, model_dir: Path, truth: tuple[list[list[int]], list[Any]]) -> None:
     rng = random.Random(seed)
     prompts, (outputs, logits) = make_prompts(0), truth
-    max_batch, chunk_max = rng.choice([1, 5, 32]) if seed else 32, rng.choice([3, 16, 40, 100])
+    max_batch, chunk_max = rng.choice([1, 5]) if seed else NUM_SEQUENCES, rng.choice([7, 16, 40, 100])
     waiting = rng.sample(range(NUM_SEQUENCES), NUM_SEQUENCES)
     running: dict[int, int] = {}  # sequence -> computed tokens
     known = [len(prompt) for prompt in prompts]
