@@ -61,9 +61,7 @@ def undisturbed(request: Request, *, eos_period: int = 0, max_model_len: int = M
         output: list[int] = []
         while True:
             position = len(output)
-            token = next_token(
-                words.tobytes(), sampling, choice=choice, position=position, vocab_size=VOCAB, eos_period=eos_period
-            )
+            token = next_token(words.tobytes(), sampling, choice=choice, position=position, vocab_size=VOCAB, eos_period=eos_period)
             output.append(token)
             tokens.append(token)
             words += prefix_words(words[-1], array("I", [token]))
@@ -197,9 +195,11 @@ class SimCluster:
 
     def rest(self, *, deadline_s: float = 300.0) -> None:
         """Go on until nothing is held by anybody, and judge what remains: I3 and I5."""
+        at_rest = self.loop.run(
+            lambda: all(w.core.is_at_rest for w in self.workers.values() if w.is_alive), deadline_s=self.loop.now + deadline_s
+        )
         alive = [w for w in self.workers.values() if w.is_alive]
-        at_rest = self.loop.run(lambda: all(w.core.is_at_rest for w in alive), deadline_s=self.loop.now + deadline_s)
-        assert at_rest, {w.worker_id: (w.core._attempts.keys(), len(w.core._offers), len(w.core._intake)) for w in alive}
+        assert at_rest, {w.worker_id: (list(w.core._attempts), len(w.core._offers), len(w.core._intake)) for w in alive}
         for worker in alive:
             worker.core.check()
             snapshot = worker.core.snapshot(self.loop.now)
