@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from cluster.interrupts import Interrupted, Interrupts
 from cluster.port import ReservedPort
 from cluster.processes import ProcessId, kill_all
+from cluster.reaper import Reaper
 from cluster.run_directory import RunDirectory
 from control.config import ClusterConfig
 from control.memory import available_memory_bytes
@@ -81,6 +82,7 @@ class Cluster:
         self._report = report
         self._environ = environ
         self._run: RunDirectory | None = None
+        self._reaper: Reaper | None = None
         self._port: ReservedPort | None = None
         self._runtime: RayRuntime | None = None
         self._pieces: Pieces | None = None
@@ -113,6 +115,7 @@ class Cluster:
     def start(self, *, guard: Guard = nullcontext) -> None:
         """Until requests are answered. `guard` is entered around whatever takes long: an interrupt may come there and only there."""
         self._run = RunDirectory()
+        self._reaper = Reaper(self._run)
         http = self.config.http
         self._port = ReservedPort(http.host, http.port, locks=self._run.root)  # before anything slow is even imported
         with self._phase(Phase.MODEL, f"looking for {self.config.model.path}") as done, guard():
@@ -239,6 +242,8 @@ class Cluster:
             self._port.release()
         if self._run is not None:
             self._run.close()
+        if self._reaper is not None:
+            self._reaper.close()
         if left:
             raise ServiceError(f"{len(left)} processes did not end: {', '.join(str(p.pid) for p in left)}; end them with kill -9")
 
