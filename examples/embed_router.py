@@ -1,12 +1,13 @@
 """The router as a library: no Ray, no sockets, no clock. Place requests on an imagined fleet and read why they went where they went.
 
-    python examples/embed_router.py
+    python examples/embed_router.py [POLICY]
 
 The same object runs in the live router's process and in the simulator: events in, commands out, time as an argument.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from random import Random
 
@@ -18,16 +19,23 @@ from protocol.worker import BlocksStored, Role, WorkerAddress, WorkerSnapshot, W
 from router.config import RouterConfig
 from router.core import RouterCore
 from router.events import FromGateway, FromWorker, GatewayUp, MembershipChanged, ToGateway, WorkerUp
-from router.policies import load
+from router.policies import PlacementPolicy, load
 
 EPOCH = 1
 BLOCKS = 4096
 GATEWAY = "gateway-0"
 
 
-def main(policy: str = "prefix_cost") -> dict[int, list[Assignment]]:
+def main(spec: str = "prefix_cost") -> None:
+    """`spec` is what follows --policy."""
+    for user, turns in converse(load(spec)).items():
+        for number, turn in enumerate(turns):
+            print(f"user {user} turn {number}: {turn.cached_tokens} tokens cached, {turn.reason}")
+
+
+def converse(policy: PlacementPolicy) -> dict[int, list[Assignment]]:
     """Two conversations of three turns each, on two prefill and two decode workers; assignments by user."""
-    core = RouterCore(RouterConfig(policy=policy), policy=load(policy), rng=Random(7))
+    core = RouterCore(RouterConfig(), policy=policy, rng=Random(7))
     bring_up(core)
     made: dict[int, list[Assignment]] = {1: [], 2: []}
     now_s = 1.0
@@ -37,12 +45,9 @@ def main(policy: str = "prefix_cost") -> dict[int, list[Assignment]]:
             request = place(f"{user}{turn}".rjust(32, "0"), tokens)
             assignment = next(answers(core, request, now_s))
             made[user].append(assignment)
-            print(
-                f"user {user} turn {turn}: prefill {assignment.prefill_worker}, decode {assignment.decode_worker}, "
-                f"{assignment.cached_tokens} of {len(tokens)} tokens cached ({assignment.reason})"
-            )
             finish(core, request, assignment, now_s)
             now_s += 1.0
+    assert core.policy.num_failures == 0, core.notes()
     return made
 
 
@@ -138,4 +143,4 @@ def idle(name: str, role: Role) -> WorkerSnapshot:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -31,9 +31,9 @@ class TenantHome(Stateless):
         costs = {}
         for worker in view.workers:
             if view.pool is Pool.DECODE:
-                queue_s = worker.cost.decode_step_s(worker.num_sequences(now) + request.num_choices, worker.kv_tokens(now))
+                queue_s = worker.cost.decode_step_s(worker.num_sequences + request.num_choices, worker.kv_tokens + view.kv_tokens)
             else:
-                queue_s = worker.queued_prefill_s(now)
+                queue_s = worker.queued_prefill_s
             away_s = 0.0 if worker.worker_id == home else self.config.patience_s
             costs[worker.worker_id] = Cost(queue_s + away_s, (("queue", queue_s), ("away", away_s)))
         return costs

@@ -37,7 +37,7 @@ class Answer:
 class Case:
     """Either messages (chat) or a prompt (completions)."""
 
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[Any, ...] = ()
     prompt: str = ""
     streaming: bool = False
 
@@ -70,8 +70,8 @@ class Oracle:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         torch.set_num_threads(1)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def answer(self, case: Case) -> Answer:
         import torch
@@ -99,8 +99,9 @@ async def ask(client: AsyncOpenAI, case: Case) -> Answer:
     common: dict[str, Any] = {"model": "demo", "max_tokens": NEW_TOKENS, "temperature": 0}
     if case.streaming:
         common |= {"stream": True, "stream_options": {"include_usage": True}}
+    reply: Any
     if case.messages:
-        reply = await client.chat.completions.create(messages=list(case.messages), **common)
+        reply = await client.chat.completions.create(messages=[*case.messages], **common)
     else:
         reply = await client.completions.create(prompt=case.prompt, **common)
     if not case.streaming:

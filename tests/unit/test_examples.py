@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 
 from control.config import load_config
 from examples import embed_router
 from protocol.messages import Place
-from router.policies import PlacementView, Pool, load
+from router.policies import PlacementPolicy, PlacementView, Pool, load
 
 pytestmark = pytest.mark.pure
 
@@ -22,6 +21,13 @@ def test_cluster_yaml_is_a_configuration() -> None:
     config = load_config(file=EXAMPLES / "cluster.yaml")
     assert (config.workers.prefill_workers, config.workers.decode_workers) == (2, 2)
     assert config.workers.kv_cache_memory_bytes == 64 << 20
+
+
+def test_tenant_home_places_a_whole_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both pools, through the router that serves. `converse` asserts that the policy never failed."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "policies"))
+    made = [assignment for turns in embed_router.converse(load("tenant_home:TenantHome")).values() for assignment in turns]
+    assert len({assignment.prefill_worker for assignment in made}) == 1  # one tenant, one home
 
 
 def test_tenant_stays_home_while_its_home_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,13 +46,10 @@ class Quiet:
 
     def __init__(self, worker_id: str, queue_s: float) -> None:
         self.worker_id = worker_id
-        self._queue_s = queue_s
-
-    def queued_prefill_s(self, now: float) -> float:
-        return self._queue_s
+        self.queued_prefill_s = queue_s
 
 
-def cheapest(policy: Any, *, queues_s: dict[str, float]) -> str:
+def cheapest(policy: PlacementPolicy, *, queues_s: dict[str, float]) -> str:
     view = PlacementView(
         pool=Pool.PREFILL,
         workers=[Quiet(name, queue_s) for name, queue_s in queues_s.items()],  # type: ignore[misc]
@@ -67,7 +70,8 @@ def cheapest(policy: Any, *, queues_s: dict[str, float]) -> str:
 
 def test_embedded_router_sends_each_user_back_to_the_cached_prefix() -> None:
     """Seen to fail with `round_robin` for the policy."""
-    first, second = embed_router.main().values()
+    embed_router.main()
+    first, second = embed_router.converse(load("prefix_cost")).values()
     assert len({assignment.prefill_worker for assignment in first}) == len({assignment.prefill_worker for assignment in second}) == 1
     assert first[0].prefill_worker != second[0].prefill_worker
     assert [assignment.cached_tokens for assignment in first] == [0, 512, 1024]
