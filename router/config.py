@@ -64,7 +64,7 @@ class RouterConfig:
     transfer_s_per_token: float = _bounded(2e-6, 0.0)
 
     # Policy supervision
-    policy_time_limit_s: float = _bounded(0.01, 0.0)
+    policy_time_limit_s: float = _bounded(0.05, 0.0)  # above what a busy machine takes a thread away for
     policy_penalty_s: float = _bounded(1.0, 0.0)  # after an overrun least_work decides for so long
 
     # Explaining

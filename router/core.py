@@ -88,10 +88,11 @@ class RouterCore:
         self._queued: dict[str, Waiting] = {}  # by request id: one attempt of a request waits at most
         self._resync_asked_s: dict[WorkerId, float] = {}
         self._lost_gateways: dict[str, float] = {}  # gateway -> when its bookings end
+        self._gateway_epochs: dict[str, int] = {}
         self._commands: list[Command] = []
         self._perform: dict[type, Callable[[Any, float], None]] = {
             FromGateway: self._from_gateway,
-            GatewayUp: lambda event, now: self._gateway_up(event.gateway),
+            GatewayUp: lambda event, now: self._gateway_up(event),
             GatewayDown: lambda event, now: self._gateway_down(event.gateway, now),
             MembershipChanged: lambda event, now: self._take_membership(event.membership, now),
             WorkerUp: self._worker_up,
@@ -224,8 +225,11 @@ class RouterCore:
         self.policy.observe(Finished(key=key, num_output_tokens=message.num_output_tokens), now)
         self._pump(booking.place.model_id, now)
 
-    def _gateway_up(self, gateway: str) -> None:
-        self._lost_gateways.pop(gateway, None)
+    def _gateway_up(self, event: GatewayUp) -> None:
+        self._lost_gateways.pop(event.gateway, None)
+        if self._gateway_epochs.get(event.gateway, event.epoch) != event.epoch:
+            self._free_all_of(event.gateway)
+        self._gateway_epochs[event.gateway] = event.epoch
 
     def _gateway_down(self, gateway: str, now: float) -> None:
         for waiting in [w for w in self._queued.values() if w.gateway == gateway]:
@@ -326,8 +330,8 @@ class RouterCore:
             self._free(key, ended=False)
         for gateway in [g for g, until_s in self._lost_gateways.items() if until_s <= now]:
             del self._lost_gateways[gateway]
-            for booking in [b for b in self.bookings if b.gateway == gateway]:
-                self._free(booking.key)
+            self._gateway_epochs.pop(gateway, None)
+            self._free_all_of(gateway)
         for worker_id in list(self._resync_asked_s):
             self._ask_resync(worker_id, now)
         self._refuse_overdue(now)
@@ -473,6 +477,10 @@ class RouterCore:
             if not ended:
                 self.bookings.release(key, hold.phase)
         return booking
+
+    def _free_all_of(self, gateway: str) -> None:
+        for booking in [b for b in self.bookings if b.gateway == gateway]:
+            self._free(booking.key)
 
     # --- saying ---
 

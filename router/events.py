@@ -34,7 +34,10 @@ class FromGateway:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayUp:
+    """Its connection is open. Another epoch is another process, which knows nothing of the bookings of the one before."""
+
     gateway: str
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -178,7 +178,7 @@ class RouterService:
         if earlier is not None:
             earlier.abort()
         connection.on_close = lambda c, _: self._gateway_closed(c)
-        self._turn(GatewayUp(gateway=name))
+        self._turn(GatewayUp(gateway=name, epoch=connection.peer.epoch))
 
     def _receive(self, connection: Connection, message: Any) -> None:
         if isinstance(message, Place):

@@ -30,7 +30,7 @@ ROLES = {
 WORKERS = tuple(ROLES)
 POLICIES = ("round_robin", "least_work", "prefix_cost")
 
-small = st.integers(0, 7)
+small = st.integers(0, 4)
 operations = st.lists(
     st.tuples(
         st.sampled_from(
@@ -40,6 +40,7 @@ operations = st.lists(
         small,
         st.integers(1, 5000),
     ),
+    min_size=5,
     max_size=60,
 )
 
@@ -53,7 +54,7 @@ def request(number: int, attempt: int, num_tokens: int) -> Place:
         tenant=f"tenant-{number % 2}",
         priority=number % 2,
         num_choices=1 + number % 3,
-        local_only=number == 7,
+        local_only=number == 4,
         excluded=(WORKERS[number % 5],) if attempt else (),
     )
 
@@ -64,7 +65,7 @@ def play(world: World, steps: list[tuple[str, int, int, int]]) -> list[list[Comm
     for operation, a, b, size in steps:
         world.now += 0.01
         before = len(world.said)
-        worker, mentioned = WORKERS[a % len(WORKERS)], request(a, b % 3, size)
+        worker, mentioned = WORKERS[a % len(WORKERS)], request(a, b % 2, size)
         match operation:
             case "place":
                 world.place(mentioned, gateway=f"gateway-{b % 2}")
@@ -77,10 +78,11 @@ def play(world: World, steps: list[tuple[str, int, int, int]]) -> list[list[Comm
             case "join":
                 world.join(address(worker, ROLES[worker], epoch=1 + b, max_num_seqs=8, num_kv_blocks=512))
             case "report":
-                state = WorkerState.DRAINING if b == 7 else WorkerState.READY
+                state = WorkerState.DRAINING if b == 4 else WorkerState.READY
                 world.report(worker, waiting_tokens=size if b % 2 else 0, num_running=b, running_kv_tokens=100 * b, state=state)
             case "gateway":
-                world.on((GatewayDown if b % 2 else GatewayUp)(gateway=f"gateway-{a % 2}"))
+                name = f"gateway-{a % 2}"
+                world.on(GatewayDown(gateway=name) if b % 2 else GatewayUp(gateway=name, epoch=b))
             case "tick":
                 world.tick(0.05 * size)
             case "silence":
@@ -90,7 +92,7 @@ def play(world: World, steps: list[tuple[str, int, int, int]]) -> list[list[Comm
     return answers
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(operations, st.sampled_from(POLICIES))
 def test_bookings_never_leak(steps: list[tuple[str, int, int, int]], policy: str) -> None:
     """Whatever comes twice, late or never, Done of everything leaves no hold, booking or queue entry; sums are checked at each step.
@@ -99,8 +101,8 @@ def test_bookings_never_leak(steps: list[tuple[str, int, int, int]], policy: str
     """
     world = World(ROLES, policy=policies.load(policy), max_queue=5, booking_ttl_s=20.0)
     play(world, steps)
-    for number in range(8):
-        for attempt in range(3):
+    for number in range(5):
+        for attempt in range(2):
             world.done(request(number, attempt, 16))
     world.core.check()
     assert world.is_empty
@@ -115,7 +117,7 @@ def test_every_assignment_is_to_ready_workers_and_each_place_is_answered_once(st
     answered: Counter[AttemptKey] = Counter()
     for step, commands in zip(steps, play(world, steps), strict=True):
         if step[0] == "place":
-            mentioned = request(step[1], step[2] % 3, 1)
+            mentioned = request(step[1], step[2] % 2, 1)
             asked[AttemptKey(request_id=mentioned.request_id, attempt=mentioned.attempt)] += 1
         for command in commands:
             if not isinstance(command, ToGateway):
@@ -125,7 +127,7 @@ def test_every_assignment_is_to_ready_workers_and_each_place_is_answered_once(st
                 found = message.assignment
                 answered[AttemptKey(request_id=found.request_id, attempt=found.attempt)] += 1
                 assert found.prefill_worker in WORKERS and found.decode_worker in WORKERS
-                if int(found.request_id, 16) == 7:
+                if int(found.request_id, 16) == 4:
                     assert found.prefill_worker == found.decode_worker, "local_only"
             elif isinstance(message, Refused):
                 answered[AttemptKey(request_id=message.request_id, attempt=message.attempt)] += 1
@@ -189,16 +191,17 @@ def depth(hashes: tuple[bytes, ...], holds: object) -> int:
 index_operations = st.lists(
     st.tuples(
         st.sampled_from(("store", "store", "remove", "clear", "lose", "resync", "snapshot", "guess", "guess", "time", "rejoin")),
-        st.integers(0, 2),
-        st.integers(0, 2),
+        st.integers(0, 1),
+        st.sampled_from((0, 2)),
         st.integers(0, 12),
         st.integers(0, 12),
     ),
+    min_size=10,
     max_size=60,
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(index_operations)
 def test_index_equals_a_naive_set_model(steps: list[tuple[str, int, int, int, int]]) -> None:
     """Under any stores, removals, lost frames, replays, snapshots, guesses and rejoins; and once resynced it equals the workers.
@@ -207,13 +210,13 @@ def test_index_equals_a_naive_set_model(steps: list[tuple[str, int, int, int, in
     """
     index = PrefixIndex(max_bytes=1 << 30, speculative_ttl_s=2.0)
     truths = {}
-    for name in ("a", "b", "c"):
+    for name in ("a", "b"):
         index.join(name, 1)
         index.replace(KvSnapshot(worker_id=name, epoch=1, next_event_number=1, hashes=(), parents=()))
         truths[name] = Truth()
     now = 0.0
     for operation, w, c, low, high in steps:
-        name, hashes = "abc"[w], CHAINS[c]
+        name, hashes = "ab"[w], CHAINS[c]
         truth = truths[name]
         match operation:
             case "store" | "remove" | "clear" | "lose":

@@ -41,10 +41,14 @@ def test_short_prompt_is_prefilled_where_it_decodes() -> None:
 
 
 def test_prompt_cached_on_a_decode_worker_is_prefilled_there() -> None:
-    """All but the last token of 512 are held by decode-1. Seen to fail with the most cached decode worker left out of _better_local."""
+    """All but the last token of 512 are held by decode-1, though another would be chosen to decode.
+
+    Seen to fail with the most cached decode worker left out of _better_local.
+    """
     world = World(pools(2, 3))
     request = place(1)
     world.hold("decode-1", request.block_hashes)
+    world.report("decode-1", num_running=20, running_kv_tokens=20_000)
     found = world.assign(request)
     assert found.prefill_worker == found.decode_worker == "decode-1"
     assert found.cached_tokens == 511, "the last token is always computed"
@@ -289,11 +293,20 @@ def test_bookings_of_a_lost_gateway_end_after_the_grace_unless_it_returns() -> N
     world.assign(place(1))
     world.on(GatewayDown(gateway="gateway-0"))
     world.tick(1.0)
-    world.on(GatewayUp(gateway="gateway-0"))
+    world.on(GatewayUp(gateway="gateway-0", epoch=1))
     world.tick(5.0)
     assert len(world.core.bookings) == 1
     world.on(GatewayDown(gateway="gateway-0"))
     world.tick(2.1)
+    assert world.is_empty
+
+
+def test_bookings_of_a_restarted_gateway_end_at_once() -> None:
+    world = World(pools(1, 1))
+    world.on(GatewayUp(gateway="gateway-0", epoch=1))
+    world.assign(place(1))
+    world.on(GatewayDown(gateway="gateway-0"))
+    world.on(GatewayUp(gateway="gateway-0", epoch=2))
     assert world.is_empty
 
 

@@ -59,7 +59,7 @@ def test_a_users_policy_is_loaded_by_module_and_class() -> None:
 
 @pytest.mark.parametrize("fleet", [pools(3, 4), pools(0, 0, 5)])
 def test_round_robin_gives_every_worker_its_turn(fleet: dict[str, object]) -> None:
-    """After any number of requests two workers of a pool differ by one at most. Seen to fail with the turn not advanced."""
+    """After any number of requests two workers of a pool differ by one at most. Seen to fail with the latest turn first."""
     world = World(fleet, policy=policies.load("round_robin"))  # type: ignore[arg-type]
     prefills: Counter[str] = Counter()
     decodes: Counter[str] = Counter()
