@@ -37,7 +37,7 @@ class GatewayUp:
     """Its connection is open. Another epoch is another process, which knows nothing of the bookings of the one before."""
 
     gateway: str
-    epoch: int
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
