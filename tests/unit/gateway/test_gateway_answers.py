@@ -73,11 +73,10 @@ async def test_tokens_are_streamed_one_by_one(cluster: Any) -> None:
     """A client sees the first token while the worker is held before the third. Seen to fail with a feed read at its end."""
     cluster.set(stop_before=2)
     body = {"messages": MESSAGES, "max_tokens": 5, "stream": True}
-    async with cluster.http.post("/v1/chat/completions", json=body) as response:
+    async with asyncio.timeout(3), cluster.http.post("/v1/chat/completions", json=body) as response:
         first = b""
-        async with asyncio.timeout(2):
-            while first.count(b"\n\n") < 3:  # role, two letters
-                first += await response.content.readany()
+        while first.count(b"\n\n") < 3:  # role, two letters
+            first += await response.content.readany()
         cluster.set(stop_before=None)
         rest = await response.read()
     text = (first + rest).decode()
