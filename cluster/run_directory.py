@@ -95,10 +95,14 @@ def private_root(root: Path) -> Path:
 
 
 def prune(root: Path) -> list[Path]:
-    """Remove directories of runs whose process is gone (ended by SIGKILL); returns them."""
+    """Remove directories of runs, and locks of ports, whose process is gone (ended by SIGKILL); returns the directories."""
     removed = [run for run, owner in _owners(root) if not owner.is_alive]
     for run in removed:
         shutil.rmtree(run, ignore_errors=True)
+    for lock in root.glob("port-*.lock"):
+        with contextlib.suppress(OSError, ValueError):  # an empty one is being taken right now
+            if process_id(int(lock.read_text())) is None:
+                lock.unlink()
     return removed
 
 
