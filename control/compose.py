@@ -52,8 +52,9 @@ def compose_worker(config: ClusterConfig, model_dir: Path, *, memory_bytes: int 
     Raises:
         ModelDoesNotFit: with the arithmetic. ModelError: the checkpoint cannot be served. ConfigError: lengths and blocks contradict.
     """
-    model = load_model_config(model_dir, dtype=config.model.dtype, numerics=numerics_of(config))
-    told = fingerprint_of(open_checkpoint(model_dir, model), model, numerics_of(config))
+    numerics = numerics_of(config, load_model_config(model_dir, dtype=config.model.dtype).dtype)
+    model = load_model_config(model_dir, dtype=config.model.dtype, numerics=numerics)
+    told = fingerprint_of(open_checkpoint(model_dir, model), model, numerics)
     return plan_worker(config, model, fingerprint=told, memory_bytes=memory_bytes)
 
 
@@ -70,7 +71,7 @@ def plan_worker(config: ClusterConfig, model: ModelConfig, *, fingerprint: Model
         core=core_config(config),
         prefill=prefill_policy(config),
         decode=config.decode,
-        runner=runner_config(config),
+        runner=runner_config(config, numerics_of(config, model.dtype)),
         step_time=step_time(config),
     )
 
@@ -110,18 +111,19 @@ def pool_sizes(config: ClusterConfig) -> dict[Role, int]:
     return {Role.PREFILL: workers.prefill_workers, Role.DECODE: workers.decode_workers, Role.BOTH: workers.mixed_workers}
 
 
-def numerics_of(config: ClusterConfig) -> Numerics:
-    """auto: reference, unless something is asked for that only fast numerics have."""
+def numerics_of(config: ClusterConfig, dtype: str) -> Numerics:
+    """auto: reference (exact, float32, one thread) for a model served in float32, unless something is asked for that only fast ones have.
+
+    dtype: what the model would be served in by its checkpoint and --dtype; a bfloat16 checkpoint is not blown up to be exact.
+    """
     if config.model.numerics != "auto":
         return config.model.numerics
-    wants_fast = config.model.dtype == "bfloat16" or config.workers.threads > 1 or config.workers.device == "cuda"
-    return "fast" if wants_fast else "reference"
+    is_exact = dtype == "float32" and config.workers.threads == 1 and config.workers.device != "cuda"
+    return "reference" if is_exact else "fast"
 
 
-def runner_config(config: ClusterConfig) -> RunnerConfig:
-    return RunnerConfig(
-        numerics=numerics_of(config), dtype=config.model.dtype, device=config.workers.device, num_threads=config.workers.threads
-    )
+def runner_config(config: ClusterConfig, numerics: Numerics) -> RunnerConfig:
+    return RunnerConfig(numerics=numerics, dtype=config.model.dtype, device=config.workers.device, num_threads=config.workers.threads)
 
 
 def core_config(config: ClusterConfig) -> WorkerCoreConfig:

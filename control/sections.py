@@ -30,9 +30,9 @@ class ModelSection:
     path: str = DEMO_MODEL  # a directory, a Hugging Face Hub id, or "demo"
     revision: str | None = None  # of a Hub id: branch, tag or commit; None: the default branch
     served_model_name: str = ""  # empty: `path` as given
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the checkpoint's own, float32 in reference numerics
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the checkpoint's own; float32 where numerics are reference
     max_model_len: int | None = limited(None, minimum=1)  # prompt + output tokens; None: what the checkpoint allows and memory holds
-    numerics: Literal["auto", "reference", "fast"] = "auto"  # auto: reference on a CPU, fast on a GPU
+    numerics: Literal["auto", "reference", "fast"] = "auto"  # auto: reference where a CPU serves float32, else fast
 
     def __post_init__(self) -> None:
         check_limits(self)

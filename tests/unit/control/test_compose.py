@@ -104,15 +104,15 @@ def test_pinned_configuration_plans_the_same_again() -> None:
     assert (again.num_kv_blocks, again.max_model_len) == (first.num_kv_blocks, first.max_model_len)
 
 
-def test_numerics_are_exact_unless_something_only_fast_ones_have_is_asked_for() -> None:
-    for tree, expected in [
-        ({}, "reference"),
-        ({"model": {"dtype": "float32"}}, "reference"),
-        ({"model": {"dtype": "bfloat16"}}, "fast"),
-        ({"workers": {"threads": 2}}, "fast"),
-        ({"model": {"numerics": "fast"}}, "fast"),
+def test_numerics_are_exact_for_float32_unless_something_only_fast_ones_have_is_asked_for() -> None:
+    for tree, dtype, expected in [
+        ({}, "float32", "reference"),
+        ({}, "bfloat16", "fast"),
+        ({"model": {"numerics": "reference"}}, "bfloat16", "reference"),
+        ({"workers": {"threads": 2}}, "float32", "fast"),
+        ({"model": {"numerics": "fast"}}, "float32", "fast"),
     ]:
-        assert numerics_of(load_config(tree)) == expected, tree
+        assert numerics_of(load_config(tree), dtype) == expected, (tree, dtype)
 
 
 def test_defaults_of_the_workers_section_are_those_of_the_engine() -> None:
