@@ -1,12 +1,12 @@
 """The gateway as a Ray Serve deployment whose replicas open the user's port themselves: direct ingress, without Serve's own.
 
 Serve starts, watches and replaces the replicas and ends them with grace. The data path is HTTP server -> our ASGI app, nothing
-between. Serve 2.60's ways in were measured (docs/decisions) and do not hold our promises:
+between. Serve 2.60 has three ways in; none holds our promises (docs/decisions/0003-gateways-open-the-port.md):
 
-    ProxyActor        saturates at 9k tokens/s on two cores, 100 ms and more a token beyond that
-    direct ingress    a port from 30000 on for each replica, bound without SO_REUSEADDR: a restart on --port fails for a minute;
-                      request bodies are read into an unbounded queue before the app sees them
-    HAProxy           `bind :9101` for its metrics, on every network, whatever host is asked for
+    proxy           one more Python process that every token passes
+    direct ingress  a port of its own for each replica, bound without SO_REUSEADDR: a restart on --port is refused for a minute;
+                    request bodies are read into an unbounded queue before the application sees them
+    HAProxy         its metrics port is open on every network, whatever host is asked for
 
 With SO_REUSEPORT every replica listens on --port and the kernel spreads the connections.
 """
