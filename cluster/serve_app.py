@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +59,8 @@ class GatewayReplica:
         if not spec.own_ray:
             asyncio.run_coroutine_threadsafe(_end_orphan(spec), self._loop.loop)
 
-    def pid(self) -> int:
-        return os.getpid()
-
     def check_health(self) -> None:
-        """Asked by Serve's controller every 10 s; an exception replaces this replica."""
+        """Asked by Serve's controller every 5 s; an exception replaces this replica."""
         if self._serving.done():
             raise RuntimeError("the HTTP server has ended") from self._serving.exception()
 
