@@ -89,7 +89,7 @@ class HashModel:
     def run(self, plan: BatchPlan, num_steps: int = 1) -> tuple[SampledTokens, ...]:
         """Effects of the first `num_steps` steps of `plan`, in the order BatchPlan states; their samples."""
         for sequence_id in plan.ended:
-            del self._known[sequence_id]
+            self._known.pop(sequence_id, None)  # unknown where the step that was to start it failed
         for start in plan.starts:
             assert start.sequence_id not in self._known, f"sequence {start.sequence_id} starts twice"
             self._known[start.sequence_id] = _Known(start=start, tokens=start.token_ids[:], words=array("Q"))

@@ -50,7 +50,10 @@ class SampleEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
-    """One forward pass. Order of effects: `ended`, `starts`, `block_copies`, compute, sample."""
+    """One forward pass. Order of effects: `ended`, `starts`, `block_copies`, compute, sample.
+
+    `ended` may name a sequence whose starting step failed: unknown ids are passed over.
+    """
 
     step_id: int
     ended: tuple[int, ...]
