@@ -67,7 +67,7 @@ def our_processes(roots: tuple[Path, ...], *, but_not: Sequence[str] = ()) -> li
     found = {p for root in roots for p in working_under(root)}
     found.update(p for p in all_processes() if any(f"{root}/" in p.title for root in roots) and p.is_alive)
     for run in but_not:
-        found.difference_update(working_under(Path(run)))
+        found.difference_update(working_under(Path(run)), {p for p in found if run in p.title})
     return sorted(found - _ancestry())
 
 

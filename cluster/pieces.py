@@ -26,7 +26,7 @@ from cluster.ray_worker import RayWorker, ref
 from cluster.router_build import RouterSpec
 from cluster.run_directory import RunDirectory
 from cluster.serve_app import Endpoint
-from cluster.supervisor import SupervisorDriver, keep_up
+from cluster.supervisor import SupervisorDriver, brief, keep_up
 from cluster.worker_build import WorkerSpec
 from control.compose import pool_sizes
 from control.config import ClusterConfig
@@ -113,7 +113,7 @@ class Pieces:
         if self._failure is not None:
             raise self._failure
         if self._endpoint_error is not None:
-            raise ServiceError(f"the gateway does not start: {self._endpoint_error}") from self._endpoint_error
+            raise ServiceError(f"the gateway does not start: {brief(self._endpoint_error)}") from self._endpoint_error
         if self._endpoint is not None and (reason := self._endpoint.failure()) is not None:
             raise ServiceError(f"the gateway does not start: {reason}")
 
@@ -266,7 +266,7 @@ async def _ended(actor: Any) -> str:
     try:
         await ref(actor.life.remote())
     except Exception as error:
-        return type(error).__name__
+        return brief(error)
     return "stopped"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,7 +13,11 @@ import ray
 from ray.exceptions import RayActorError
 
 from cluster.actors import Refusal, WorkerActor, spawn
+from cluster.processes import ProcessId, process_id
+from cluster.supervisor import brief
 from cluster.worker_build import WorkerSpec
+
+log = logging.getLogger("baton.cluster")
 
 STOP_TIMEOUT_S = 3.0
 
@@ -29,6 +35,7 @@ class RayWorker:
         self._actor = spawn(WorkerActor, name=name, near=near, user_path=user_path, num_gpus=num_gpus)
         self._life = self._actor.life.remote()
         self._prepared = self._actor.prepare.remote(threads)
+        self._process: ProcessId | None = None
         self.refusal: Refusal | None = None
 
     async def start(self) -> str | None:
@@ -38,11 +45,13 @@ class RayWorker:
             answer = await ref(self._actor.start.remote(spec))
         except RayActorError as error:
             return f"the process ended while it started ({type(error).__name__})"
-        except Exception as error:  # a bug of ours, told with the worker's own traceback
-            return str(error)
+        except Exception as error:  # a bug of ours: the traceback is the worker's
+            log.error("worker does not start", exc_info=error)
+            return brief(error)
         if isinstance(answer, Refusal):
             self.refusal = answer
             return answer.message
+        self._process = process_id(answer.pid)
         return None
 
     async def ended(self) -> str:
@@ -66,8 +75,11 @@ class RayWorker:
         self.kill()
 
     def kill(self) -> None:
+        """By Ray, and by signal as well: a process that hangs does not hear of the first."""
         with contextlib.suppress(Exception):
             ray.kill(self._actor, no_restart=True)
+        if self._process is not None and self._process.title.startswith(f"ray::{WorkerActor.__name__}"):
+            self._process.signal(signal.SIGKILL)
 
 
 async def ref(pending: Any) -> Any:

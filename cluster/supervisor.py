@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -32,6 +33,8 @@ from protocol.messages import Membership
 from protocol.worker import Role, WorkerAddress, WorkerId
 
 log = logging.getLogger("baton.supervisor")
+
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")
 
 TICK_S = 0.1
 LEFT_GRACE_S = 1.0  # Ray's word usually comes within this after a socket's end
@@ -180,7 +183,7 @@ class SupervisorDriver:
         except Exception as error:  # whatever it is, this worker does not answer
             if worker_id in self._processes and worker_id not in self._in_directory:
                 process.kill()
-                self._gone(worker_id, WorkerLost(worker_id=worker_id, reason=f"left the directory and does not answer: {error!r}"))
+                self._gone(worker_id, WorkerLost(worker_id=worker_id, reason=f"left the directory and does not answer: {brief(error)}"))
 
     async def _drain(self, worker_id: WorkerId) -> None:
         process = self._processes.get(worker_id)
@@ -219,7 +222,8 @@ async def keep_up(name: str, start: Callable[[], Awaitable[Callable[[], Awaitabl
             ended = await start()
             reason = await ended()
         except Exception as error:
-            reason = repr(error)
+            log.warning("service does not start", extra={"service": name}, exc_info=error)
+            reason = brief(error)
         tell(f"the {name} ended ({reason}); starting another")
         if loop.time() - began_s > SERVICE_PAUSE_MAX_S:
             pause_s = SERVICE_PAUSE_FIRST_S
@@ -227,4 +231,10 @@ async def keep_up(name: str, start: Callable[[], Awaitable[Callable[[], Awaitabl
         pause_s = min(2 * pause_s, SERVICE_PAUSE_MAX_S)
 
 
-__all__ = ["SupervisorDriver", "WorkerProcess", "keep_up"]
+def brief(error: BaseException) -> str:
+    """One line of an error that may be a remote traceback in colours: its last one says what happened."""
+    lines = _COLOUR.sub("", str(error)).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__
+
+
+__all__ = ["SupervisorDriver", "WorkerProcess", "brief", "keep_up"]

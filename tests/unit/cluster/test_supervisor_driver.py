@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from cluster import supervisor as driver_module
-from cluster.supervisor import SupervisorDriver, keep_up
+from cluster.supervisor import SupervisorDriver, brief, keep_up
 from control.supervisor import StartWorker, Supervisor, SupervisorConfig
 from protocol.kv import Endpoint
 from protocol.messages import Membership
@@ -213,3 +213,16 @@ async def test_a_service_that_ends_is_started_again() -> None:
             await asyncio.sleep(0.005)
     keeper.cancel()
     assert len(told) == 3 and "killed" in told[0] and "no room" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("\x1b[36mray::X.start()\x1b[39m (pid=1)\n  File 'a.py'\nKeyError: 'no'\n", "OSError: KeyError: 'no'"),
+        ("", "OSError"),
+        ("x" * 999, "OSError: " + "x" * 300),
+    ],
+)
+def test_a_remote_traceback_is_told_in_one_line(text: str, line: str) -> None:
+    """Colours gone, the last line kept. Fails when the first line is taken."""
+    assert brief(OSError(text)) == line
