@@ -1,8 +1,9 @@
 """The linear of reference numerics: BLAS calls of one fixed number of rows.
 
-BLAS picks its kernel, and with it the order of additions, by the shape of the call. Measured on torch 2.13 with MKL: with
-the batch as rows 29 of 31 compositions change a row's bits; in tiles of 16 rows none does, at any place in the tile. Fewer
-than 16 output features take another kernel that looks at addresses, so such weights are widened.
+BLAS picks its kernel, and with it the order of additions, by the shape of the call. Measured on torch 2.13 with MKL, AVX-512:
+a row computed in a call of up to 3 rows has other bits than in a larger one; in tiles of 16 rows it has one answer, at any
+place in the tile (tests/kernels/test_row_kernels.py). Fewer than 16 output features take a kernel that looks at addresses,
+so such weights are widened.
 """
 
 from __future__ import annotations

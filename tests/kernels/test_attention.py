@@ -1,7 +1,7 @@
 """Paged attention: right against a dense softmax in float64, blind to what it may not see, and bitwise one answer in reference numerics.
 
-How: sweeps around tiles (4 queries, 32 keys) and blocks; unused slots of the pool hold NaN. Seen to fail with the tail not cleared,
-with a window one token wider, and with sums in the order of the batch (`index_add_` over shuffled pairs).
+How: sweeps around tiles (4 queries, 32 keys) and blocks; unused slots of the pool hold NaN. Seen to fail with the tail not cleared
+and with a window one token wider.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def test_logit_bias_moves_a_token() -> None:
 
 def test_penalties_count_as_their_names_say() -> None:
     logits = torch.tensor([2.0, 1.5, -1.0, -1.2])
-    assert greedy(logits, (0,), (), presence_penalty=1.0, frequency_penalty=1.0) == 0, "the prompt is no output"
+    assert greedy(logits, (0,), (3,), presence_penalty=1.0, frequency_penalty=1.0) == 0, "the prompt is no output"
     assert greedy(logits, (), (0,), presence_penalty=0.4) == 0
     assert greedy(logits, (), (0,), presence_penalty=0.6) == 1
     assert greedy(logits, (), (0, 0), frequency_penalty=0.3) == 1, "frequency counts twice"

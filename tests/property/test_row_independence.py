@@ -4,8 +4,7 @@ How: the truth is each sequence alone, its prompt in one step, then token by tok
 schedules of the real TorchExecutor: batches of 1 to 20, prompts cut into random chunks, some of the output recomputed as if it
 were prompt (preemption), blocks of 16, 32 or 48 in scattered places, sequences joining and leaving. Compared with torch.equal.
 
-Seen to fail when `linear_in_row_tiles` calls torch.mm on all rows at once (tests 1, 2), when `attend_slab` uses a key tile as long as the
-longest sequence, and when silu_mul takes torch's silu (odd sizes).
+Seen to fail when the reference linear is torch's linear on all rows at once, and when silu_mul takes torch's silu (odd sizes).
 """
 
 from __future__ import annotations
