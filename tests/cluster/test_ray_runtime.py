@@ -202,3 +202,35 @@ def _answers(serving: Serving) -> bool:
     except OSError:
         return False
     return status == 200
+
+
+EMBEDDED = """
+import json, os, sys, urllib.request
+from cluster.build import start
+from control.config import load_config
+
+def ask(url):
+    body = json.dumps({"model": "demo", "prompt": "Hello", "max_tokens": 4, "ignore_eos": True}).encode()
+    request = urllib.request.Request(url + "/v1/completions", body, {"Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(request, timeout=60))["usage"]["completion_tokens"]
+
+if __name__ == "__main__":
+    before, here = dict(os.environ), os.getcwd()
+    for _ in range(2):
+        with start(load_config({"http": {"port": 0}, "workers": {"executor": "paced"}})) as cluster:
+            print(ask(cluster.url), sorted(cluster.worker_pids()), flush=True)
+    assert {k: v for k, v in os.environ.items() if k != "RAY_CLIENT_MODE"} == before  # that one is Ray's own
+    assert os.getcwd() == here
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_program_starts_and_stops_a_cluster_twice(tmp_path: Path) -> None:
+    """Embedded: its directory and environment are as before. Fails when Ray's module state or our variables outlive a run."""
+    script = tmp_path / "embedded.py"
+    script.write_text(EMBEDDED)
+    ran = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert ran.stdout.splitlines() == ["4 ['decode-0', 'prefill-0']"] * 2 + ["done"], ran.stdout + ran.stderr[-3000:]
