@@ -9,7 +9,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.core.sequence import Order, Sequence
+from engine.core.sequence import Sequence
 
 
 class PrefillPolicy(Protocol):
@@ -65,6 +65,3 @@ class PlainDecode:
 
     def victim(self, candidates: Many[Sequence]) -> Sequence:
         return candidates[-1]
-
-
-__all__ = ["DecodePolicy", "Order", "PlainDecode", "PlainPrefill", "PrefillPolicy"]
