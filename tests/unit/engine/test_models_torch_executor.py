@@ -76,6 +76,9 @@ def test_a_retry_goes_on_where_the_attempt_before_was_lost(driver: TorchDriver) 
     retry = driver.start(50, PROMPT + whole[:4], num_prompt_tokens=40, **params)
     (sampled,) = driver.step([driver.entry(50, 0, 44)], [(0, 50)], starts=[retry])
     assert [*sampled.token_ids, *continued(driver, 50, 45, 5)] == whole[4:]
+    fresh = driver.start(51, PROMPT + whole[:4], num_prompt_tokens=44, **params)
+    (sampled,) = driver.step([driver.entry(51, 0, 44)], [(0, 51)], starts=[fresh])
+    assert [*sampled.token_ids, *continued(driver, 51, 45, 5)] != whole[4:], "as a new prompt it is drawn anew"
 
 
 def test_a_preempted_sequence_is_computed_again_from_what_the_executor_remembers(driver: TorchDriver) -> None:
