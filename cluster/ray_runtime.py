@@ -52,6 +52,8 @@ _SERVE = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
 }
 
+_SET_BY_RAY = ("RAY_CLIENT_MODE", "PYTHONBREAKPOINT")  # in this process; put back with ours
+
 
 class RayRuntime:
     """A connection of this process to a Ray cluster. One at a time: Ray keeps its connection in module globals."""
@@ -186,7 +188,7 @@ def _refuse_second_connection(ray: object) -> None:
 
 
 def _set_environ(values: dict[str, str]) -> dict[str, str | None]:
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ.get(name) for name in (*values, *_SET_BY_RAY)}
     os.environ.update(values)
     return before
 
