@@ -32,6 +32,7 @@ from control.run_files import RunFile, remove_run_file, write_run_file
 from control.sections import DEMO_MODEL
 from control.startup import Notice, Phase, PhaseBegan, PhaseDone, Report, ServerReady, ServerStopping
 from protocol.errors import ServiceError
+from router import policies
 
 if TYPE_CHECKING:
     from cluster.pieces import Pieces
@@ -118,6 +119,7 @@ class Cluster:
         self._reaper = Reaper(self._run)
         http = self.config.http
         self._port = ReservedPort(http.host, http.port, locks=self._run.root)  # before anything slow is even imported
+        _check_policy(self.config.router.policy)
         with self._phase(Phase.MODEL, f"looking for {self.config.model.path}") as done, guard():
             from control.compose import compose_worker, pinned
 
@@ -257,6 +259,17 @@ class Cluster:
             self._port.release()
         if self._run is not None:
             self._run.close()
+
+
+def _check_policy(spec: str) -> None:
+    """A misspelt one of ours is told before anything is started; a user's own is imported by the router alone.
+
+    Raises:
+        ConfigError: no such policy, or no such parameter of it.
+    """
+    name, _ = policies.split(spec)
+    if ":" not in name:
+        policies.load(spec)
 
 
 def _find_model(config: ClusterConfig, environ: Mapping[str, str]) -> Path:
