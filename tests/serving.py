@@ -123,7 +123,13 @@ def start(folder: Path, *arguments: str, config: Mapping[str, Any] | None = None
     started_s = time.monotonic()
     with open(folder / "serve.log", "wb") as log:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=folder,
+            env=environment(folder),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     serving = Serving(process=process, port=port, folder=folder, ready_s=0.0, api_key=api_key)
     while wait and not serving.is_ready():
@@ -165,10 +171,10 @@ def end(serving: Serving) -> None:
             serving.process.wait(timeout=10)
 
 
-def environment() -> dict[str, str]:
-    """Ours without what would redirect the server: another Ray, BATON_* variables, the Hub."""
+def environment(folder: Path) -> dict[str, str]:
+    """Ours without what would redirect the server (another Ray, BATON_* variables, the Hub); `baton status` finds it from here only."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("BATON_", "RAY_"))}
-    return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "XDG_RUNTIME_DIR": str(folder)}
 
 
 def free_port() -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import Serving
+from tests.serving import Serving, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -97,7 +97,7 @@ def test_block_runs_as_it_stands(block: Block, serving: Serving, tmp_path: Path)
     outcome = subprocess.run(
         [*command, block.code.replace("127.0.0.1:8000", f"127.0.0.1:{serving.port}")],
         cwd=ROOT,
-        env=environment(serving),
+        env=active(serving),
         capture_output=True,
         text=True,
         timeout=RUN_TIMEOUT_S,
@@ -108,7 +108,7 @@ def test_block_runs_as_it_stands(block: Block, serving: Serving, tmp_path: Path)
     assert outcome.stdout.strip(), f"{block} printed nothing"
 
 
-def environment(serving: Serving) -> dict[str, str]:
-    """This interpreter's scripts first on the path, as with the environment active, and the live server as the default one."""
+def active(serving: Serving) -> dict[str, str]:
+    """This interpreter's scripts first on the path, as with the environment active, and the live server the only one to be found."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "VENV": sys.prefix, "BATON_PORT": str(serving.port)}
+    return {**environment(serving.folder), "PATH": path}

@@ -99,7 +99,7 @@ def test_server_told_to_stop_while_it_starts_is_gone(number: signal.Signals, aft
 def test_busy_port_is_an_error_within_two_seconds_that_names_the_holder(serving: Serving, tmp_path: Path) -> None:
     started_s = time.monotonic()
     command = [sys.executable, "-m", "baton", "serve", "--port", str(serving.port)]
-    outcome = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30, check=False)
+    outcome = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=30, check=False)
     took_s = time.monotonic() - started_s
     told = outcome.stdout + outcome.stderr
     assert outcome.returncode != 0 and took_s <= 2.0, f"{took_s:.1f} s: {told}"
