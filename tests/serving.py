@@ -171,10 +171,11 @@ def end(serving: Serving) -> None:
             serving.process.wait(timeout=10)
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """Ours without what would redirect the server (another Ray, BATON_* variables, the Hub); `baton status` finds it from here only."""
+def environment(folder: Path | None = None) -> dict[str, str]:
+    """Ours without what would redirect the server: another Ray, BATON_* variables, the Hub. With a folder, its run file is there only."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("BATON_", "RAY_"))}
-    return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "XDG_RUNTIME_DIR": str(folder)}
+    found_in = {} if folder is None else {"XDG_RUNTIME_DIR": str(folder)}
+    return {**kept, **found_in, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def free_port() -> int:
