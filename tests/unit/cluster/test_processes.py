@@ -87,6 +87,7 @@ def test_a_process_is_found_by_a_working_directory_that_was_removed(tmp_path: Pa
         assert [p.pid for p in working_under(tmp_path / "run")] == [child.pid]
         directory.rmdir()
         assert [p.pid for p in working_under(tmp_path / "run")] == [child.pid]
+        assert [p.pid for p in working_under(directory)] == [child.pid]
         assert working_under(tmp_path / "ru") == []
     finally:
         child.kill()

@@ -21,6 +21,7 @@ from pathlib import Path
 from cluster.port import ReservedPort
 from cluster.reaper import Reaper
 from cluster.run_directory import RunDirectory
+os.setsid()
 root = Path(sys.argv[1])
 run = RunDirectory(root)
 reaper = Reaper(run)
@@ -28,9 +29,9 @@ reaper = Reaper(run)
 port = ReservedPort("127.0.0.1", 0, locks=root)
 (root / f"port-{port.port}.lock").write_text(str(os.getpid()))
 nothing = subprocess.DEVNULL
-left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=run.cwd, stdout=nothing, stderr=nothing)
+left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=run.cwd, stdout=nothing, stderr=nothing, process_group=0)
 print(left.pid, reaper._process.pid, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+os.killpg(0, signal.SIGKILL)
 """
 
 
