@@ -3,10 +3,10 @@
 A sequence is cut into query tiles and key tiles at fixed positions, so the token at position p is always row p mod QUERY_TILE of
 its tile, whoever computed the rows beside it. Each pair (query tile, key tile) is one product of the same shape:
 
-    position      0        16        32        48
-    keys          |--tile 0-|--tile 1-|--tile 2-|
-    query tile 1  |  pair   |  pair   |            tile 2 lies in its future: no pair
-    query tile 2  |  pair   |  pair   |  pair   |
+    position       0         32        64        96
+    keys           |--tile 0-|--tile 1-|--tile 2-|
+    query tile 5   |  pair   |  pair   |            positions 40 to 47: tile 2 lies in their future, no pair
+    query tile 8   |  pair   |  pair   |  pair   |  positions 64 to 71
 
 A token's sums run over its key tiles in ascending order. A tile it does not see adds exactly +0, so it does not matter whether
 the rows beside it asked for that tile; the maximum is exact in any order.
