@@ -41,7 +41,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def test_wheel_holds_the_rooms_and_nothing_else(wheel: zipfile.ZipFile) -> None:
-    """Seen to fail with `tests*` among the packages, and with `*.html` left out of package-data."""
+    """Seen to fail with `tests*` among the packages."""
     names = wheel.namelist()
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == ROOMS
