@@ -5,8 +5,8 @@ least eight of them are in the phase under test, waits a little longer by seed, 
 the rest to the cluster. The judge is tests/cluster/ledger.py, which shares no code with the server. At rest the sum of I3 is printed
 from /status for every worker, and the killed process is looked for in /proc.
 
-Seen to fail with a gateway that begins a new attempt without the tokens delivered (I2), with one that leaves out the position
-check (I2), and with bookings that outlive a lost worker (not at rest).
+Seen to fail with workers that count output positions from the retry's boundary instead of the prompt's. (A gateway that gives the next
+attempt one token less is not seen, and rightly: reference numerics compute the same token again, and its position drops it.)
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def test_tokenize_agrees_with_usage(serving: Serving) -> None:
 
 
 async def test_stream_is_many_events_and_keeps_every_promise(serving: Serving) -> None:
-    """Tokens come one by one, not in one piece at the end. Seen to fail with a gateway that buffers."""
+    """Tokens come one by one, not in one piece at the end."""
     body: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "Count"}], "max_tokens": 32, "ignore_eos": True}
     ledger = await stream(serving.host, serving.port, "/v1/chat/completions", body)
     assert ledger.broken_promises == []

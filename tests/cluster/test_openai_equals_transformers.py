@@ -2,7 +2,7 @@
 
 32 requests at once: chat and completions, streaming and not, of 1 to 300 prompt tokens, so batches mix, prompts are chunked and
 every request is handed from a prefill to a decode process. The counts compared with `usage` come from transformers' tokenizer
-and its own generation. Seen to fail with rope positions shifted by one on the decode worker.
+and its own generation. Seen to fail with rope positions shifted by one in steps that only decode.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM, while it starts and under load: drained, gone within 15 s, and nothing left behind.
 
 What could be left is looked for in /proc and on disk: processes that descend from the server or work in its run directory, listening
-sockets, shared-memory segments, files in the temporary directory. Seen to fail with Ray's processes left to themselves.
+sockets, shared-memory segments, files in the temporary directory. Seen to fail with a gateway that does not drain.
 """
 
 from __future__ import annotations
