@@ -53,5 +53,6 @@ def build_gateway(spec: GatewaySpec) -> Gateway:
         salt=spec.salt,
         epoch=time.time_ns(),
         name=f"gateway-{os.getpid()}",
+        seed=spec.config.workers.seed,
     )
     return Gateway(service=service, app=make_app(service))

@@ -151,7 +151,7 @@ class Pieces:
             directory_host=directory.host,
             directory_port=directory.port,
             secret=self._secret,
-            seed=self._config.workers.seed,
+            seed=self._config.workers.seed or 0,
         )
         answer = await ref(actor.start.remote(spec))
         if isinstance(answer, Refusal):

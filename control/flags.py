@@ -92,7 +92,7 @@ FLAGS: tuple[Flag, ...] = (
     _row("Workers", "--device", "workers.device", "Where the model runs."),
     _row("Workers", "--executor", "workers.executor", "torch: the model; paced: real processes, made-up tokens at a model's pace."),
     _row("Workers", "--threads", "workers.threads", "Compute threads of one worker."),
-    _row("Workers", "--seed", "workers.seed", "Seed of what placement draws."),
+    _row("Workers", "--seed", "workers.seed", "Seeds placement, and requests that bring no seed, in order of arrival."),
     _row("Engine", "--block-size", "workers.block_size", "Tokens of a KV block, a multiple of 16."),
     _row("Engine", "--kv-cache-memory-bytes", "workers.kv_cache_memory_bytes", "KV cache of each worker, such as 2GiB."),
     _row("Engine", "--max-num-seqs", "workers.max_num_seqs", "Most sequences of one batch."),

@@ -72,7 +72,7 @@ class WorkersSection:
     step_time_budget_s: float | None = limited(None, minimum=0.001)  # of steps that mix prompts into decoding; None: no bound
     enable_prefix_caching: bool = True
     max_inflight_steps: int = limited(1, minimum=1, maximum=2)
-    seed: int = limited(0, minimum=0, maximum=2**63 - 1)  # of what placement draws; requests bring their own
+    seed: int | None = limited(None, minimum=0, maximum=2**63 - 1)  # of placement, and of requests that bring none; None: drawn anew
     threads: int = limited(1, minimum=1, maximum=1024)  # compute threads of one worker
     # Bounds of what waits in a worker and between workers (engine/core/config.py).
     max_waiting: int = limited(256, minimum=1)  # attempts in the inbox

@@ -96,7 +96,7 @@ async def _generate(
             max_tokens=max_tokens,
             default_max_tokens=default_max_tokens,
             num_logprobs=shape.num_logprobs,
-            drawn_seed=secrets.randbits(64),
+            drawn_seed=service.draw_seed(),
         )
         for prompt in prompts
     ]

@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import random
 import time
 from array import array
 from collections import deque
@@ -85,14 +86,19 @@ class GatewayService:
         salt: bytes,
         epoch: int,
         name: str,
+        seed: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`secret` is the cluster's, `salt` (32 bytes) keys the prefix hashes and never leaves the gateways."""
+        """`secret` is the cluster's, `salt` (32 bytes) keys the prefix hashes and never leaves the gateways.
+
+        seed: of requests that bring none, in order of arrival; None: each is drawn from the system.
+        """
         self.config = config
         self.model = load_served_model(model_dir, config.served_model_names)
         self.identity = Identity(name=name, kind="gateway", epoch=epoch)
         self.clock = clock
         self._salt = salt
+        self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()
         self._started = False
         self._draining = False
         self._busy = False  # the inbox is being worked off
@@ -126,6 +132,10 @@ class GatewayService:
         self._membership.register(RegisterService(service=address))
         self._membership.start()
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
+
+    def draw_seed(self) -> int:
+        """64 bits, for a request that brings no seed."""
+        return self._seeds.getrandbits(64)
 
     async def drain(self, deadline_s: float) -> None:
         """Accept nothing new; wait for what is there, then end the rest with 503."""
