@@ -57,7 +57,8 @@ def test_help_takes_half_a_second_at_most() -> None:
 def test_no_verb_imports_what_it_does_not_need(tmp_path: Path) -> None:
     """In a fresh process. typer brings pydantic when it parses options, so that is looked for after the plain help only.
 
-    Seen to fail with the import of cluster.build at the top of baton/serve.py.
+    At the end the module that starts a server, whose first line is to be seen before Ray is read. Seen to fail with the import of
+    cluster.pieces at the top of baton/serve.py, of baton/status.py and of cluster/build.py.
     """
     code = f"""
 import sys
@@ -71,6 +72,9 @@ for arguments in (["--help"], ["serve", "--help"], ["chat", "--help"], ["status"
     unwanted = {HEAVY!r} + (("pydantic", "rich") if arguments == ["--help"] else ())
     heavy = [name for name in unwanted if name in sys.modules]
     assert not heavy, (arguments, heavy)
+import cluster.build
+heavy = [name for name in {HEAVY!r} if name in sys.modules]
+assert not heavy, heavy
 """
     environ = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
     outcome = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60, check=False)

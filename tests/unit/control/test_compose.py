@@ -51,11 +51,15 @@ def test_pool_of_our_choosing_holds_every_sequence_and_no_more() -> None:
         assert (made.num_kv_blocks, made.max_model_len) == (64 * 128, 2048)
 
 
-def test_little_memory_makes_a_smaller_pool_and_then_a_shorter_length() -> None:
+def little_memory_bytes(num_blocks: int) -> int:
+    """Free memory in which each of two workers has room for so many blocks beside weights and processes."""
     weights_and_processes = 2 * 400 * 1024 * 1024 + 4 * sum(math.prod(shape) for shape in expected_tensors(MODEL).values())
+    return math.ceil((weights_and_processes + 2 * num_blocks * BLOCK_BYTES) / MEMORY_SHARE) + 10
+
+
+def test_little_memory_makes_a_smaller_pool_and_then_a_shorter_length() -> None:
     for num_blocks in (500, 40):
-        memory_bytes = math.ceil((weights_and_processes + 2 * num_blocks * BLOCK_BYTES) / MEMORY_SHARE) + 10
-        made = plan(memory_bytes=memory_bytes)
+        made = plan(memory_bytes=little_memory_bytes(num_blocks))
         assert made.num_kv_blocks == num_blocks
         assert made.max_model_len == min(2048, num_blocks * 16)
 
@@ -96,20 +100,31 @@ def test_contradictions_are_refused(tree: dict[str, Any], sentence: str) -> None
         plan(tree)
 
 
-def test_pinned_configuration_plans_the_same_again() -> None:
-    """A worker that is replaced later, in less free memory, has the blocks of the first. Seen to fail without pinning."""
-    config = load_config()
-    first = plan_worker(config, MODEL, fingerprint=FINGERPRINT, memory_bytes=GIB * 5 // 4)
-    again = plan_worker(pinned(config, first), MODEL, fingerprint=FINGERPRINT)
-    assert (again.num_kv_blocks, again.max_model_len) == (first.num_kv_blocks, first.max_model_len)
+@pytest.mark.parametrize(
+    ("tree", "blocks_that_fit", "max_model_len"),
+    [({}, 500, 2048), ({}, 40, 640), ({"workers": {"kv_cache_memory_bytes": 30 * BLOCK_BYTES + 5}}, 500, 480)],
+)
+def test_pinned_configuration_plans_the_same_again(tree: dict[str, Any], blocks_that_fit: int, max_model_len: int) -> None:
+    """A worker that is replaced later, whatever memory is free then, has the blocks and the length of the first.
+
+    Seen to fail without pinning, and with the blocks, the length or the user's bytes left as they were.
+    """
+    first = plan(tree, memory_bytes=little_memory_bytes(blocks_that_fit))
+    assert first.max_model_len == max_model_len
+    told = pinned(load_config(tree), first)
+    again = plan_worker(told, MODEL, fingerprint=FINGERPRINT)
+    assert (again.num_kv_blocks, again.max_model_len) == (first.num_kv_blocks, max_model_len)
+    assert told.model.max_model_len == max_model_len and told.workers.kv_cache_memory_bytes is None
 
 
 def test_numerics_are_exact_for_float32_unless_something_only_fast_ones_have_is_asked_for() -> None:
+    """Seen to fail with each of the four conditions left out."""
     for tree, dtype, expected in [
         ({}, "float32", "reference"),
         ({}, "bfloat16", "fast"),
         ({"model": {"numerics": "reference"}}, "bfloat16", "reference"),
         ({"workers": {"threads": 2}}, "float32", "fast"),
+        ({"workers": {"device": "cuda"}}, "float32", "fast"),
         ({"model": {"numerics": "fast"}}, "float32", "fast"),
     ]:
         assert numerics_of(load_config(tree), dtype) == expected, (tree, dtype)

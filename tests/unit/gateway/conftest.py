@@ -416,7 +416,9 @@ async def until(condition: Any, timeout_s: float = 5.0) -> None:
 
 @pytest.fixture
 def gateway_config() -> GatewayConfig:
-    return GatewayConfig(max_n=4, max_body_bytes=64 << 10, link_wait_s=0.3, placement_wait_s=1.0, router_silent_s=0.4, max_messages=32)
+    return GatewayConfig(
+        max_n=4, max_body_bytes=64 << 10, max_messages=32, max_logit_bias=8, link_wait_s=0.3, placement_wait_s=1.0, router_silent_s=0.4
+    )
 
 
 @pytest.fixture
