@@ -70,11 +70,12 @@ def test_tokenize_agrees_with_usage(serving: Serving) -> None:
 
 
 async def test_stream_is_many_events_and_keeps_every_promise(serving: Serving) -> None:
-    """Tokens come one by one, not in one piece at the end."""
-    body: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "Count"}], "max_tokens": 32, "ignore_eos": True}
+    """Tokens come while others are computed, not in one piece at the end. Seen to fail with a gateway that buffers."""
+    body: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "Count"}], "max_tokens": 128, "ignore_eos": True}
     ledger = await stream(serving.host, serving.port, "/v1/chat/completions", body)
     assert ledger.broken_promises == []
-    assert ledger.num_tokens == 32 and len({token.at_s for token in ledger.tokens[0]}) > 16
+    arrived_s = [token.at_s - ledger.started_s for token in ledger.tokens[0]]
+    assert len(arrived_s) == 128 and arrived_s[31] < 0.9 * arrived_s[-1], arrived_s
 
 
 def test_nothing_listens_outside_loopback(serving: Serving) -> None:
