@@ -151,6 +151,7 @@ def test_what_differs_is_refused_before_a_byte_moves() -> None:
     shard = make_handoff().shards[0]
     assert refusal_of(make_handoff(fingerprint=b"x" * 16)) is TransferError.REFUSED
     assert refusal_of(make_handoff(shards=())) is TransferError.REFUSED
+    assert refusal_of(make_handoff(shards=(shard, shard))) is TransferError.REFUSED
     assert refusal_of(make_handoff(shards=(replace(shard, layout=make_layout(32)),))) is TransferError.REFUSED
     assert refusal_of(make_handoff(shards=(replace(shard, layout=make_layout(head_dim=8)),))) is TransferError.REFUSED
     assert refusal_of(make_handoff(), array("I", [*range(19), 99])) is TransferError.REFUSED
