@@ -254,6 +254,8 @@ class RouterCore:
             stale_s=self.config.snapshot_stale_s,
             settle_s=self.config.booking_settle_s,
         )
+        if (lender := self.fleet.lender_for(address)) is not None:
+            worker.borrow_cost(lender.model.fitted)
         self.fleet.add(worker)
         self.index.join(event.worker_id, event.epoch)
         self._commands.append(ToWorker(worker_id=event.worker_id, message=Subscribe(snapshots=True, kv_events=True, next_event_number=0)))
@@ -302,7 +304,8 @@ class RouterCore:
         if snapshot.worker_id != worker.worker_id or snapshot.epoch != worker.epoch:
             return
         before = (worker.role, worker.state)
-        worker.take_snapshot(snapshot, now, refit_interval_s=self.config.refit_interval_s)
+        if worker.take_snapshot(snapshot, now, refit_interval_s=self.config.refit_interval_s):
+            self.fleet.lend_cost(worker)
         if (worker.role, worker.state) != before:
             self.fleet.changed()
         if self.index.missed_tail(worker.worker_id, snapshot.last_event_number):

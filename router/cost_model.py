@@ -81,6 +81,15 @@ class CostModel:
     def is_fitted(self) -> bool:
         return self.num_samples >= MIN_SAMPLES
 
+    def borrow(self, cost: StepCost) -> None:
+        """Start from what was learned of a worker of the same pool; only while nothing was seen of this one.
+
+        Else a fresh worker would look as quick as the prior beside neighbours that are known, and draw everybody to it.
+        """
+        assert self.num_samples == 0
+        self._prior = self.fitted = cost
+        self.cost = cost.scaled([self._bias] * NUM_TERMS)
+
     def observe(self, work: Work) -> None:
         """Take one report in; `refit` makes it count."""
         if work.busy_s <= 0.0 or work.num_steps <= 0:

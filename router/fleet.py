@@ -206,8 +206,13 @@ class Worker:
 
     # --- what the worker says ---
 
-    def take_snapshot(self, snapshot: WorkerSnapshot, now: float, *, refit_interval_s: float) -> None:
-        before, before_read_s = self.snapshot, self.read_at_s
+    def borrow_cost(self, cost: StepCost) -> None:
+        self.model.borrow(cost)
+        self._changed = True
+
+    def take_snapshot(self, snapshot: WorkerSnapshot, now: float, *, refit_interval_s: float) -> bool:
+        """True when the cost model was fitted anew."""
+        before = self.snapshot
         self.snapshot, self.read_at_s = snapshot, now - snapshot.age_s
         self.role, self.state = snapshot.role, snapshot.state
         self._changed = True
@@ -218,24 +223,25 @@ class Worker:
             del self._settling[key]
             self.fresh.add(self.holds[key], -1)
         if before is not None:
-            self.model.observe(work_between(before, snapshot, self.read_at_s - before_read_s, self.context_mean))
+            self.model.observe(work_between(before, snapshot, self.context_mean))
             if now - self._refit_at_s >= refit_interval_s:
                 self._refit_at_s = now
                 self.model.refit()
+                return self.model.num_samples > 0
+        return False
 
 
 def _prefill_s(tally: Tally, cost: StepCost) -> float:
     return tally.num_prefills * cost.step_s + tally.prefill_tokens * cost.prefill_token_s + tally.prefill_pairs * cost.prefill_pair_s
 
 
-def work_between(before: WorkerSnapshot, after: WorkerSnapshot, elapsed_s: float, context_mean: float) -> Work:
+def work_between(before: WorkerSnapshot, after: WorkerSnapshot, context_mean: float) -> Work:
     """What the worker computed between two of its snapshots, as far as its counters tell."""
     num_steps = max(0, after.step_count - before.step_count)
 
     def grown(name: str) -> int:
         return max(0, after.counters.get(name, 0) - before.counters.get(name, 0))
 
-    busy_s = grown("busy_us") * 1e-6 or min(num_steps * after.step_time_ewma_s, max(elapsed_s, after.step_time_ewma_s))
     prefill_tokens = grown("prompt_tokens_computed")
     return Work(
         num_steps=num_steps,
@@ -243,7 +249,7 @@ def work_between(before: WorkerSnapshot, after: WorkerSnapshot, elapsed_s: float
         prefill_pairs=prefill_tokens * context_mean,
         decode_tokens=grown("generated_tokens"),
         decode_kv_token_steps=num_steps * (before.running_kv_tokens + after.running_kv_tokens) / 2,
-        busy_s=busy_s,
+        busy_s=grown("busy_us") * 1e-6,
     )
 
 
@@ -309,6 +315,19 @@ class Fleet:
         assert worker.worker_id not in self._workers, "joined twice"
         self._workers[worker.worker_id] = worker
         self.changed()
+
+    def lend_cost(self, lender: Worker) -> None:
+        """What was learned of one worker, to those of its role that have not worked yet; to other roles where nobody has."""
+        of_model = [w for w in self._workers.values() if w.address.model_id == lender.address.model_id]
+        known_roles = {w.role for w in of_model if w.model.num_samples}
+        for worker in of_model:
+            if worker.model.num_samples == 0 and (worker.role is lender.role or worker.role not in known_roles):
+                worker.borrow_cost(lender.model.fitted)
+
+    def lender_for(self, newcomer: WorkerAddress) -> Worker | None:
+        """Who is known best of the newcomer's role, else of its model; None: nobody is known."""
+        known = [w for w in self._workers.values() if w.address.model_id == newcomer.model_id and w.model.num_samples]
+        return max(known, key=lambda w: (w.role is newcomer.role, w.model.num_samples), default=None)
 
     def remove(self, worker_id: WorkerId) -> Worker | None:
         worker = self._workers.pop(worker_id, None)

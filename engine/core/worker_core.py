@@ -54,6 +54,7 @@ from protocol.worker import Role, WorkerSnapshot, WorkerState
 
 COUNTERS = (
     "steps",
+    "busy_us",  # sum of the steps' durations
     "chunks",  # entries of steps that computed prompt tokens
     "max_chunks_per_prompt",
     "max_batch",  # most sequences in one step
@@ -259,6 +260,7 @@ class WorkerCore:
         duration_s = result.duration_s / result.num_steps
         self._step_time_ewma_s += (duration_s - self._step_time_ewma_s) * (_EWMA_WEIGHT if self._counters["steps"] else 1.0)
         self._counters["steps"] += result.num_steps
+        self._counters["busy_us"] += round(result.duration_s * 1e6)
         if result.error is not None:
             for live in dict.fromkeys(sequence.attempt for sequence, _, _ in step.progress):
                 if live.part in self._attempts:

@@ -9,6 +9,8 @@ import pytest
 
 from protocol.messages import Assignment, PlaceAck, Refused, Subscribe
 from protocol.worker import BlocksStored, Role, WorkerState
+from router import policies
+from router.config import Disaggregate
 from router.events import GatewayDown, GatewayUp, ToGateway, ToWorker, WorkerUp
 from tests.unit.router.router_world import World, address, answer, assignments, chain, place, pools
 
@@ -67,7 +69,6 @@ def test_half_cached_long_prompt_is_kept_only_while_the_decode_worker_is_not_bus
 
 @pytest.mark.parametrize(("disaggregate", "split"), [("always", True), ("never", False)])
 def test_disaggregation_can_be_fixed(disaggregate: str, split: bool) -> None:
-    from router.config import Disaggregate
 
     world = World(pools(1, 1), disaggregate=Disaggregate(disaggregate))
     for number, num_tokens in enumerate((8, 512)):
@@ -277,6 +278,31 @@ def test_a_worker_forgotten_by_the_directory_leaves_though_its_link_is_up() -> N
     del world.addresses["decode-0"]
     world.tell_membership()
     assert {world.assign(place(n)).decode_worker for n in range(3)} == {"decode-1"}
+
+
+def work(world: World, worker_id: str, num_reports: int = 6) -> None:
+    """Reports of a worker 20 times slower than the prior: 8 sequences, 120 ms a step."""
+    for step in range(1, num_reports + 1):
+        world.now += 1.0
+        counters = {"generated_tokens": 64 * step, "busy_us": 960_000 * step}
+        world.report(worker_id, step_count=8 * step, counters=counters)
+
+
+@pytest.mark.parametrize("joins_late", [True, False])
+def test_a_worker_that_has_not_worked_yet_is_no_cheaper_than_its_neighbours(joins_late: bool) -> None:
+    """A burst after a replacement is spread over both, whether the fresh worker came before or after its neighbour was known.
+
+    Seen to fail without `lender_for` (late) and without `lend_cost` (early): all 16 went to the fresh one.
+    """
+    world = World(pools(1, 1 if joins_late else 2), policy=policies.load("least_work"), disaggregate=Disaggregate.ALWAYS)
+    work(world, "prefill-0")
+    work(world, "decode-0")
+    if joins_late:
+        world.join(address("decode-1", Role.DECODE, epoch=2))
+    world.report_all()
+    world.now += 0.01
+    chosen = [world.assign(place(number, 64)).decode_worker for number in range(16)]
+    assert {w: chosen.count(w) for w in ("decode-0", "decode-1")} == {"decode-0": 8, "decode-1": 8}
 
 
 def test_a_new_incarnation_starts_empty() -> None:
