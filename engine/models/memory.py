@@ -68,7 +68,8 @@ def memory_plan(
         num_blocks=least_blocks if num_blocks is None else num_blocks,
     )
     if asked.total_bytes > memory_bytes:
-        remedy = f"use fewer workers, a lower --max-model-len than {max_model_len}, a smaller dtype than {config.dtype} or a smaller model"
+        pool = f"--max-model-len than {max_model_len}" if num_blocks is None else "--kv-cache-memory-bytes"
+        remedy = f"use fewer workers, a lower {pool}, a smaller dtype than {config.dtype} or a smaller model"
         raise ModelDoesNotFit(f"{config.architecture} does not fit: {asked} > {_gib(memory_bytes)} available; {remedy}")
     if num_blocks is not None:
         return asked
