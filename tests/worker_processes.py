@@ -15,7 +15,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,15 @@ def _zero_one_pulled_block(host: Any) -> None:
 
 
 def _shift_positions(host: Any) -> None:
-    """A decode that computes every token one position late: its rotary angle is off by one."""
-    from engine.models.rope import RotaryFrequencies
+    """A decode that takes every token for the one after it: its angle is off by one, and its KV goes to the next slot."""
+    runner = host._executor._runner
+    forward = runner.forward
 
-    cos_sin = RotaryFrequencies.cos_sin
-    RotaryFrequencies.cos_sin = lambda self, positions, dtype: cos_sin(self, positions + 1, dtype)  # type: ignore[method-assign]
+    def sabotaged(entries: Any, tokens: Any, sampled_entries: Any) -> Any:
+        late = [replace(e, start=e.start + 1, block_table=e.block_table + e.block_table[-1:]) for e in entries]
+        return forward(late, tokens, sampled_entries)
+
+    runner.forward = sabotaged
 
 
 SABOTAGE: dict[str, Callable[[Any], None]] = {"zero_block": _zero_one_pulled_block, "shift_positions": _shift_positions}

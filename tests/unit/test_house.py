@@ -138,7 +138,7 @@ def surface(path: Path) -> set[str]:
     for node in tree.body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = {target.id for target in targets if isinstance(target, ast.Name)}
+            names = {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}  # `A, B = ...` too
             bound |= names
             if "__all__" in names and node.value is not None:
                 listed = set(ast.literal_eval(node.value))
