@@ -101,7 +101,7 @@ class World:
         """A quarter of a second of life."""
         self.now += STEP_S
         for worker_id in list(self.starting):
-            if self.rng.random() < 0.5:
+            if worker_id in self.starting and self.rng.random() < 0.5:  # it may have been stopped while another was told of
                 self.starting.remove(worker_id)
                 if self.rng.random() < self.start_fails:
                     self.tell(WorkerStartFailed(worker_id=worker_id, reason="start"))
@@ -109,6 +109,8 @@ class World:
                     self.alive.append(worker_id)
                     self.tell(WorkerRegistered(worker_id=worker_id))
         for worker_id in list(self.alive):
+            if worker_id not in self.alive:
+                continue
             if self.rng.random() < self.dies:
                 self.alive.remove(worker_id)
                 self.tell(WorkerLost(worker_id=worker_id, reason="death"))
