@@ -24,12 +24,20 @@ class TorchDriver:
     """`with TorchDriver(model_dir) as driver`: starts, chunks and samples sequences; blocks are given out in a scattered order."""
 
     def __init__(
-        self, model_dir: Path, *, numerics: Any = "reference", dtype: str = "auto", block_size: int = 16, num_blocks: int = 256
+        self,
+        model_dir: Path,
+        *,
+        numerics: Any = "reference",
+        dtype: str = "auto",
+        kernels: Any = "auto",
+        num_threads: int = 1,
+        block_size: int = 16,
+        num_blocks: int = 256,
     ) -> None:
         torch.set_num_threads(1)  # the oracle beside it too: on two shared cores threads wait for each other
         model = load_model_config(model_dir, dtype=dtype, numerics=numerics)
         self.pool = PoolMemory.create(model.kv_layout(block_size), num_blocks)
-        self.executor = TorchExecutor(model_dir, RunnerConfig(numerics=numerics, dtype=dtype), self.pool.region)
+        self.executor = TorchExecutor(model_dir, RunnerConfig(numerics=numerics, dtype=dtype, kernels=kernels, num_threads=num_threads), self.pool.region)
         self.block_size = block_size
         self.tables: dict[int, array[int]] = {}
         self.logits: dict[int, list[Any]] = {}  # per sequence, one row a sample
@@ -40,8 +48,9 @@ class TorchDriver:
         forward = self.executor._runner.forward
 
         def recording(*args: Any) -> Any:
-            self._rows = forward(*args)
-            return self._rows
+            made = forward(*args)
+            self._rows = made.logits
+            return made
 
         self.executor._runner.forward = recording  # type: ignore[method-assign]
 

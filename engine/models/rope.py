@@ -14,7 +14,7 @@ class RotaryFrequencies:
 
     def __init__(self, rope: RopeConfig, head_dim: int, *, device: str) -> None:
         frequencies = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        self._scale = 1.0
+        self.scale = 1.0  # of cosines and sines
         match rope.kind:
             case RopeKind.LINEAR:
                 frequencies = frequencies / rope.factor
@@ -22,13 +22,13 @@ class RotaryFrequencies:
                 frequencies = _llama3(frequencies, rope)
             case RopeKind.YARN:
                 frequencies = _yarn(frequencies, rope, head_dim)
-                self._scale = _yarn_attention_factor(rope)
-        self._frequencies = frequencies.to(device)
+                self.scale = _yarn_attention_factor(rope)
+        self.frequencies = frequencies.to(device)  # [head_dim/2] float32
 
     def cos_sin(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [num_tokens] int64 -> cos, sin [num_tokens, head_dim/2] in `dtype`."""
-        angles = positions.to(torch.float32).unsqueeze(1) * self._frequencies
-        return (angles.cos() * self._scale).to(dtype), (angles.sin() * self._scale).to(dtype)
+        angles = positions.to(torch.float32).unsqueeze(1) * self.frequencies
+        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
 
 def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kernels.numerics import Numerics
+from kernels.numerics import Kernels, Numerics
 from protocol.errors import ConfigError
 from protocol.kv import DTYPE_SIZE_BYTES
 
@@ -13,12 +13,13 @@ from protocol.kv import DTYPE_SIZE_BYTES
 class RunnerConfig:
     """How one worker computes.
 
-    Reference numerics run on one thread: splitting a sum over threads changes its bits.
+    Reference numerics run on one thread: torch's sums are split over threads, which changes their bits.
     """
 
     numerics: Numerics = "reference"
     dtype: str = "auto"  # float32 in reference numerics, else the checkpoint's own; or a name of DTYPE_SIZE_BYTES
     device: str = "auto"
+    kernels: Kernels = "auto"  # an instruction path of the native kernels, or torch
     num_threads: int = 1
     max_inflight_steps: int = 8  # submitted and not done; more is a bug of the caller
 

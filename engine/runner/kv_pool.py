@@ -21,11 +21,11 @@ class KVPool:
         ((num_kv_heads, head_dim, dtype),) = shapes
         self.block_size_tokens = layout.block_size_tokens
         self.num_blocks = region.num_blocks
-        self._blocks = torch.frombuffer(region.blocks, dtype=TORCH_DTYPES[dtype]).view(
+        self.blocks = torch.frombuffer(region.blocks, dtype=TORCH_DTYPES[dtype]).view(
             region.num_blocks, layout.num_layers, 2, num_kv_heads, layout.block_size_tokens, head_dim
         )
-        self.layers = self._blocks.unbind(1)  # each [num_blocks, 2, num_kv_heads, block_size, head_dim]
+        self.layers = self.blocks.unbind(1)  # each [num_blocks, 2, num_kv_heads, block_size, head_dim]
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy one block over all layers (copy-on-write)."""
-        self._blocks[target] = self._blocks[source]
+        self.blocks[target] = self.blocks[source]

@@ -15,21 +15,22 @@ from engine.models.decoder import Decoder, build_decoder
 from engine.models.rope import RotaryFrequencies
 from engine.runner.config import RunnerConfig
 from engine.runner.inputs import make_inputs
+from engine.runner.native_runner import NativeRunner, build_native_runner
 from engine.runner.kv_pool import KVPool
+from engine.runner.step_logits import StepLogits, with_most_likely
 from engine.runner.weights import TORCH_DTYPES, load_weights
 from kernels.linear.reference import depends_on_place
+from kernels.native.library import choose_kernels
 from kvtransfer.transport import Region
 from protocol.errors import ModelError
 
 
 class ModelRunner:
-    """Runs forward passes. Not thread-safe: one thread calls it."""
+    """Runs forward passes in torch. Not thread-safe: one thread calls it."""
 
-    def __init__(self, model: ModelConfig, decoder: Decoder, config: RunnerConfig, region: Region) -> None:
-        layout = model.kv_layout(region.layout.block_size_tokens)
-        assert region.layout == layout, f"the pool is laid out for {region.layout}, the model needs {layout}"
+    def __init__(self, model: ModelConfig, decoder: Decoder, config: RunnerConfig, pool: KVPool) -> None:
         self.model = model
-        self.pool = KVPool(region)
+        self.pool = pool
         self._decoder = decoder
         self._numerics = config.numerics
         self._dtype = TORCH_DTYPES[model.dtype]
@@ -37,11 +38,8 @@ class ModelRunner:
         self._rope = RotaryFrequencies(model.rope, model.head_dim, device=str(self._device))
 
     @torch.inference_mode()
-    def forward(self, entries: Sequence[PlanEntry], tokens: Sequence[array[int]], sampled_entries: Sequence[int]) -> torch.Tensor:
-        """Compute KV of every entry; `tokens[i]` are the ids entry i computes.
-
-        Returns float32 logits [len(sampled_entries), vocab_size] after the last token of the entries named.
-        """
+    def forward(self, entries: Sequence[PlanEntry], tokens: Sequence[array[int]], sampled_entries: Sequence[int]) -> StepLogits:
+        """Compute KV of every entry; `tokens[i]` are the ids entry i computes. Logits are those after the last token of the entries named."""
         inputs = make_inputs(
             entries,
             tokens,
@@ -53,22 +51,28 @@ class ModelRunner:
             numerics=self._numerics,
         )
         logit_rows = torch.tensor([inputs.last_rows[i] for i in sampled_entries], dtype=torch.int64, device=self._device)
-        return self._decoder(inputs.token_ids, self.pool.layers, inputs.attention, logit_rows)
+        return with_most_likely(self._decoder(inputs.token_ids, self.pool.layers, inputs.attention, logit_rows))
 
 
-def load_model_runner(model_dir: Path, config: RunnerConfig, region: Region) -> ModelRunner:
-    """Load the checkpoint in `model_dir` onto a pool.
+def load_model_runner(model_dir: Path, config: RunnerConfig, region: Region) -> ModelRunner | NativeRunner:
+    """Load the checkpoint in `model_dir` onto a pool: into the native kernels where they are, else into torch.
 
     Raises:
         ModelError: the checkpoint cannot be served (see engine/checkpoint.py), or reference numerics are asked for where
-            this machine's BLAS cannot keep their promise.
+            this machine's BLAS cannot keep their promise. ConfigError: the kernels asked for by name are not to be had.
     """
     model = load_model_config(model_dir, dtype=config.dtype, numerics=config.numerics)
+    layout = model.kv_layout(region.layout.block_size_tokens)
+    assert region.layout == layout, f"the pool is laid out for {region.layout}, the model needs {layout}"
+    pool = KVPool(region)
     weights = load_weights(open_checkpoint(model_dir, model), dtype=model.dtype, device="cpu")
+    chosen = choose_kernels(config.kernels, dtype=model.dtype)
+    if chosen.name != "torch":
+        return build_native_runner(model, weights, pool, path=chosen.name, num_threads=config.num_threads)
     decoder = build_decoder(model, weights, config.numerics)
     if config.numerics == "reference":
         _check_row_independence(decoder)
-    return ModelRunner(model, decoder, config, region)
+    return ModelRunner(model, decoder, config, pool)
 
 
 def _check_row_independence(decoder: Decoder) -> None:

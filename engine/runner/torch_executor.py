@@ -20,7 +20,9 @@ import torch
 from engine.core.executor import BatchPlan, PlanEntry, SampledTokens, SequenceStart, StepResult
 from engine.runner.config import RunnerConfig
 from engine.runner.model_runner import ModelRunner, load_model_runner
-from kernels.sampling import Draw, sample
+from engine.runner.native_runner import NativeRunner
+from engine.runner.step_logits import NOT_FINITE, StepLogits
+from kernels.sampling import Draw, sample, takes_most_likely
 from kvtransfer.transport import Region
 from protocol.request import SamplingParams
 
@@ -48,7 +50,7 @@ class TorchExecutor:
 
     def __init__(self, model_dir: Path, config: RunnerConfig, region: Region) -> None:
         self._num_threads = config.num_threads
-        self._runner: ModelRunner = load_model_runner(model_dir, config, region)
+        self._runner: ModelRunner | NativeRunner = load_model_runner(model_dir, config, region)
         self._sequences: dict[int, _Sequence] = {}
         self._plans: queue.Queue[BatchPlan | None] = queue.Queue(maxsize=config.max_inflight_steps + 1)  # + 1: the end mark
         self._thread: threading.Thread | None = None
@@ -106,13 +108,10 @@ class TorchExecutor:
         if not plan.entries:
             return ()
         sampled_entries = sorted({s.entry_index for s in plan.samples})  # an entry's logits are made once for all its choices
-        logits = self._runner.forward(plan.entries, [self._tokens(e) for e in plan.entries], sampled_entries)
+        made = self._runner.forward(plan.entries, [self._tokens(e) for e in plan.entries], sampled_entries)
         row_of_entry = {entry: row for row, entry in enumerate(sampled_entries)}
-        well = torch.isfinite(logits).all(-1).tolist()
-        return tuple(
-            self._sample(s.sequence_id, logits[row_of_entry[s.entry_index]], is_finite=well[row_of_entry[s.entry_index]])
-            for s in plan.samples
-        )
+        rows = [row_of_entry[s.entry_index] for s in plan.samples]
+        return tuple(self._sample(s.sequence_id, made, row) for s, row in zip(plan.samples, rows, strict=True))
 
     def _admit(self, start: SequenceStart) -> _Sequence:
         """A sequence with ids outside the vocabulary is computed as if they were 0, and never sampled."""
@@ -138,9 +137,9 @@ class TorchExecutor:
         assert end <= len(known), f"sequence {entry.sequence_id} has {len(known)} tokens, asked to compute up to {end}"
         return known[entry.start : end]
 
-    def _sample(self, sequence_id: int, logits: torch.Tensor, *, is_finite: bool) -> SampledTokens:
+    def _sample(self, sequence_id: int, made: StepLogits, row: int) -> SampledTokens:
         sequence = self._sequences[sequence_id]
-        if sequence.error is None and not is_finite:
+        if sequence.error is None and made.most_likely[row] == NOT_FINITE:
             sequence.error = f"logits after token {len(sequence.token_ids)} are not finite"
         if sequence.error is not None:
             return SampledTokens(sequence_id=sequence_id, token_ids=array("I"), error=sequence.error)
@@ -150,7 +149,10 @@ class TorchExecutor:
             token_ids=sequence.token_ids,
             num_prompt_tokens=sequence.num_prompt_tokens,
         )
-        chosen = sample(logits, draw)
+        if takes_most_likely(draw):
+            sequence.token_ids.append(made.most_likely[row])
+            return SampledTokens(sequence_id=sequence_id, token_ids=sequence.token_ids[-1:])
+        chosen = sample(made.logits[row], draw)
         sequence.token_ids.append(chosen.token_id)
         return SampledTokens(
             sequence_id=sequence_id,

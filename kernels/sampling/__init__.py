@@ -8,6 +8,6 @@ and temperature, as in vLLM.
 
 from __future__ import annotations
 
-from kernels.sampling.reference import Draw, Sampled, sample
+from kernels.sampling.reference import Draw, Sampled, sample, takes_most_likely
 
-__all__ = ["Draw", "Sampled", "sample"]
+__all__ = ["Draw", "Sampled", "sample", "takes_most_likely"]

@@ -44,6 +44,13 @@ def sample(logits: torch.Tensor, draw: Draw) -> Sampled:
     return Sampled(token_id=token_id, logprobs=None if params.num_logprobs is None else _logprobs(logits, token_id, params.num_logprobs))
 
 
+def takes_most_likely(draw: Draw) -> bool:
+    """Whether `sample` would give the first of the greatest logits and nothing else: a caller that knows it need not ask."""
+    params = draw.params
+    is_adjusted = params.logit_bias or params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty
+    return params.temperature < MIN_TEMPERATURE and not is_adjusted and draw.position >= params.min_tokens and params.num_logprobs is None
+
+
 def _adjust(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
     """logit_bias, min_tokens mask, penalties: a new row where any of them is asked for."""
     params = draw.params

@@ -134,7 +134,7 @@ def test_logits_that_are_not_finite_are_an_error_of_their_sequence(driver: Torch
     driver.step(starts=[driver.start(i, PROMPT, **GREEDY) for i in (50, 51)])
     driver.step([driver.entry(i, 0, 39) for i in (50, 51)])
     block = driver.tables[50][1]
-    driver.executor._runner.pool._blocks[block] = float("nan")
+    driver.executor._runner.pool.blocks[block] = float("nan")
     result = driver.step_result([driver.entry(i, 39, 1) for i in (50, 51)], [(0, 50), (1, 51)])
     sick, well = result.sampled
     assert sick.error is not None and "not finite" in sick.error

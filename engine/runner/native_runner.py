@@ -1,0 +1,85 @@
+"""A model in the native kernels: entries in and logits out as ModelRunner, one call a step."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+
+from engine.core.executor import PlanEntry
+from engine.models.config import ModelConfig
+from engine.models.rope import RotaryFrequencies
+from engine.models.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
+from engine.runner.kv_pool import KVPool
+from engine.runner.step_logits import StepLogits
+from engine.runner.weights import TORCH_DTYPES
+from kernels.native import network as native
+from kernels.native.network import NativeNetwork, NetworkShape, step_arrays
+from kernels.numerics import Kernels
+
+
+class NativeRunner:
+    """Runs forward passes. Not thread-safe: one thread calls it."""
+
+    def __init__(self, model: ModelConfig, network: NativeNetwork, pool: KVPool) -> None:
+        self.model = model
+        self.pool = pool
+        self._network = network
+
+    def forward(self, entries: Sequence[PlanEntry], tokens: Sequence[array[int]], sampled_entries: Sequence[int]) -> StepLogits:
+        """Compute KV of every entry; `tokens[i]` are the ids entry i computes. Logits are those after the last token of the entries named."""
+        step = step_arrays([e.start for e in entries], tokens, [e.block_table for e in entries], sampled_entries)
+        logits, most_likely = self._network.forward(step)
+        return StepLogits(logits=logits, most_likely=most_likely)
+
+
+def build_native_runner(
+    model: ModelConfig, weights: dict[str, torch.Tensor], pool: KVPool, *, path: Kernels, num_threads: int
+) -> NativeRunner:
+    """Pack `weights` and take each out of the dictionary once it is packed, so that a model is in memory about once."""
+    rope = RotaryFrequencies(model.rope, model.head_dim, device="cpu")
+    network = NativeNetwork(
+        NetworkShape(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            intermediate_size=model.intermediate_size,
+            vocab_size=model.vocab_size,
+            dtype=TORCH_DTYPES[model.dtype],
+            block_size=pool.block_size_tokens,
+            norm_eps=model.rms_norm_eps,
+            rotary_scale=rope.scale,
+            frequencies=rope.frequencies,
+            windows=model.layer_windows,
+        ),
+        path=path,
+        num_threads=num_threads,
+    )
+    network.set_pool(pool.blocks)
+    network.set_linear(native.NO_LAYER, native.HEAD, [weights[EMBEDDING] if model.tie_embeddings else weights.pop(LM_HEAD)], [None])
+    network.set_embedding(weights.pop(EMBEDDING))
+    network.set_norm(native.NO_LAYER, native.FINAL_NORM, weights.pop(FINAL_NORM))
+    for layer in range(model.num_layers):
+        _set_layer(network, layer, weights, has_head_norms=model.qk_norm)
+    return NativeRunner(model, network, pool)
+
+
+def _set_layer(network: NativeNetwork, layer: int, weights: dict[str, torch.Tensor], *, has_head_norms: bool) -> None:
+    at = f"model.layers.{layer}"
+
+    def set_linear(which: int, *names: str) -> None:
+        parts = [weights.pop(f"{at}.{name}.weight") for name in names]
+        network.set_linear(layer, which, parts, [weights.pop(f"{at}.{name}.bias", None) for name in names])
+
+    set_linear(native.QKV, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    set_linear(native.OUTPUT, "self_attn.o_proj")
+    set_linear(native.GATE_UP, "mlp.gate_proj", "mlp.up_proj")
+    set_linear(native.DOWN, "mlp.down_proj")
+    network.set_norm(layer, native.ATTENTION_NORM, weights.pop(f"{at}.input_layernorm.weight"))
+    network.set_norm(layer, native.MLP_NORM, weights.pop(f"{at}.post_attention_layernorm.weight"))
+    if has_head_norms:
+        network.set_norm(layer, native.Q_NORM, weights.pop(f"{at}.self_attn.q_norm.weight"))
+        network.set_norm(layer, native.K_NORM, weights.pop(f"{at}.self_attn.k_norm.weight"))

@@ -1,0 +1,128 @@
+"""Finds and loads the shared library, and tells what it can do here. Torch-free; ctypes releases the GIL during a call."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kernels.native.build import LIBRARY_NAME
+from kernels.numerics import Kernels
+from protocol.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16")
+LIBRARY = Path(__file__).parent / LIBRARY_NAME
+POINTER = c_void_p
+
+
+class Shape(ctypes.Structure):
+    """BatonShape of src/baton_native.h."""
+
+    _fields_ = (
+        ("num_layers", c_int32), ("hidden_size", c_int32), ("num_heads", c_int32), ("num_kv_heads", c_int32), ("head_dim", c_int32),
+        ("intermediate_size", c_int32), ("vocab_size", c_int32), ("is_bf16", c_int32), ("block_size", c_int32), ("num_threads", c_int32),
+        ("norm_eps", c_float), ("rotary_scale", c_float), ("frequencies", POINTER), ("windows", POINTER),
+    )  # fmt: skip
+
+
+class Step(ctypes.Structure):
+    """BatonStep of src/baton_native.h."""
+
+    _fields_ = (
+        ("num_entries", c_int64), ("starts", POINTER), ("sizes", POINTER), ("token_ids", POINTER), ("tables", POINTER),
+        ("table_ends", POINTER), ("num_logits", c_int64), ("logit_entries", POINTER), ("logits", POINTER), ("greedy", POINTER),
+    )  # fmt: skip
+
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {  # name: what it returns, what it takes
+    "baton_paths": (c_char_p,),
+    "baton_error": (c_char_p,),
+    "baton_network_new": (c_void_p, POINTER, c_char_p),
+    "baton_network_free": (None, c_void_p),
+    "baton_network_set_linear": (c_int, c_void_p, c_int, c_int, c_int, POINTER, POINTER, POINTER),
+    "baton_network_set_norm": (c_int, c_void_p, c_int, c_int, POINTER),
+    "baton_network_set_embedding": (c_int, c_void_p, POINTER),
+    "baton_network_set_pool": (c_int, c_void_p, POINTER, c_int64),
+    "baton_network_forward": (c_int, c_void_p, POINTER),
+    "baton_network_bytes": (c_int64, c_void_p),
+    "baton_linear": (c_int, c_char_p, c_int, c_int, POINTER, c_int64, c_int64, POINTER, c_int64, POINTER, POINTER),
+    "baton_rms_norm": (c_int, c_char_p, c_int, POINTER, POINTER, c_int64, c_int64, c_float, POINTER),
+    "baton_silu_mul": (c_int, c_char_p, c_int, POINTER, POINTER, c_int64, POINTER),
+    "baton_rotary": (
+        c_int, c_char_p, c_int, POINTER, c_int64, c_int, c_int, c_int, POINTER, POINTER, POINTER, c_float, POINTER, c_int64, POINTER, POINTER,
+    ),
+    "baton_attention": (
+        c_int, c_char_p, c_int, POINTER, c_int, c_int, c_int, POINTER, c_int64, POINTER, c_int64, c_int64, c_int64, c_float, POINTER,
+    ),
+    "baton_greedy": (c_int, c_char_p, POINTER, c_int64, c_int64, POINTER),
+    "baton_measure_stream": (c_double, c_int, c_int64, c_int),
+    "baton_measure_peak": (c_double, c_char_p, c_int, c_int, c_int64),
+}  # fmt: skip
+
+
+class NativeError(Exception):
+    """The library refused a call; the text is its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeLibrary:
+    """The loaded library. `calls` has one attribute for each function of src/baton_native.h."""
+
+    calls: ctypes.CDLL
+    paths: tuple[Kernels, ...]  # that this machine can run, best first
+
+    def check(self, status: int) -> None:
+        """Raises NativeError where a call returned other than 0."""
+        if status:
+            raise NativeError(self.calls.baton_error().decode())
+
+
+@cache
+def load_library(path: Path = LIBRARY) -> NativeLibrary | str:
+    """The library, or why there is none in one clause."""
+    try:
+        calls = ctypes.CDLL(str(path))
+        for name, (result, *arguments) in _SIGNATURES.items():
+            function = getattr(calls, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return "the native kernels are not built (`make native`, which needs g++)" if not path.exists() else f"the native kernels cannot be loaded ({error})"
+    return NativeLibrary(calls=calls, paths=tuple(calls.baton_paths().decode().split(",")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenKernels:
+    """Who computes here."""
+
+    name: Kernels  # never "auto"
+    note: str = ""  # where that is slower than it could be, for `baton status`
+
+    @property
+    def bits(self) -> str:
+        """Equal names promise equal bits of float32 results."""
+        return {"avx512_bf16": "fused", "avx512": "fused", "avx2": "fused"}.get(self.name, self.name)
+
+
+def choose_kernels(asked: Kernels = "auto", *, dtype: str) -> ChosenKernels:
+    """What computes `dtype` on this machine; "auto" is the best there is.
+
+    Raises:
+        ConfigError: a path asked for by name is not to be had.
+    """
+    if asked == "torch":
+        return ChosenKernels(name="torch")
+    library = load_library()
+    if isinstance(library, str) or dtype not in DTYPES:
+        reason = library if isinstance(library, str) else f"the native kernels have no {dtype}"
+        if asked != "auto":
+            raise ConfigError(f"kernels {asked} cannot be used: {reason}; use auto or torch")
+        return ChosenKernels(name="torch", note=f"kernels torch, which are slow: {reason}")
+    if asked != "auto":
+        if asked not in library.paths:
+            raise ConfigError(f"kernels {asked} cannot be used: this machine has {', '.join(library.paths)}")
+        return ChosenKernels(name=asked)
+    best = library.paths[0]
+    return ChosenKernels(name=best, note="" if best != "portable" else "kernels portable, which are slow: no AVX2 and no AVX-512 here")

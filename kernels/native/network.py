@@ -1,0 +1,172 @@
+"""A decoder inside the library: weights packed once, then one call a forward pass.
+
+The network borrows the embedding table and the pool's blocks; whoever made it keeps both alive (`keep`). Packed weights are its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kernels.native.library import NativeLibrary, Shape, Step, load_library
+from kernels.native.library import NativeError as NativeError
+
+QKV, OUTPUT, GATE_UP, DOWN, HEAD = range(5)
+ATTENTION_NORM, MLP_NORM, Q_NORM, K_NORM, FINAL_NORM = range(5)
+NO_LAYER = -1
+
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkShape:
+    """Sizes of a decoder as src/baton_native.h names them."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    dtype: torch.dtype  # float32 or bfloat16
+    block_size: int  # tokens
+    norm_eps: float
+    rotary_scale: float
+    frequencies: torch.Tensor  # [head_dim / 2] float32
+    windows: tuple[int | None, ...]  # per layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepArrays:
+    """One forward pass. Entry i computes positions [starts[i], starts[i] + sizes[i]) of its sequence."""
+
+    starts: Int64s
+    sizes: Int64s
+    token_ids: npt.NDArray[np.uint32]  # of all entries in order
+    tables: npt.NDArray[np.uint32]  # block tables of all entries in order ...
+    table_ends: Int64s  # ... and where each ends
+    logit_entries: Int64s  # whose last tokens
+
+
+class NativeNetwork:
+    """Not thread-safe: one thread calls it."""
+
+    def __init__(self, shape: NetworkShape, *, path: str, num_threads: int) -> None:
+        library = load_library()
+        assert isinstance(library, NativeLibrary), library
+        self._library = library
+        self._calls = library.calls
+        self._vocab_size = shape.vocab_size
+        self._dtype = shape.dtype
+        frequencies = shape.frequencies.to(dtype=torch.float32, device="cpu").contiguous()
+        windows = np.array([window or 0 for window in shape.windows], dtype=np.int64)
+        record = Shape(
+            num_layers=shape.num_layers,
+            hidden_size=shape.hidden_size,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            intermediate_size=shape.intermediate_size,
+            vocab_size=shape.vocab_size,
+            is_bf16=shape.dtype == torch.bfloat16,
+            block_size=shape.block_size,
+            num_threads=num_threads,
+            norm_eps=shape.norm_eps,
+            rotary_scale=shape.rotary_scale,
+            frequencies=frequencies.data_ptr(),
+            windows=windows.ctypes.data,
+        )
+        self._network: int | None = self._calls.baton_network_new(ctypes.byref(record), path.encode())
+        if self._network is None:
+            raise NativeError(self._calls.baton_error().decode())
+        self._kept: list[object] = []
+
+    def __del__(self) -> None:
+        if getattr(self, "_network", None) is not None:
+            self._calls.baton_network_free(self._network)
+            self._network = None
+
+    @property
+    def packed_bytes(self) -> int:
+        return int(self._calls.baton_network_bytes(self._network))
+
+    def set_linear(self, layer: int, which: int, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
+        """Pack `weights` ([rows, inputs] each, below each other) as one linear; they are not needed afterwards."""
+        parts = [self._taken(weight) for weight in weights]
+        wide = [None if bias is None else bias.detach().float().contiguous() for bias in biases]
+        rows = np.array([len(part) for part in parts], dtype=np.int64)
+        pointers = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
+        bias_pointers = (ctypes.c_void_p * len(wide))(*(None if bias is None else bias.data_ptr() for bias in wide))
+        self._library.check(
+            self._calls.baton_network_set_linear(self._network, layer, which, len(parts), pointers, rows.ctypes.data, bias_pointers)
+        )
+
+    def set_norm(self, layer: int, which: int, weight: torch.Tensor) -> None:
+        wide = weight.detach().float().contiguous()
+        self._library.check(self._calls.baton_network_set_norm(self._network, layer, which, wide.data_ptr()))
+
+    def set_embedding(self, table: torch.Tensor) -> None:
+        """Borrowed: a mapped table stays in the file's pages, of which a step touches one row a token."""
+        table = self._taken(table)
+        self._kept.append(table)
+        self._library.check(self._calls.baton_network_set_embedding(self._network, table.data_ptr()))
+
+    def set_pool(self, blocks: torch.Tensor) -> None:
+        """Borrowed: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], contiguous."""
+        assert blocks.is_contiguous() and blocks.dtype == self._dtype
+        self._kept.append(blocks)
+        self._library.check(self._calls.baton_network_set_pool(self._network, blocks.data_ptr(), blocks.shape[0]))
+
+    def forward(self, step: StepArrays) -> tuple[torch.Tensor, list[int]]:
+        """Compute KV of every entry. Returns the logits asked for, [num_logits, vocab_size] float32, and of each row the index of the
+        first of its greatest, -1 where a logit is not finite.
+
+        Raises:
+            NativeError: an entry lies outside its blocks, a block outside the pool or a token id outside the vocabulary.
+        """
+        num_logits = len(step.logit_entries)
+        logits = torch.empty((num_logits, self._vocab_size), dtype=torch.float32)
+        most_likely = np.empty(num_logits, dtype=np.int64)
+        record = Step(
+            num_entries=len(step.starts),
+            starts=step.starts.ctypes.data,
+            sizes=step.sizes.ctypes.data,
+            token_ids=step.token_ids.ctypes.data,
+            tables=step.tables.ctypes.data,
+            table_ends=step.table_ends.ctypes.data,
+            num_logits=num_logits,
+            logit_entries=step.logit_entries.ctypes.data,
+            logits=logits.data_ptr(),
+            greedy=most_likely.ctypes.data,
+        )
+        self._library.check(self._calls.baton_network_forward(self._network, ctypes.byref(record)))
+        return logits, most_likely.tolist()
+
+    def _taken(self, tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor.dtype == self._dtype, f"{tensor.dtype} in a network of {self._dtype}"
+        return tensor.detach().contiguous()
+
+
+def step_arrays(
+    starts: Sequence[int], tokens: Sequence[array[int]], tables: Sequence[array[int]], logit_entries: Sequence[int]
+) -> StepArrays:
+    """From per-entry arrays of uint32 to those of a step."""
+    return StepArrays(
+        starts=np.array(starts, dtype=np.int64),
+        sizes=np.array([len(t) for t in tokens], dtype=np.int64),
+        token_ids=_joined(tokens),
+        tables=_joined(tables),
+        table_ends=np.cumsum([len(t) for t in tables], dtype=np.int64),
+        logit_entries=np.array(logit_entries, dtype=np.int64),
+    )
+
+
+def _joined(arrays: Sequence[array[int]]) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(b"".join(arrays), dtype=np.uint32)

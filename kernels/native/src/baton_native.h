@@ -1,0 +1,71 @@
+/* The C interface of the native kernels. Calls on one network come from one thread at a time; they release nothing of the caller's
+ * but read what was handed over only during the call, unless `borrowed` is said. Status 0 is success, else see baton_error(). */
+#ifndef BATON_NATIVE_H
+#define BATON_NATIVE_H
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(default)
+
+typedef struct BatonNetwork BatonNetwork;
+
+typedef struct {
+  int32_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size;
+  int32_t is_bf16; /* of weights, KV and embedding; else float32 */
+  int32_t block_size; /* tokens; a multiple of 16 */
+  int32_t num_threads;
+  float norm_eps;
+  float rotary_scale; /* of cosines and sines */
+  const float* frequencies; /* [head_dim / 2] */
+  const int64_t* windows; /* [num_layers] tokens a query sees, 0: all */
+} BatonShape;
+
+enum { BATON_QKV, BATON_OUTPUT, BATON_GATE_UP, BATON_DOWN, BATON_HEAD }; /* linears */
+enum { BATON_ATTENTION_NORM, BATON_MLP_NORM, BATON_Q_NORM, BATON_K_NORM, BATON_FINAL_NORM };
+
+/* One forward pass. Entry i computes the tokens at positions [starts[i], starts[i] + sizes[i]) of its sequence. */
+typedef struct {
+  int64_t num_entries;
+  const int64_t* starts;
+  const int64_t* sizes;
+  const uint32_t* token_ids; /* of all entries in order */
+  const uint32_t* tables; /* block tables of all entries in order ... */
+  const int64_t* table_ends; /* ... and where each ends */
+  int64_t num_logits;
+  const int64_t* logit_entries; /* whose last tokens */
+  float* logits; /* [num_logits][vocab_size] */
+  int64_t* greedy; /* [num_logits]: the most likely token, -1 where a logit is not finite; or null */
+} BatonStep;
+
+const char* baton_paths(void); /* what this machine can run, best first, joined by commas */
+const char* baton_error(void); /* of this thread's last call */
+
+BatonNetwork* baton_network_new(const BatonShape* shape, const char* path); /* null: see baton_error() */
+void baton_network_free(BatonNetwork*);
+/* weights[i] is [rows[i]][inputs] in the network's dtype, biases[i] [rows[i]] float32 or null; copied. layer is -1 for the head. */
+int baton_network_set_linear(BatonNetwork*, int layer, int which, int num_parts, const void* const* weights, const int64_t* rows, const float* const* biases);
+int baton_network_set_norm(BatonNetwork*, int layer, int which, const float* weight); /* copied */
+int baton_network_set_embedding(BatonNetwork*, const void* table); /* borrowed: [vocab_size][hidden_size] */
+int baton_network_set_pool(BatonNetwork*, void* blocks, int64_t num_blocks); /* borrowed: [block][layer][2][kv_head][token][dim] */
+int baton_network_forward(BatonNetwork*, const BatonStep*);
+int64_t baton_network_bytes(const BatonNetwork*); /* packed weights */
+
+/* Single operations, for tests and measurements. x and y float32; weights, KV and what a linear reads are in the dtype. */
+int baton_linear(const char* path, int is_bf16, int num_threads, const void* x, int64_t num_rows, int64_t num_in, const void* weight, int64_t num_out, const float* bias, float* y);
+int baton_rms_norm(const char* path, int is_bf16, const float* x, const float* weight, int64_t num_rows, int64_t size, float eps, void* y);
+int baton_silu_mul(const char* path, int is_bf16, const float* gate, const float* up, int64_t size, void* y);
+int baton_rotary(const char* path, int is_bf16, float* qkv, int64_t num_rows, int num_heads, int num_kv_heads, int head_dim, const float* cos_sin, const float* q_norm, const float* k_norm, float eps, const int64_t* slots, int64_t block_size, void* q, void* kv);
+int baton_attention(const char* path, int is_bf16, const void* q, int num_heads, int num_kv_heads, int head_dim, const void* kv, int64_t block_size, const uint32_t* table, int64_t start, int64_t num_tokens, int64_t window, float scale, void* out);
+int baton_greedy(const char* path, const float* logits, int64_t num_rows, int64_t vocab_size, int64_t* token_ids);
+
+/* Measurements: bytes a second of reading `bytes` of memory; multiply-adds a second from the first-level cache. */
+double baton_measure_stream(int num_threads, int64_t bytes, int num_rounds);
+double baton_measure_peak(const char* path, int is_bf16, int num_threads, int64_t num_rounds);
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,263 @@
+#include "network.h"
+
+#include <math.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+namespace baton {
+
+namespace {
+
+constexpr int64_t kRowsInline = 4;  // up to here the caller does the work of single rows itself
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::runtime_error(what);
+}
+
+// A step of prefill reads each layer's output many times and of decode once: slices of rows outside, panels inside.
+int64_t num_slices(int64_t num_rows) { return (num_rows + kRowSlice - 1) / kRowSlice; }
+
+}  // namespace
+
+Memory::~Memory() {
+  if (data_) munmap(data_, bytes_);
+}
+
+void Memory::reserve(size_t bytes) {
+  if (bytes <= bytes_) return;
+  constexpr size_t kHuge = size_t{2} << 20;
+  if (bytes >= kHuge) bytes = (bytes + kHuge - 1) / kHuge * kHuge;
+  if (data_) munmap(data_, bytes_);
+  data_ = nullptr, bytes_ = 0;
+  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) throw std::bad_alloc();
+  if (bytes >= kHuge) madvise(data, bytes, MADV_HUGEPAGE);
+  data_ = data, bytes_ = bytes;
+}
+
+void pack(PackedLinear* to, const Path& path, Threads& threads, int num_parts, const void* const* weights, const int64_t* rows,
+          const float* const* biases, int64_t num_in, bool halves) {
+  int64_t num_out = 0;
+  bool has_bias = false;
+  for (int i = 0; i < num_parts; ++i) num_out += rows[i], has_bias |= biases && biases[i];
+  const int64_t half = num_out / 2, value_bytes = path.is_bf16 ? 2 : 4;
+  to->num_out = num_out;
+  to->num_words = path.is_bf16 ? (num_in + 1) / 2 : num_in;
+  to->num_panels = halves ? (half + kPanel / 2 - 1) / (kPanel / 2) : (num_out + kPanel - 1) / kPanel;
+  to->memory.reserve(sizeof(uint32_t) * to->num_panels * to->num_words * kPanel);
+  to->words = to->memory.as<uint32_t>();
+  if (has_bias) {
+    to->bias_memory.reserve(sizeof(float) * to->num_panels * kPanel);
+    to->bias = to->bias_memory.as<float>();
+  }
+  threads.each(to->num_panels, [&](int, int64_t panel) {
+    const void* panel_rows[kPanel];
+    for (int64_t column = 0; column < kPanel; ++column) {
+      int64_t row = panel * kPanel + column;
+      if (halves) {
+        row = panel * (kPanel / 2) + column % (kPanel / 2);
+        row = row >= half ? num_out : column < kPanel / 2 ? row : row + half;
+      }
+      panel_rows[column] = nullptr;
+      int part = 0;
+      for (; part < num_parts && row >= rows[part]; ++part) row -= rows[part];
+      if (part == num_parts) continue;
+      panel_rows[column] = static_cast<const char*>(weights[part]) + row * num_in * value_bytes;
+      if (has_bias && biases[part]) to->bias[panel * kPanel + column] = biases[part][row];
+    }
+    path.pack_panel(to->words + panel * to->num_words * kPanel, panel_rows, num_in);
+  });
+}
+
+void run_linear(const Path& path, Threads& threads, const LinearTask& task, const Memory& scratch, size_t scratch_floats) {
+  const int64_t panels = task.linear->num_panels, slices = num_slices(task.num_rows);
+  const int64_t slice_rows = (task.num_rows + slices - 1) / slices;
+  threads.each(panels * slices, [&](int thread, int64_t i) {
+    const int64_t first = i / panels * slice_rows;
+    path.linear(task, i % panels, first, std::min(slice_rows, task.num_rows - first), scratch.as<float>() + thread * scratch_floats);
+  });
+}
+
+Network::Network(const BatonShape& shape, const char* path)
+    : shape_(shape), path_(find_path(path, shape.is_bf16)), threads_(shape.num_threads), layers_(shape.num_layers) {
+  require(shape.head_dim > 0 && shape.head_dim % 2 == 0 && shape.head_dim <= 512, "head_dim must be even and at most 512");
+  require(shape.num_heads % shape.num_kv_heads == 0, "heads must be a multiple of KV heads");
+  require(shape.num_heads / shape.num_kv_heads <= kTileRows, "at most 48 heads share one KV head");
+  require(shape.block_size > 0, "block_size must be positive");
+  for (int i = 0; i < shape.num_layers; ++i) layers_[i].window = shape.windows[i];
+  frequencies_.assign(shape.frequencies, shape.frequencies + shape.head_dim / 2);
+  q_size_ = int64_t{shape.num_heads} * shape.head_dim;
+  qkv_size_ = q_size_ + int64_t{2} * shape.num_kv_heads * shape.head_dim;
+  scratch_floats_ = (scratch_floats(shape.head_dim) + 1023) / 1024 * 1024;
+  scratch_.reserve(sizeof(float) * scratch_floats_ * threads_.size());
+}
+
+void Network::set_linear(int layer, int which, int num_parts, const void* const* weights, const int64_t* rows, const float* const* biases) {
+  require(which == BATON_HEAD || (layer >= 0 && layer < shape_.num_layers), "no such layer");
+  PackedLinear* to = &head_;
+  int64_t num_in = shape_.hidden_size, num_out = shape_.hidden_size;
+  switch (which) {
+    case BATON_QKV: to = &layers_[layer].qkv, num_out = qkv_size_; break;
+    case BATON_OUTPUT: to = &layers_[layer].output, num_in = q_size_; break;
+    case BATON_GATE_UP: to = &layers_[layer].gate_up, num_out = 2 * int64_t{shape_.intermediate_size}; break;
+    case BATON_DOWN: to = &layers_[layer].down, num_in = shape_.intermediate_size; break;
+    case BATON_HEAD: num_out = shape_.vocab_size; break;
+    default: require(false, "no such linear");
+  }
+  pack(to, path_, threads_, num_parts, weights, rows, biases, num_in, which == BATON_GATE_UP);
+  require(to->num_out == num_out, "a linear has another number of outputs than the shape says");
+}
+
+void Network::set_norm(int layer, int which, const float* weight) {
+  require(which == BATON_FINAL_NORM || (layer >= 0 && layer < shape_.num_layers), "no such layer");
+  std::vector<float>* to = &final_norm_;
+  int64_t size = shape_.hidden_size;
+  switch (which) {
+    case BATON_ATTENTION_NORM: to = &layers_[layer].attention_norm; break;
+    case BATON_MLP_NORM: to = &layers_[layer].mlp_norm; break;
+    case BATON_Q_NORM: to = &layers_[layer].q_norm, size = shape_.head_dim; break;
+    case BATON_K_NORM: to = &layers_[layer].k_norm, size = shape_.head_dim; break;
+    case BATON_FINAL_NORM: break;
+    default: require(false, "no such norm");
+  }
+  to->assign(weight, weight + size);
+}
+
+int64_t Network::bytes() const {
+  int64_t bytes = head_.memory.bytes();
+  for (const Layer& layer : layers_)
+    for (const PackedLinear* linear : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) bytes += linear->memory.bytes();
+  return bytes;
+}
+
+template <typename Body>
+void Network::each_row(int64_t num_rows, const Body& body) {
+  if (num_rows <= kRowsInline)
+    for (int64_t row = 0; row < num_rows; ++row) body(0, row);
+  else
+    threads_.each(num_rows, body);
+}
+
+// Rows of the step: where each token's KV goes, its angles; and the attention items.
+void Network::lay_out(const BatonStep& step) {
+  require(embedding_ && pool_, "a network needs an embedding and a pool");
+  const int group_tokens = std::max(1, kTileRows / (shape_.num_heads / shape_.num_kv_heads));
+  slots_.clear(), positions_.clear(), last_rows_.clear(), items_.clear();
+  int64_t first_block = 0;
+  for (int64_t i = 0; i < step.num_entries; ++i) {
+    const int64_t start = step.starts[i], end = start + step.sizes[i], num_blocks = step.table_ends[i] - first_block;
+    const uint32_t* table = step.tables + first_block;
+    require(step.sizes[i] > 0 && start >= 0 && end <= num_blocks * shape_.block_size, "an entry lies outside its blocks");
+    for (int64_t block = 0; block < num_blocks; ++block) require(table[block] < num_blocks_, "a block lies outside the pool");
+    const int64_t first_row = positions_.size();
+    for (int64_t position = start; position < end; ++position) {
+      positions_.push_back(position);
+      slots_.push_back(table[position / shape_.block_size] * int64_t{shape_.block_size} + position % shape_.block_size);
+    }
+    for (int64_t at = start; at < end; at += group_tokens)
+      items_.push_back({table, first_row + at - start, at, static_cast<int>(std::min<int64_t>(group_tokens, end - at))});
+    last_rows_.push_back(first_row + end - start - 1);
+    first_block = step.table_ends[i];
+  }
+  // Long contexts first, so that the last pieces to finish are short ones.
+  std::stable_sort(items_.begin(), items_.end(), [](const AttentionItem& a, const AttentionItem& b) { return a.start + a.num_tokens > b.start + b.num_tokens; });
+}
+
+void Network::embed(const BatonStep& step, int64_t num_rows) {
+  const int64_t hidden = shape_.hidden_size, half = shape_.head_dim / 2;
+  residual_.reserve(sizeof(float) * num_rows * hidden);
+  qkv_.reserve(sizeof(float) * num_rows * qkv_size_);
+  cos_sin_.reserve(sizeof(float) * num_rows * shape_.head_dim);
+  const int64_t input_rows = std::max(num_rows, step.num_logits);  // choices of one prompt may share a row
+  normed_.reserve(4 * input_rows * words(hidden));
+  q_.reserve(4 * num_rows * words(q_size_));
+  attended_.reserve(4 * num_rows * words(q_size_));
+  gated_.reserve(4 * num_rows * words(shape_.intermediate_size));
+  for (int64_t row = 0; row < num_rows; ++row) require(step.token_ids[row] < static_cast<uint32_t>(shape_.vocab_size), "a token id lies outside the vocabulary");
+  each_row(num_rows, [&](int, int64_t row) {
+    path_.widen(residual_.as<float>() + row * hidden, embedding_ + step.token_ids[row] * hidden * value_bytes(), hidden);
+    float* cosines = cos_sin_.as<float>() + row * shape_.head_dim;
+    for (int64_t i = 0; i < half; ++i) {
+      // The angle is rounded to float32 as in the checkpoints' own code; its cosine is then exact to the last bit.
+      const double angle = static_cast<float>(positions_[row]) * frequencies_[i];
+      cosines[i] = static_cast<float>(cos(angle)) * shape_.rotary_scale;
+      cosines[half + i] = static_cast<float>(sin(angle)) * shape_.rotary_scale;
+    }
+  });
+}
+
+void Network::norm(const std::vector<float>& weight, const int64_t* rows, int64_t num_rows) {
+  const NormTask task{residual_.as<float>(), shape_.hidden_size, rows, weight.data(), shape_.norm_eps, shape_.hidden_size,
+                      normed_.as<uint32_t>(), words(shape_.hidden_size)};
+  each_row(num_rows, [&](int, int64_t row) { path_.norm(task, row); });
+}
+
+void Network::multiply(const PackedLinear& linear, const Memory& x, int64_t num_rows, After after, const Memory& y) {
+  LinearTask task{};
+  task.linear = &linear;
+  task.x = x.as<uint32_t>(), task.x_stride = linear.num_words;
+  task.num_rows = num_rows;
+  task.after = after;
+  if (after == After::kSiluMul)
+    task.next = y.as<uint32_t>(), task.next_stride = words(linear.num_out / 2);
+  else
+    task.y = y.as<float>(), task.y_stride = linear.num_out;
+  run_linear(path_, threads_, task, scratch_, scratch_floats_);
+}
+
+void Network::run_layer(int index, int64_t num_rows) {
+  const Layer& layer = layers_[index];
+  const int64_t layer_bytes = int64_t{2} * shape_.num_kv_heads * shape_.block_size * shape_.head_dim * value_bytes();
+  const int64_t block_bytes = layer_bytes * shape_.num_layers;
+  norm(layer.attention_norm, nullptr, num_rows);
+  multiply(layer.qkv, normed_, num_rows, After::kStore, qkv_);
+  const RotaryTask rotary{qkv_.as<float>(), qkv_size_, layer.q_norm.empty() ? nullptr : layer.q_norm.data(),
+                          layer.k_norm.empty() ? nullptr : layer.k_norm.data(), shape_.norm_eps, shape_.num_heads, shape_.num_kv_heads,
+                          shape_.head_dim, cos_sin_.as<float>(), q_.as<uint32_t>(), words(q_size_), slots_.data(),
+                          pool_ + index * layer_bytes, block_bytes, shape_.block_size};
+  each_row(num_rows, [&](int, int64_t row) { path_.rotary(rotary, row); });
+  const AttentionTask attention{items_.data(), q_.as<uint32_t>(), words(q_size_), pool_ + index * layer_bytes, block_bytes, shape_.block_size,
+                                shape_.num_heads, shape_.num_kv_heads, shape_.head_dim, layer.window, 1.0f / sqrtf(static_cast<float>(shape_.head_dim)),
+                                attended_.as<uint32_t>(), words(q_size_)};
+  const int64_t kv_heads = shape_.num_kv_heads;
+  threads_.each(items_.size() * kv_heads, [&](int thread, int64_t i) {
+    path_.attention(attention, i / kv_heads, static_cast<int>(i % kv_heads), scratch_.as<float>() + thread * scratch_floats_);
+  });
+  multiply(layer.output, attended_, num_rows, After::kAdd, residual_);
+  norm(layer.mlp_norm, nullptr, num_rows);
+  multiply(layer.gate_up, normed_, num_rows, After::kSiluMul, gated_);
+  multiply(layer.down, gated_, num_rows, After::kAdd, residual_);
+}
+
+void Network::finish(const BatonStep& step) {
+  std::vector<int64_t> rows(step.num_logits);
+  for (int64_t i = 0; i < step.num_logits; ++i) {
+    require(step.logit_entries[i] >= 0 && step.logit_entries[i] < step.num_entries, "logits of an entry that is not there");
+    rows[i] = last_rows_[step.logit_entries[i]];
+  }
+  norm(final_norm_, rows.data(), step.num_logits);
+  LinearTask task{};
+  task.linear = &head_;
+  task.x = normed_.as<uint32_t>(), task.x_stride = head_.num_words;
+  task.num_rows = step.num_logits;
+  task.after = After::kStore;
+  task.y = step.logits, task.y_stride = shape_.vocab_size;
+  run_linear(path_, threads_, task, scratch_, scratch_floats_);
+  if (step.greedy)
+    threads_.each(step.num_logits, [&](int, int64_t i) { step.greedy[i] = path_.greedy(step.logits + i * shape_.vocab_size, shape_.vocab_size); });
+}
+
+void Network::forward(const BatonStep& step) {
+  lay_out(step);
+  const int64_t num_rows = positions_.size();
+  embed(step, num_rows);
+  for (int layer = 0; layer < shape_.num_layers; ++layer) run_layer(layer, num_rows);
+  if (step.num_logits) finish(step);
+}
+
+}  // namespace baton

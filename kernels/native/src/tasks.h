@@ -1,0 +1,114 @@
+// What one instruction path offers, and the records its functions read. Structs only: a function here would be compiled
+// once a path, and the linker could keep the copy that needs AVX-512.
+#pragma once
+#include <stdint.h>
+
+namespace baton {
+
+constexpr int kPanel = 64;     // output features that lie side by side in packed weights
+constexpr int kKeyTile = 64;   // keys attended together; tiles start at multiples of it
+constexpr int kRowSlice = 192; // rows of a linear computed by one thread at a time
+constexpr int kTileRows = 48;  // rows (tokens x heads of a group) of one attention item
+constexpr int kKSlice = 2048;  // words of a panel passed over at once, so that it stays in the second-level cache
+
+// A *word* is 32 bits along the inputs: one float, or two neighbouring bfloat16. Packed weights of `num_out` x `num_in`:
+//     [panel][word of the inputs][64 outputs]
+// which is also how a tile of keys is laid out (outputs: keys) and a tile of values (inputs: keys, outputs: dims).
+struct Linear {
+  uint32_t* words = nullptr;
+  float* bias = nullptr;  // [num_panels * 64] or null
+  int64_t num_words = 0;  // of one output
+  int64_t num_panels = 0;
+  int64_t num_out = 0;
+};
+
+enum class After { kStore, kAdd, kSiluMul };  // what becomes of a product: y =, y +=, next input = silu(left half) * right half
+
+struct LinearTask {
+  const Linear* linear;
+  const uint32_t* x;  // rows of words
+  int64_t x_stride;   // in words
+  int64_t num_rows;
+  After after;
+  float* y;  // kStore, kAdd
+  int64_t y_stride;
+  uint32_t* next;  // kSiluMul: rows of words
+  int64_t next_stride;
+};
+
+struct NormTask {
+  const float* x;
+  int64_t x_stride;
+  const int64_t* rows;  // null: row i is row i of x
+  const float* weight;
+  float eps;
+  int64_t size;
+  uint32_t* y;  // rows of words
+  int64_t y_stride;
+};
+
+struct RotaryTask {
+  float* qkv;  // [rows][(num_heads + 2 num_kv_heads) * head_dim]
+  int64_t qkv_stride;
+  const float* q_norm;  // null: none
+  const float* k_norm;
+  float eps;
+  int num_heads, num_kv_heads, head_dim;
+  const float* cos_sin;  // [rows][head_dim]: cosines, then sines
+  uint32_t* q;           // rows of words
+  int64_t q_stride;
+  const int64_t* slots;  // of each row: block * block_size + offset
+  char* kv;              // this layer of block 0
+  int64_t block_bytes;   // from one block to the next
+  int64_t block_size;    // tokens
+};
+
+struct AttentionItem {  // some consecutive tokens of one sequence
+  const uint32_t* table;
+  int64_t first_row;
+  int64_t start;  // position of first_row
+  int num_tokens;
+};
+
+struct AttentionTask {
+  const AttentionItem* items;
+  const uint32_t* q;
+  int64_t q_stride;
+  const char* kv;
+  int64_t block_bytes, block_size;
+  int num_heads, num_kv_heads, head_dim;
+  int64_t window;  // 0: none
+  float scale;
+  uint32_t* out;  // rows of words
+  int64_t out_stride;
+};
+
+struct Path {
+  const char* name;
+  bool is_bf16;
+  // rows[64]: the outputs of one panel, null where there is none
+  void (*pack_panel)(uint32_t* panel, const void* const* rows, int64_t num_in);
+  void (*linear)(const LinearTask&, int64_t panel, int64_t first_row, int64_t num_rows, float* scratch);
+  void (*norm)(const NormTask&, int64_t row);
+  void (*rotary)(const RotaryTask&, int64_t row);
+  void (*attention)(const AttentionTask&, int64_t item, int kv_head, float* scratch);
+  void (*widen)(float* y, const void* x, int64_t size);
+  void (*silu_mul)(const float* gate, const float* up, uint32_t* y, int64_t size);
+  // Index of the first of the greatest; -1: not all are finite.
+  int64_t (*greedy)(const float* x, int64_t size);
+  float (*peak)(int64_t num_rounds);  // multiply-adds from the first-level cache, for measuring
+};
+
+constexpr int64_t kPeakWords = 64;  // `peak` does num_rounds * kPeakWords * 6 * 64 word products
+
+// Floats one thread needs: result tiles of a linear, or keys, values, scores, weights and sums of an attention item.
+constexpr int64_t scratch_floats(int64_t head_dim) {
+  return kRowSlice * kPanel + (head_dim + kKeyTile * 4 + 64) * kPanel * 2 + kTileRows * (kKeyTile * 2 + head_dim + 192);
+}
+
+const Path* path_avx512_bf16(bool bf16);
+const Path* path_avx512(bool bf16);
+const Path* path_avx2(bool bf16);
+const Path* path_portable(bool bf16);
+
+}  // namespace baton
