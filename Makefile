@@ -1,4 +1,5 @@
 # install: an environment with everything     serve: the demo model behind http://127.0.0.1:8000
+# native:  compile the kernels in kernels/native into the tree (the install does it too)
 # test:    everything but the slow tests      test-slow: the rest      check: lint, types, import contracts
 #
 # VENV names the environment (default: the active one, else .venv), TORCH=cpu|cuda|keep the build of torch,
@@ -16,7 +17,7 @@ INSTALLED := $(VENV)/.baton-installed
 SUITES := $(wildcard tests/unit tests/property tests/golden tests/conformance tests/kernels tests/simulation tests/cluster)
 SINGLE_TESTS := $(wildcard tests/test_*.py)
 
-.PHONY: install serve test test-slow check clean
+.PHONY: install native native-sanitized serve test test-slow check clean
 
 install:
 	$(PYTHON) deploy/install.py --venv $(VENV) --torch $(TORCH) --extras "$(EXTRAS)"
@@ -24,6 +25,16 @@ install:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(MAKE) install
+
+native:
+	$(BIN)/python -m kernels.native.build
+
+# The kernels' own tests under AddressSanitizer and UndefinedBehaviorSanitizer; the library in the tree is built anew afterwards.
+native-sanitized:
+	$(BIN)/python -m kernels.native.build --sanitize
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest $(wildcard tests/kernels/test_native_*.py) $(ARGS)
+	$(BIN)/python -m kernels.native.build
 
 serve: $(INSTALLED)
 	$(BIN)/baton serve $(ARGS)

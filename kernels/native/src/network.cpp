@@ -85,10 +85,10 @@ void run_linear(const Path& path, Threads& threads, const LinearTask& task, cons
 
 Network::Network(const BatonShape& shape, const char* path)
     : shape_(shape), path_(find_path(path, shape.is_bf16)), threads_(shape.num_threads), layers_(shape.num_layers) {
-  require(shape.head_dim > 0 && shape.head_dim % 2 == 0 && shape.head_dim <= 512, "head_dim must be even and at most 512");
+  require(shape.head_dim > 0 && shape.head_dim % 2 == 0 && shape.head_dim <= kMaxHeadDim, "head_dim must be even and at most 512");
   require(shape.num_heads % shape.num_kv_heads == 0, "heads must be a multiple of KV heads");
   require(shape.num_heads / shape.num_kv_heads <= kTileRows, "at most 48 heads share one KV head");
-  require(shape.block_size > 0, "block_size must be positive");
+  require(shape.block_size > 0 && shape.block_size % kRun == 0, "block_size must be a multiple of 16");
   for (int i = 0; i < shape.num_layers; ++i) layers_[i].window = shape.windows[i];
   frequencies_.assign(shape.frequencies, shape.frequencies + shape.head_dim / 2);
   q_size_ = int64_t{shape.num_heads} * shape.head_dim;

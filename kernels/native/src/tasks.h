@@ -7,6 +7,8 @@ namespace baton {
 
 constexpr int kPanel = 64;     // output features that lie side by side in packed weights
 constexpr int kKeyTile = 64;   // keys attended together; tiles start at multiples of it
+constexpr int kRun = 16;         // the block size is a multiple of it
+constexpr int kMaxHeadDim = 512;
 constexpr int kRowSlice = 192; // rows of a linear computed by one thread at a time
 constexpr int kTileRows = 48;  // rows (tokens x heads of a group) of one attention item
 constexpr int kKSlice = 2048;  // words of a panel passed over at once, so that it stays in the second-level cache
