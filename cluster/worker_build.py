@@ -77,6 +77,7 @@ def build_worker(spec: WorkerSpec) -> WorkerHost:
         secret=spec.secret,
         directory_host=spec.directory_host,
         directory_port=spec.directory_port,
+        notes=(plan.kernels.note,) if plan.kernels.note and spec.config.workers.executor == "torch" else (),
     )
 
 

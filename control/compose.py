@@ -18,6 +18,7 @@ from engine.models.config import ModelConfig, load_model_config
 from engine.models.memory import memory_plan
 from engine.runner.config import RunnerConfig
 from engine.step_time import LinearStepTime, StepTimeModel
+from kernels.native.library import ChosenKernels, choose_kernels
 from kernels.numerics import Numerics
 from prefill_workers.policy import ChunkedPrefill
 from protocol.errors import ConfigError
@@ -25,6 +26,7 @@ from protocol.kv import KVLayout, ModelFingerprint
 from protocol.worker import Role, WorkerId
 
 MEMORY_SHARE = 0.8  # of what is free now; the rest is for the other processes of a run, and for those of others
+TORCH = ChosenKernels(name="torch")
 KEPT_TOKENS_PER_SEQUENCE = 4096  # a pool of our choosing holds this much for each of max_num_seqs, and no more
 
 
@@ -41,6 +43,7 @@ class WorkerPlan:
     prefill: PrefillPolicy
     decode: DecodePolicy
     runner: RunnerConfig
+    kernels: ChosenKernels  # of this machine
     step_time: StepTimeModel | None  # None: fitted to the steps seen
 
 
@@ -54,14 +57,22 @@ def compose_worker(config: ClusterConfig, model_dir: Path, *, memory_bytes: int 
     """
     numerics = numerics_of(config, load_model_config(model_dir, dtype=config.model.dtype).dtype)
     model = load_model_config(model_dir, dtype=config.model.dtype, numerics=numerics)
-    told = fingerprint_of(open_checkpoint(model_dir, model), model, numerics)
-    return plan_worker(config, model, fingerprint=told, memory_bytes=memory_bytes)
+    kernels = choose_kernels(config.model.kernels, dtype=model.dtype)
+    told = fingerprint_of(open_checkpoint(model_dir, model), model, numerics, kernels.bits)
+    return plan_worker(config, model, fingerprint=told, kernels=kernels, memory_bytes=memory_bytes)
 
 
-def plan_worker(config: ClusterConfig, model: ModelConfig, *, fingerprint: ModelFingerprint, memory_bytes: int | None = None) -> WorkerPlan:
+def plan_worker(
+    config: ClusterConfig,
+    model: ModelConfig,
+    *,
+    fingerprint: ModelFingerprint,
+    kernels: ChosenKernels = TORCH,
+    memory_bytes: int | None = None,
+) -> WorkerPlan:
     """`compose_worker` without files."""
     layout = model.kv_layout(config.workers.block_size)
-    num_kv_blocks, max_model_len = _pool_and_length(config, model, layout, memory_bytes)
+    num_kv_blocks, max_model_len = _pool_and_length(config, model, layout, memory_bytes, is_packed=kernels.name != "torch")
     return WorkerPlan(
         model=model,
         fingerprint=fingerprint,
@@ -71,7 +82,8 @@ def plan_worker(config: ClusterConfig, model: ModelConfig, *, fingerprint: Model
         core=core_config(config),
         prefill=prefill_policy(config),
         decode=config.decode,
-        runner=runner_config(config, numerics_of(config, model.dtype)),
+        runner=runner_config(config, numerics_of(config, model.dtype), kernels),
+        kernels=kernels,
         step_time=step_time(config),
     )
 
@@ -122,8 +134,14 @@ def numerics_of(config: ClusterConfig, dtype: str) -> Numerics:
     return "reference" if is_exact else "fast"
 
 
-def runner_config(config: ClusterConfig, numerics: Numerics) -> RunnerConfig:
-    return RunnerConfig(numerics=numerics, dtype=config.model.dtype, device=config.workers.device, num_threads=config.workers.threads)
+def runner_config(config: ClusterConfig, numerics: Numerics, kernels: ChosenKernels) -> RunnerConfig:
+    return RunnerConfig(
+        numerics=numerics,
+        dtype=config.model.dtype,
+        device=config.workers.device,
+        kernels=kernels.name,
+        num_threads=config.workers.threads,
+    )
 
 
 def core_config(config: ClusterConfig) -> WorkerCoreConfig:
@@ -174,7 +192,9 @@ def step_time(config: ClusterConfig) -> StepTimeModel | None:
 # --- how many blocks, how long a sequence -----------------------------------------------------------------------------
 
 
-def _pool_and_length(config: ClusterConfig, model: ModelConfig, layout: KVLayout, memory_bytes: int | None) -> tuple[int, int]:
+def _pool_and_length(
+    config: ClusterConfig, model: ModelConfig, layout: KVLayout, memory_bytes: int | None, *, is_packed: bool
+) -> tuple[int, int]:
     """(blocks of one worker, most tokens of one sequence); what the user did not say follows from the model and the memory."""
     asked_len, size = config.model.max_model_len, layout.block_size_tokens
     if asked_len is not None and asked_len > model.max_model_len:
@@ -190,13 +210,13 @@ def _pool_and_length(config: ClusterConfig, model: ModelConfig, layout: KVLayout
             )
         length = asked_len or min(model.max_model_len, blocks * size)
     else:
-        most = None if memory_bytes is None else _blocks_that_fit(config, model, memory_bytes, asked_len or size, None)
+        most = None if memory_bytes is None else _blocks_that_fit(config, model, memory_bytes, asked_len or size, None, is_packed=is_packed)
         length = asked_len or min(model.max_model_len, model.max_model_len if most is None else most * size)
         kept = config.workers.max_num_seqs * div_ceil(min(length, KEPT_TOKENS_PER_SEQUENCE), size)
         wanted = max(kept, div_ceil(length, size))
         blocks = wanted if most is None else min(wanted, most)
     if memory_bytes is not None:
-        _blocks_that_fit(config, model, memory_bytes, length, blocks)
+        _blocks_that_fit(config, model, memory_bytes, length, blocks, is_packed=is_packed)
     return blocks, length
 
 
@@ -213,7 +233,7 @@ def _asked_blocks(config: ClusterConfig, layout: KVLayout) -> int | None:
     return blocks
 
 
-def _blocks_that_fit(config: ClusterConfig, model: ModelConfig, memory_bytes: int, length: int, blocks: int | None) -> int:
+def _blocks_that_fit(config: ClusterConfig, model: ModelConfig, memory_bytes: int, length: int, blocks: int | None, *, is_packed: bool) -> int:
     plan = memory_plan(
         model,
         memory_bytes=int(MEMORY_SHARE * memory_bytes),
@@ -221,6 +241,7 @@ def _blocks_that_fit(config: ClusterConfig, model: ModelConfig, memory_bytes: in
         block_size_tokens=config.workers.block_size,
         max_model_len=length,
         num_blocks=blocks,
+        is_packed=is_packed,
     )
     return plan.num_blocks
 

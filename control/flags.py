@@ -83,6 +83,7 @@ FLAGS: tuple[Flag, ...] = (
     _row("Model", "--dtype", "model.dtype", "Numbers of weights, activations and KV cache."),
     _row("Model", "--max-model-len", "model.max_model_len", "Most tokens of prompt and output together."),
     _row("Model", "--numerics", "model.numerics", "reference: bit-identical however requests are batched and split; fast: quicker."),
+    _row("Model", "--kernels", "model.kernels", "Instructions of the CPU kernels, or torch; auto: the best each machine has."),
     _row("Endpoint", "--host", "http.host", "Address to listen on."),
     _row("Endpoint", "--port", "http.port", "Port to listen on; 0 takes a free one."),
     _row("Endpoint", "--api-key", "gateway.api_keys", "Ask clients for this key; several are separated by commas.", _api_keys),

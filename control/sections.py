@@ -33,6 +33,7 @@ class ModelSection:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the checkpoint's own; float32 where numerics are reference
     max_model_len: int | None = limited(None, minimum=1)  # prompt + output tokens; None: what the checkpoint allows and memory holds
     numerics: Literal["auto", "reference", "fast"] = "auto"  # auto: reference where a CPU serves float32, else fast
+    kernels: Literal["auto", "torch", "avx512_bf16", "avx512", "avx2", "portable"] = "auto"  # auto: the best each machine has
 
     def __post_init__(self) -> None:
         check_limits(self)

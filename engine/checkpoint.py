@@ -76,11 +76,14 @@ def open_checkpoint(model_dir: Path, config: ModelConfig) -> Checkpoint:
     return Checkpoint(model_dir=model_dir, tensors={name: found[name] for name in expected})
 
 
-def fingerprint(checkpoint: Checkpoint, config: ModelConfig, numerics: Numerics) -> ModelFingerprint:
+def fingerprint(checkpoint: Checkpoint, config: ModelConfig, numerics: Numerics, kernel_bits: str = "torch") -> ModelFingerprint:
     """What two workers compare before they exchange KV.
 
     `weights` covers name, dtype and shape of every tensor and 3 x 64 of its bytes, whichever files they are spread over, so
     a fine-tune of one shape differs; it does not prove that every byte is equal.
+
+    kernel_bits: who computes, as far as it decides about bits (ChosenKernels.bits). Counts in reference numerics, whose tokens
+    are equal only where all workers of a cluster have the same; fast numerics promise no bits and mix.
     """
     weights = hashlib.blake2b(digest_size=16)
     files = {path: path.open("rb") for path in {place.path for place in checkpoint.tensors.values()}}
@@ -100,7 +103,7 @@ def fingerprint(checkpoint: Checkpoint, config: ModelConfig, numerics: Numerics)
         rope=hashlib.blake2b(repr(config.rope).encode(), digest_size=16).hexdigest(),
         dtype=config.dtype,
         quantization="",
-        numerics=numerics,
+        numerics=numerics if numerics == "fast" else f"{numerics}/{kernel_bits}",
     )
 
 

@@ -159,6 +159,7 @@ class _Live(Collector):
         unaccounted = GaugeMetricFamily("baton_kv_blocks_unaccounted", "Blocks that break the conservation law", labels=("worker",))
         steps = CounterMetricFamily("baton_worker_steps", "Steps made", labels=("worker",))
         counters = CounterMetricFamily("baton_worker_events", "What a worker counts", labels=("worker", "counter"))
+        notes = GaugeMetricFamily("baton_worker_notes", "Fallbacks in force on a worker, such as torch kernels", labels=("worker",))
         for s in self._snapshots():
             engine = (self._model_name, s.worker_id)
             running.add_metric(engine, s.num_running)
@@ -171,9 +172,10 @@ class _Live(Collector):
                     blocks.add_metric((s.worker_id, kind), count)
             unaccounted.add_metric((s.worker_id,), s.num_blocks_unaccounted)
             steps.add_metric((s.worker_id,), s.step_count)
+            notes.add_metric((s.worker_id,), len(s.notes))
             for name, total in sorted(s.counters.items()):
                 counters.add_metric((s.worker_id, name), total)
-        yield from (running, waiting, usage, preemptions, blocks, unaccounted, steps, counters)
+        yield from (running, waiting, usage, preemptions, blocks, unaccounted, steps, counters, notes)
 
 
 def kv_blocks(snapshot: WorkerSnapshot) -> dict[str, int]:

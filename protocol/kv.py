@@ -79,7 +79,7 @@ class ModelFingerprint:
     rope: str
     dtype: str
     quantization: str
-    numerics: str  # "reference" | "fast"
+    numerics: str  # "fast", or "reference/" and whose bits they are: "fused", "portable", "torch"
 
     @property
     def digest(self) -> bytes:

@@ -49,11 +49,12 @@ def memory_plan(
     block_size_tokens: int,
     max_model_len: int,
     num_blocks: int | None = None,
+    is_packed: bool = False,
 ) -> MemoryPlan:
     """How `num_workers` workers share `memory_bytes` of one machine.
 
-    Weights served in the checkpoint's own dtype are mapped from the file, one copy a machine; others are converted, one
-    copy a worker. `num_blocks` per worker; None: all that fit, at least one sequence of `max_model_len` tokens.
+    Weights that torch serves in the checkpoint's own dtype are mapped from the file, one copy a machine; others are converted, and
+    those of the native kernels packed (`is_packed`), one copy a worker. `num_blocks` per worker; None: all that fit, at least one sequence of `max_model_len` tokens.
 
     Raises:
         ModelDoesNotFit: the least pool, or the one asked for, does not fit; the text shows the sum and what to change.
@@ -61,7 +62,7 @@ def memory_plan(
     least_blocks = -(-max_model_len // block_size_tokens)  # rounds up
     asked = MemoryPlan(
         weights_bytes=weights_size_bytes(config),
-        num_weight_copies=1 if config.dtype == config.checkpoint_dtype else num_workers,
+        num_weight_copies=1 if config.dtype == config.checkpoint_dtype and not is_packed else num_workers,
         num_workers=num_workers,
         process_bytes=PROCESS_BYTES,
         block_bytes=config.kv_layout(block_size_tokens).block_bytes,

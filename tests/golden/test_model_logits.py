@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 from engine.demo import make_demo_model  # noqa: E402
 from tests.checkpoints import LLAMA3_ROPE  # noqa: E402
+from tests.native_paths import PATHS  # noqa: E402
 from tests.torch_driver import TorchDriver  # noqa: E402
 
 pytestmark = pytest.mark.golden
@@ -63,14 +64,14 @@ def oracle_logits(model_dir: Path, tokens: list[int]) -> Any:
         return model(torch.tensor([tokens])).logits[0]
 
 
-@pytest.mark.parametrize("numerics", ["reference", "fast"])
+@pytest.mark.parametrize(("numerics", "kernels"), [("reference", "torch"), ("fast", "torch"), *(("reference", path) for path in PATHS)])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_greedy_tokens_equal_transformers(case: str, numerics: str, tiny_checkpoint: Callable[..., Path]) -> None:
+def test_logits_and_greedy_tokens_equal_transformers(case: str, numerics: str, kernels: str, tiny_checkpoint: Callable[..., Path]) -> None:
     arch, overrides = CASES[case]
     model_dir = tiny_checkpoint(arch, **overrides)
     rng = random.Random(case)
     prompts = [[rng.randrange(3, 512) for _ in range(num_tokens)] for num_tokens in (1, 150)]
-    with TorchDriver(model_dir, numerics=numerics, block_size=32) as driver:
+    with TorchDriver(model_dir, numerics=numerics, kernels=kernels, block_size=32) as driver:
         outputs = driver.generate(prompts, NUM_GREEDY, chunk=37)
         logits = [torch.stack(driver.logits[i]) for i in range(len(prompts))]
     for prompt, output, ours in zip(prompts, outputs, logits, strict=True):
@@ -79,13 +80,14 @@ def test_logits_and_greedy_tokens_equal_transformers(case: str, numerics: str, t
         assert output == theirs.argmax(-1).tolist()
 
 
-def test_bfloat16_stays_near_float32(tiny_checkpoint: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("kernels", ["torch", *PATHS])
+def test_bfloat16_stays_near_float32(kernels: str, tiny_checkpoint: Callable[..., Path]) -> None:
     """A bf16 checkpoint served as bf16 and as float32: the same prompt, logits apart by rounding alone (8 bits of mantissa)."""
     model_dir = tiny_checkpoint("llama", dtype="bfloat16", num_hidden_layers=2)
     prompt = [random.Random(0).randrange(3, 512) for _ in range(70)]
     logits = {}
     for dtype in ("bfloat16", "float32"):
-        with TorchDriver(model_dir, numerics="fast", dtype=dtype) as driver:
+        with TorchDriver(model_dir, numerics="fast", dtype=dtype, kernels=kernels) as driver:
             driver.generate([prompt], 1, chunk=33)
             logits[dtype] = driver.logits[0][0]
     theirs = oracle_logits(model_dir, prompt)[-1]

@@ -1,4 +1,6 @@
-"""Reference numerics: a sequence's logits have the same bits however it was computed.
+"""Reference numerics: a sequence's logits have the same bits however it was computed, by torch and on every path of the native kernels.
+
+The native kernels promise it of bfloat16 too.
 
 How: the truth is each sequence alone, its prompt in one step, then token by token, on blocks of 16. Against it stand random
 schedules of the real TorchExecutor: batches of 1 to 20, prompts cut into random chunks, some of the output recomputed as if it
@@ -18,6 +20,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from tests.native_paths import PATHS  # noqa: E402
 from tests.torch_driver import GREEDY, TorchDriver  # noqa: E402
 
 NUM_SEQUENCES = 20
@@ -27,6 +30,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "odd sizes": ("llama", {"hidden_size": 60, "intermediate_size": 99, "head_dim": 18, "num_key_value_heads": 1, "vocab_size": 515}),
     "windows and biases": ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
     "norms on heads": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+}
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "torch": {"kernels": "torch"},
+    **{path: {"kernels": path} for path in PATHS},
+    **{f"{path} bfloat16": {"kernels": path, "numerics": "fast", "dtype": "bfloat16"} for path in PATHS},
 }
 
 
@@ -41,11 +51,16 @@ def model_dir(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Pat
     return tiny_checkpoint(arch, num_hidden_layers=2, **overrides)
 
 
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return ENGINES[request.param]
+
+
 @pytest.fixture(scope="module")
-def truth(model_dir: Path) -> tuple[list[list[int]], list[Any]]:
+def truth(model_dir: Path, engine: dict[str, Any]) -> tuple[list[list[int]], list[Any]]:
     """Per sequence its output tokens, and its logits [NUM_OUTPUT, vocab_size]."""
     outputs, logits = [], []
-    with TorchDriver(model_dir) as driver:
+    with TorchDriver(model_dir, **engine) as driver:
         for i, prompt in enumerate(make_prompts(0)):
             driver.step(starts=[driver.start(i, prompt, **GREEDY)])
             output: list[int] = []
@@ -62,7 +77,9 @@ def truth(model_dir: Path) -> tuple[list[list[int]], list[Any]]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_logits_do_not_depend_on_the_schedule(seed: int, model_dir: Path, truth: tuple[list[list[int]], list[Any]]) -> None:
+def test_logits_do_not_depend_on_the_schedule(
+    seed: int, model_dir: Path, engine: dict[str, Any], truth: tuple[list[list[int]], list[Any]]
+) -> None:
     rng = random.Random(seed)
     prompts, (outputs, logits) = make_prompts(0), truth
     max_batch, chunk_max = rng.choice([1, 5]) if seed else NUM_SEQUENCES, rng.choice([7, 16, 40, 100])
@@ -70,7 +87,7 @@ def test_logits_do_not_depend_on_the_schedule(seed: int, model_dir: Path, truth:
     running: dict[int, int] = {}  # sequence -> computed tokens
     known = [len(prompt) for prompt in prompts]
     seen: list[list[int]] = [[] for _ in prompts]
-    with TorchDriver(model_dir, block_size=rng.choice([16, 32, 48])) as driver:
+    with TorchDriver(model_dir, block_size=rng.choice([16, 32, 48]), **engine) as driver:
         while waiting or running:
             starts, ended, entries, samples = [], [], [], []
             for i in [i for i in running if len(seen[i]) == NUM_OUTPUT]:
