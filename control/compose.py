@@ -233,7 +233,9 @@ def _asked_blocks(config: ClusterConfig, layout: KVLayout) -> int | None:
     return blocks
 
 
-def _blocks_that_fit(config: ClusterConfig, model: ModelConfig, memory_bytes: int, length: int, blocks: int | None, *, is_packed: bool) -> int:
+def _blocks_that_fit(
+    config: ClusterConfig, model: ModelConfig, memory_bytes: int, length: int, blocks: int | None, *, is_packed: bool
+) -> int:
     plan = memory_plan(
         model,
         memory_bytes=int(MEMORY_SHARE * memory_bytes),

@@ -37,7 +37,9 @@ class TorchDriver:
         torch.set_num_threads(1)  # the oracle beside it too: on two shared cores threads wait for each other
         model = load_model_config(model_dir, dtype=dtype, numerics=numerics)
         self.pool = PoolMemory.create(model.kv_layout(block_size), num_blocks)
-        self.executor = TorchExecutor(model_dir, RunnerConfig(numerics=numerics, dtype=dtype, kernels=kernels, num_threads=num_threads), self.pool.region)
+        self.executor = TorchExecutor(
+            model_dir, RunnerConfig(numerics=numerics, dtype=dtype, kernels=kernels, num_threads=num_threads), self.pool.region
+        )
         self.block_size = block_size
         self.tables: dict[int, array[int]] = {}
         self.logits: dict[int, list[Any]] = {}  # per sequence, one row a sample

@@ -54,7 +54,8 @@ def memory_plan(
     """How `num_workers` workers share `memory_bytes` of one machine.
 
     Weights that torch serves in the checkpoint's own dtype are mapped from the file, one copy a machine; others are converted, and
-    those of the native kernels packed (`is_packed`), one copy a worker. `num_blocks` per worker; None: all that fit, at least one sequence of `max_model_len` tokens.
+    those of the native kernels packed (`is_packed`), one copy a worker. `num_blocks` per worker; None: all that fit, at least one
+    sequence of `max_model_len` tokens.
 
     Raises:
         ModelDoesNotFit: the least pool, or the one asked for, does not fit; the text shows the sum and what to change.

@@ -15,8 +15,8 @@ from engine.models.decoder import Decoder, build_decoder
 from engine.models.rope import RotaryFrequencies
 from engine.runner.config import RunnerConfig
 from engine.runner.inputs import make_inputs
-from engine.runner.native_runner import NativeRunner, build_native_runner
 from engine.runner.kv_pool import KVPool
+from engine.runner.native_runner import NativeRunner, build_native_runner
 from engine.runner.step_logits import StepLogits, with_most_likely
 from engine.runner.weights import TORCH_DTYPES, load_weights
 from kernels.linear.reference import depends_on_place
@@ -39,7 +39,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, entries: Sequence[PlanEntry], tokens: Sequence[array[int]], sampled_entries: Sequence[int]) -> StepLogits:
-        """Compute KV of every entry; `tokens[i]` are the ids entry i computes. Logits are those after the last token of the entries named."""
+        """Compute KV of every entry; `tokens[i]` are the ids entry i computes.
+
+        Gives the logits after the last token of the entries named.
+        """
         inputs = make_inputs(
             entries,
             tokens,

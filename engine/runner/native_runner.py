@@ -28,7 +28,10 @@ class NativeRunner:
         self._network = network
 
     def forward(self, entries: Sequence[PlanEntry], tokens: Sequence[array[int]], sampled_entries: Sequence[int]) -> StepLogits:
-        """Compute KV of every entry; `tokens[i]` are the ids entry i computes. Logits are those after the last token of the entries named."""
+        """Compute KV of every entry; `tokens[i]` are the ids entry i computes.
+
+        Gives the logits after the last token of the entries named.
+        """
         step = step_arrays([e.start for e in entries], tokens, [e.block_table for e in entries], sampled_entries)
         logits, most_likely = self._network.forward(step)
         return StepLogits(logits=logits, most_likely=most_likely)

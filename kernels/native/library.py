@@ -52,7 +52,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # name: what it returns, what it ta
     "baton_rms_norm": (c_int, c_char_p, c_int, POINTER, POINTER, c_int64, c_int64, c_float, POINTER),
     "baton_silu_mul": (c_int, c_char_p, c_int, POINTER, POINTER, c_int64, POINTER),
     "baton_rotary": (
-        c_int, c_char_p, c_int, POINTER, c_int64, c_int, c_int, c_int, POINTER, POINTER, POINTER, c_float, POINTER, c_int64, POINTER, POINTER,
+        c_int, c_char_p, c_int, POINTER, c_int64, c_int, c_int, c_int, POINTER, POINTER, POINTER, c_float,
+        POINTER, c_int64, POINTER, POINTER,
     ),
     "baton_attention": (
         c_int, c_char_p, c_int, POINTER, c_int, c_int, c_int, POINTER, c_int64, POINTER, c_int64, c_int64, c_int64, c_float, POINTER,
@@ -89,7 +90,11 @@ def load_library(path: Path = LIBRARY) -> NativeLibrary | str:
             function = getattr(calls, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        return "the native kernels are not built (`make native`, which needs g++)" if not path.exists() else f"the native kernels cannot be loaded ({error})"
+        return (
+            "the native kernels are not built (`make native`, which needs g++)"
+            if not path.exists()
+            else f"the native kernels cannot be loaded ({error})"
+        )
     return NativeLibrary(calls=calls, paths=tuple(calls.baton_paths().decode().split(",")))
 
 

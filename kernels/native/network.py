@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.native.library import NativeLibrary, Shape, Step, load_library
-from kernels.native.library import NativeError as NativeError
+from kernels.native.library import NativeError, NativeLibrary, Shape, Step, load_library
 
 QKV, OUTPUT, GATE_UP, DOWN, HEAD = range(5)
 ATTENTION_NORM, MLP_NORM, Q_NORM, K_NORM, FINAL_NORM = range(5)
@@ -170,3 +169,9 @@ def step_arrays(
 
 def _joined(arrays: Sequence[array[int]]) -> npt.NDArray[np.uint32]:
     return np.frombuffer(b"".join(arrays), dtype=np.uint32)
+
+
+__all__ = [
+    "ATTENTION_NORM", "DOWN", "FINAL_NORM", "GATE_UP", "HEAD", "K_NORM", "MLP_NORM", "NO_LAYER", "OUTPUT", "QKV", "Q_NORM",
+    "NativeError", "NativeNetwork", "NetworkShape", "StepArrays", "step_arrays",
+]  # fmt: skip

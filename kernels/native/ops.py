@@ -23,9 +23,7 @@ class NativeOps:
         x, weight = x.contiguous(), weight.contiguous()
         y = torch.empty((x.shape[0], weight.shape[0]))
         bias_at = None if bias is None else bias.contiguous().data_ptr()
-        self._call(
-            "linear", self._is_bf16, num_threads, x.data_ptr(), *x.shape, weight.data_ptr(), weight.shape[0], bias_at, y.data_ptr()
-        )
+        self._call("linear", self._is_bf16, num_threads, x.data_ptr(), *x.shape, weight.data_ptr(), weight.shape[0], bias_at, y.data_ptr())
         return y
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -47,7 +47,14 @@ def test_nothing_given_is_the_defaults() -> None:
 def test_every_flag_and_its_variable_set_the_key_they_name() -> None:
     """Seen to fail with two rows of the table pointing at one key."""
     samples: dict[Any, Any] = {bool: False, int: 48, int | None: 48, str: "x", str | None: "x"}
-    special = {"--dtype": "float32", "--numerics": "fast", "--device": "cpu", "--executor": "paced", "--kv-transport": "tcp"}
+    special = {
+        "--dtype": "float32",
+        "--numerics": "fast",
+        "--device": "cpu",
+        "--kernels": "avx2",
+        "--executor": "paced",
+        "--kv-transport": "tcp",
+    }
     paths = [flag.path for flag in (MODEL, *FLAGS)]
     assert len(set(paths)) == len(paths)
     for flag in (MODEL, *FLAGS):

@@ -36,9 +36,9 @@ def model_dir(tiny_checkpoint: Callable[..., Path]) -> Path:
     return tiny_checkpoint("llama", num_hidden_layers=2)
 
 
-@pytest.fixture
-def driver(model_dir: Path) -> Iterator[TorchDriver]:
-    with TorchDriver(model_dir) as driver:
+@pytest.fixture(params=["torch", "auto"])
+def driver(model_dir: Path, request: pytest.FixtureRequest) -> Iterator[TorchDriver]:
+    with TorchDriver(model_dir, kernels=request.param) as driver:
         yield driver
 
 
@@ -159,7 +159,7 @@ def test_an_ended_sequence_is_forgotten_and_its_id_free(driver: TorchDriver) -> 
 
 def test_close_finishes_the_step_in_progress_drops_the_rest_and_joins(model_dir: Path) -> None:
     pool = PoolMemory.create(load_model_config(model_dir, numerics="reference").kv_layout(16), 8)
-    executor = TorchExecutor(model_dir, RunnerConfig(), pool.region)
+    executor = TorchExecutor(model_dir, RunnerConfig(kernels="torch"), pool.region)
     entered, leave = threading.Event(), threading.Event()
     done: list[int] = []
 
@@ -194,5 +194,5 @@ def test_settings_that_contradict_each_other_are_refused(model_dir: Path, monkey
     monkeypatch.setattr("engine.runner.model_runner.depends_on_place", lambda _: True)
     pool = PoolMemory.create(load_model_config(model_dir, numerics="reference").kv_layout(16), 8)
     with pytest.raises(ModelError, match="use fast numerics"):
-        TorchExecutor(model_dir, RunnerConfig(), pool.region)
+        TorchExecutor(model_dir, RunnerConfig(kernels="torch"), pool.region)
     pool.close()

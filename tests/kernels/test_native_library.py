@@ -1,0 +1,92 @@
+"""With a compiler the kernels are built, without one torch serves and says so; what was asked for by name is had or refused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import kernels.native.library as library  # noqa: E402
+from engine.runner.model_runner import ModelRunner  # noqa: E402
+from kernels.native.build import CompileFailed, build_library  # noqa: E402
+from kernels.native.library import choose_kernels, load_library  # noqa: E402
+from kernels.native.network import NativeError  # noqa: E402
+from kernels.numerics import Kernels  # noqa: E402
+from protocol.errors import ConfigError  # noqa: E402
+from tests.native_paths import PATHS  # noqa: E402
+from tests.torch_driver import TorchDriver  # noqa: E402
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(library, "load_library", lambda: load_library(tmp_path / "libbaton_native.so"))
+
+
+def test_without_a_compiler_the_build_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(CompileFailed, match="no-such-compiler is not installed; install g"):
+        build_library(tmp_path)
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(CompileFailed, match="failed"):
+        build_library(tmp_path)
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+@pytest.mark.usefixtures("no_library")
+def test_without_the_library_torch_serves_and_says_so(tiny_checkpoint: Callable[..., Path]) -> None:
+    chosen = choose_kernels(dtype="float32")
+    assert chosen.name == chosen.bits == "torch" and "not built" in chosen.note
+    with pytest.raises(ConfigError, match=r"kernels avx2 cannot be used: .* not built"):
+        choose_kernels("avx2", dtype="float32")
+    with TorchDriver(tiny_checkpoint("llama")) as driver:
+        assert isinstance(driver.executor._runner, ModelRunner)
+        assert len(driver.generate([[5, 6, 7]], 4)[0]) == 4
+
+
+def test_a_library_of_another_kind_is_not_loaded(tmp_path: Path) -> None:
+    (tmp_path / "libbaton_native.so").write_bytes(b"not a library")
+    reason = load_library(tmp_path / "libbaton_native.so")
+    assert isinstance(reason, str) and "cannot be loaded" in reason
+
+
+def test_the_best_path_is_chosen_and_others_can_be_asked_for() -> None:
+    assert choose_kernels(dtype="bfloat16").name == PATHS[0] and choose_kernels(dtype="bfloat16").note == ""
+    for path in PATHS:
+        assert choose_kernels(path, dtype="float32").name == path  # type: ignore[arg-type]
+    assert choose_kernels("torch", dtype="float32").note == "", "asked for, so nothing to tell"
+    assert "no float16" in choose_kernels(dtype="float16").note
+    unknown: Kernels = "avx10"  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="this machine has"):
+        choose_kernels(unknown, dtype="float32")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_threads_change_no_bit(path: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    """Chunked prompts and a decode batch on 1 and 3 threads. Seen to fail with the output linear storing where it must add."""
+    model_dir = tiny_checkpoint("qwen3", head_dim=32, num_hidden_layers=2, dtype="bfloat16")
+    rng = random.Random(5)
+    prompts = [[rng.randrange(3, 500) for _ in range(length)] for length in (1, 70, 33, 5, 64)]
+    seen = []
+    for num_threads in (1, 3):
+        with TorchDriver(model_dir, numerics="fast", kernels=path, num_threads=num_threads) as driver:
+            outputs = driver.generate(prompts, 20, chunk=48)
+            seen.append((outputs, torch.stack([row for i in range(len(prompts)) for row in driver.logits[i]])))
+    assert seen[0][0] == seen[1][0] and torch.equal(seen[0][1], seen[1][1])
+
+
+def test_a_step_outside_its_memory_is_refused(tiny_checkpoint: Callable[..., Path]) -> None:
+    """The library checks what it is told before it writes. Seen to crash without the check of block ids."""
+    from array import array
+
+    from engine.core.executor import PlanEntry
+
+    with TorchDriver(tiny_checkpoint("llama"), num_blocks=8) as driver:
+        forward = driver.executor._runner.forward
+        for start, table, token in ((0, [8], 1), (16, [0], 1), (0, [0], 512)):
+            entry = PlanEntry(sequence_id=0, start=start, num_tokens=1, block_table=array("I", table))
+            with pytest.raises(NativeError, match="outside"):
+                forward([entry], [array("I", [token])], [])
