@@ -31,7 +31,7 @@ PATH_FLAGS = {
     "path_portable": (),
 }
 COMMON_SOURCES = ("threads", "network", "interface")
-SANITIZE = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1")
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
 
 
 class CompileFailed(Exception):

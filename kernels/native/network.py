@@ -86,6 +86,7 @@ class NativeNetwork:
         if self._network is None:
             raise NativeError(self._calls.baton_error().decode())
         self._kept: list[object] = []
+        self._logits = torch.empty((1, self._vocab_size), dtype=torch.float32)
 
     def __del__(self) -> None:
         if getattr(self, "_network", None) is not None:
@@ -125,13 +126,15 @@ class NativeNetwork:
 
     def forward(self, step: StepArrays) -> tuple[torch.Tensor, list[int]]:
         """Compute KV of every entry. Returns the logits asked for, [num_logits, vocab_size] float32, and of each row the index of the
-        first of its greatest, -1 where a logit is not finite.
+        first of its greatest, -1 where a logit is not finite. Both are good until the next call.
 
         Raises:
             NativeError: an entry lies outside its blocks, a block outside the pool or a token id outside the vocabulary.
         """
         num_logits = len(step.logit_entries)
-        logits = torch.empty((num_logits, self._vocab_size), dtype=torch.float32)
+        if len(self._logits) < num_logits:  # fresh memory each step would cost a page fault every 4 KiB
+            self._logits = torch.empty((num_logits, self._vocab_size), dtype=torch.float32)
+        logits = self._logits[:num_logits]
         most_likely = np.empty(num_logits, dtype=np.int64)
         record = Step(
             num_entries=len(step.starts),

@@ -221,7 +221,7 @@ void Network::run_layer(int index, int64_t num_rows) {
                           shape_.head_dim, cos_sin_.as<float>(), q_.as<uint32_t>(), words(q_size_), slots_.data(),
                           pool_ + index * layer_bytes, block_bytes, shape_.block_size};
   each_row(num_rows, [&](int, int64_t row) { path_.rotary(rotary, row); });
-  const AttentionTask attention{items_.data(), q_.as<uint32_t>(), words(q_size_), pool_ + index * layer_bytes, block_bytes, shape_.block_size,
+  const AttentionTask attention{items_.data(), static_cast<int64_t>(items_.size()), q_.as<uint32_t>(), words(q_size_), pool_ + index * layer_bytes, block_bytes, shape_.block_size,
                                 shape_.num_heads, shape_.num_kv_heads, shape_.head_dim, layer.window, 1.0f / sqrtf(static_cast<float>(shape_.head_dim)),
                                 attended_.as<uint32_t>(), words(q_size_)};
   const int64_t kv_heads = shape_.num_kv_heads;

@@ -96,9 +96,9 @@ static void multiply_all(const uint32_t* const* x, int64_t num_rows, const uint3
 }
 
 template <typename N>
-static void pack_panel(uint32_t* panel, const void* const* rows, int64_t num_in) {
+INLINE void pack_columns(uint32_t* panel, const void* const* rows, int64_t num_in, int columns) {
   int64_t whole = num_in / N::kPerWord, tile_end = whole / kLanes * kLanes, num_words = (num_in + N::kPerWord - 1) / N::kPerWord;
-  for (int first = 0; first < kPanel; first += kLanes) {
+  for (int first = 0; first < columns; first += kLanes) {
     for (int64_t k = 0; k < tile_end; k += kLanes) {
       Words tile[kLanes];
       for (int i = 0; i < kLanes; ++i) {
@@ -118,6 +118,11 @@ static void pack_panel(uint32_t* panel, const void* const* rows, int64_t num_in)
       }
     }
   }
+}
+
+template <typename N>
+static void pack_panel(uint32_t* panel, const void* const* rows, int64_t num_in) {
+  pack_columns<N>(panel, rows, num_in, kPanel);
 }
 
 template <typename N>
@@ -309,6 +314,24 @@ INLINE float weigh(float* scores, typename N::Stored* weights, int first, int en
   return factor;
 }
 
+// Asks for keys and values of one tile: they lie in short runs that the processor does not see coming.
+template <typename N>
+INLINE void fetch_tile(const AttentionTask& t, const AttentionItem& item, int kv_head, int64_t tile) {
+  const int64_t context = item.start + item.num_tokens, run_bytes = kRun * t.head_dim * (int64_t)sizeof(typename N::Stored);
+  const int64_t head_bytes = t.block_size / kRun * run_bytes;
+  for (int64_t position = tile; position < tile + kKeyTile && position < context; position += kRun) {
+    const char* keys = t.kv + (int64_t)item.table[position / t.block_size] * t.block_bytes + kv_head * head_bytes + position % t.block_size / kRun * run_bytes;
+    for (int64_t at = 0; at < run_bytes; at += 64) {
+      prefetch(keys + at);
+      prefetch(keys + t.num_kv_heads * head_bytes + at);
+    }
+  }
+}
+
+INLINE int64_t first_tile(const AttentionTask& t, const AttentionItem& item) {
+  return t.window && item.start >= t.window ? (item.start - t.window + 1) / kKeyTile * kKeyTile : 0;
+}
+
 // Some tokens of one sequence and the heads of one group: softmax over key tiles in ascending order (Milakov & Gimelshein, 2018).
 template <typename N>
 static void attention(const AttentionTask& t, int64_t index, int kv_head, float* scratch) {
@@ -335,7 +358,13 @@ static void attention(const AttentionTask& t, int64_t index, int kv_head, float*
   const int64_t context = item.start + item.num_tokens;
   const int64_t head_stride = t.block_size * dim, value_offset = t.num_kv_heads * head_stride;
   const int64_t oldest = t.window && item.start >= t.window ? item.start - t.window + 1 : 0;
-  for (int64_t tile = oldest / kKeyTile * kKeyTile; tile < context; tile += kKeyTile) {
+  for (int64_t tile = first_tile(t, item); tile < context; tile += kKeyTile) {
+    if (tile + kKeyTile < context)
+      fetch_tile<N>(t, item, kv_head, tile + kKeyTile);
+    else if (kv_head + 1 < t.num_kv_heads)  // the piece this thread most likely computes next
+      fetch_tile<N>(t, item, kv_head + 1, first_tile(t, item));
+    else if (index + 1 < t.num_items)
+      fetch_tile<N>(t, t.items[index + 1], 0, first_tile(t, t.items[index + 1]));
     const int num_keys = (int)(context - tile < kKeyTile ? context - tile : kKeyTile);
     const int begin = tile < oldest ? (int)(oldest - tile) : 0;  // earlier blocks may be gone: their slots are not read
     const Stored* value_rows[kKeyTile];
@@ -354,7 +383,8 @@ static void attention(const AttentionTask& t, int64_t index, int kv_head, float*
         value_rows[i] = is_read ? key + value_offset : zeros;
       }
     }
-    pack_panel<N>(keys, key_rows, dim);
+    const int runs_end = (num_keys + kRun - 1) / kRun * kRun;  // what lies beyond is hidden, whatever it holds
+    pack_columns<N>(keys, key_rows, dim, runs_end);
     pack_values<N>(values, value_rows, num_keys, dim);
     const int columns = num_keys <= kPanel / 2 ? kPanel / 2 : kPanel;
     multiply_all<N>(q, num_rows, keys, dim_words, scores, false, columns);

@@ -74,6 +74,7 @@ struct AttentionItem {  // some consecutive tokens of one sequence
 
 struct AttentionTask {
   const AttentionItem* items;
+  int64_t num_items;
   const uint32_t* q;
   int64_t q_stride;
   const char* kv;
