@@ -95,11 +95,41 @@ static void multiply_all(const uint32_t* const* x, int64_t num_rows, const uint3
   }
 }
 
+// Asks for the keys and values of a tile to come, a few lines at a time: they lie in short runs that the processor does not see
+// coming, and asked for all at once they would hold up the tile at hand.
+struct Fetch {
+  const char* runs[2 * kKeyTile / kRun];
+  int num_runs = 0, run_lines = 0, run = 0, line = 0, lines_a_step = 0;
+
+  INLINE void step_of(Fetch& f) {
+    for (int i = 0; i < f.lines_a_step && f.run < f.num_runs; ++i) {
+      prefetch(f.runs[f.run] + 64 * f.line);
+      if (++f.line == f.run_lines) f.line = 0, ++f.run;
+    }
+  }
+};
+
 template <typename N>
-INLINE void pack_columns(uint32_t* panel, const void* const* rows, int64_t num_in, int columns) {
+INLINE Fetch fetch_tile(const AttentionTask& t, const AttentionItem& item, int kv_head, int64_t tile, int num_steps) {
+  const int64_t context = item.start + item.num_tokens, run_bytes = kRun * t.head_dim * (int64_t)sizeof(typename N::Stored);
+  const int64_t head_bytes = t.block_size / kRun * run_bytes;
+  Fetch fetch;
+  for (int64_t position = tile; position < tile + kKeyTile && position < context; position += kRun) {
+    const char* keys = t.kv + (int64_t)item.table[position / t.block_size] * t.block_bytes + kv_head * head_bytes + position % t.block_size / kRun * run_bytes;
+    fetch.runs[fetch.num_runs++] = keys;
+    fetch.runs[fetch.num_runs++] = keys + t.num_kv_heads * head_bytes;
+  }
+  fetch.run_lines = (int)((run_bytes + 63) / 64);
+  fetch.lines_a_step = (fetch.run_lines * fetch.num_runs + num_steps - 1) / num_steps;
+  return fetch;
+}
+
+template <typename N>
+INLINE void pack_columns(uint32_t* panel, const void* const* rows, int64_t num_in, int columns, Fetch& fetch) {
   int64_t whole = num_in / N::kPerWord, tile_end = whole / kLanes * kLanes, num_words = (num_in + N::kPerWord - 1) / N::kPerWord;
   for (int first = 0; first < columns; first += kLanes) {
     for (int64_t k = 0; k < tile_end; k += kLanes) {
+      Fetch::step_of(fetch);
       Words tile[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         const uint32_t* row = (const uint32_t*)rows[first + i];
@@ -122,7 +152,8 @@ INLINE void pack_columns(uint32_t* panel, const void* const* rows, int64_t num_i
 
 template <typename N>
 static void pack_panel(uint32_t* panel, const void* const* rows, int64_t num_in) {
-  pack_columns<N>(panel, rows, num_in, kPanel);
+  Fetch nothing;
+  pack_columns<N>(panel, rows, num_in, kPanel, nothing);
 }
 
 template <typename N>
@@ -268,9 +299,10 @@ static void rotary(const RotaryTask& t, int64_t row) {
 
 // Values of num_keys rows as panels [dim / 64][key word][64]; a missing second key of a word is zero.
 template <typename N>
-INLINE void pack_values(uint32_t* panels, const typename N::Stored* const* rows, int num_keys, int head_dim) {
+INLINE void pack_values(uint32_t* panels, const typename N::Stored* const* rows, int num_keys, int head_dim, Fetch& fetch) {
   int num_words = (num_keys + N::kPerWord - 1) / N::kPerWord;
   for (int word = 0; word < num_words; ++word) {
+    Fetch::step_of(fetch);
     for (int d = 0; d < head_dim; d += kLanes) {
       int n = head_dim - d;
       uint32_t* to = panels + ((d / kPanel) * (kKeyTile / N::kPerWord) + word) * kPanel + d % kPanel;
@@ -314,20 +346,6 @@ INLINE float weigh(float* scores, typename N::Stored* weights, int first, int en
   return factor;
 }
 
-// Asks for keys and values of one tile: they lie in short runs that the processor does not see coming.
-template <typename N>
-INLINE void fetch_tile(const AttentionTask& t, const AttentionItem& item, int kv_head, int64_t tile) {
-  const int64_t context = item.start + item.num_tokens, run_bytes = kRun * t.head_dim * (int64_t)sizeof(typename N::Stored);
-  const int64_t head_bytes = t.block_size / kRun * run_bytes;
-  for (int64_t position = tile; position < tile + kKeyTile && position < context; position += kRun) {
-    const char* keys = t.kv + (int64_t)item.table[position / t.block_size] * t.block_bytes + kv_head * head_bytes + position % t.block_size / kRun * run_bytes;
-    for (int64_t at = 0; at < run_bytes; at += 64) {
-      prefetch(keys + at);
-      prefetch(keys + t.num_kv_heads * head_bytes + at);
-    }
-  }
-}
-
 INLINE int64_t first_tile(const AttentionTask& t, const AttentionItem& item) {
   return t.window && item.start >= t.window ? (item.start - t.window + 1) / kKeyTile * kKeyTile : 0;
 }
@@ -359,12 +377,6 @@ static void attention(const AttentionTask& t, int64_t index, int kv_head, float*
   const int64_t head_stride = t.block_size * dim, value_offset = t.num_kv_heads * head_stride;
   const int64_t oldest = t.window && item.start >= t.window ? item.start - t.window + 1 : 0;
   for (int64_t tile = first_tile(t, item); tile < context; tile += kKeyTile) {
-    if (tile + kKeyTile < context)
-      fetch_tile<N>(t, item, kv_head, tile + kKeyTile);
-    else if (kv_head + 1 < t.num_kv_heads)  // the piece this thread most likely computes next
-      fetch_tile<N>(t, item, kv_head + 1, first_tile(t, item));
-    else if (index + 1 < t.num_items)
-      fetch_tile<N>(t, t.items[index + 1], 0, first_tile(t, t.items[index + 1]));
     const int num_keys = (int)(context - tile < kKeyTile ? context - tile : kKeyTile);
     const int begin = tile < oldest ? (int)(oldest - tile) : 0;  // earlier blocks may be gone: their slots are not read
     const Stored* value_rows[kKeyTile];
@@ -384,8 +396,16 @@ static void attention(const AttentionTask& t, int64_t index, int kv_head, float*
       }
     }
     const int runs_end = (num_keys + kRun - 1) / kRun * kRun;  // what lies beyond is hidden, whatever it holds
-    pack_columns<N>(keys, key_rows, dim, runs_end);
-    pack_values<N>(values, value_rows, num_keys, dim);
+    const int num_steps = (runs_end / kLanes) * (dim_words / kLanes) + (num_keys + N::kPerWord - 1) / N::kPerWord;
+    Fetch fetch;
+    if (tile + kKeyTile < context)
+      fetch = fetch_tile<N>(t, item, kv_head, tile + kKeyTile, num_steps);
+    else if (kv_head + 1 < t.num_kv_heads)  // the piece this thread most likely computes next
+      fetch = fetch_tile<N>(t, item, kv_head + 1, first_tile(t, item), num_steps);
+    else if (index + 1 < t.num_items)
+      fetch = fetch_tile<N>(t, t.items[index + 1], 0, first_tile(t, t.items[index + 1]), num_steps);
+    pack_columns<N>(keys, key_rows, dim, runs_end, fetch);
+    pack_values<N>(values, value_rows, num_keys, dim, fetch);
     const int columns = num_keys <= kPanel / 2 ? kPanel / 2 : kPanel;
     multiply_all<N>(q, num_rows, keys, dim_words, scores, false, columns);
     bool is_rescaled = false;
