@@ -14,8 +14,7 @@ from engine.models.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
 from engine.runner.kv_pool import KVPool
 from engine.runner.step_logits import StepLogits
 from engine.runner.weights import TORCH_DTYPES
-from kernels.native import network as native
-from kernels.native.network import NativeNetwork, NetworkShape, step_arrays
+from kernels.native.network import NO_LAYER, LinearPlace, NativeNetwork, NetworkShape, NormPlace, step_arrays
 from kernels.numerics import Kernels
 
 
@@ -62,9 +61,9 @@ def build_native_runner(
         num_threads=num_threads,
     )
     network.set_pool(pool.blocks)
-    network.set_linear(native.NO_LAYER, native.HEAD, [weights[EMBEDDING] if model.tie_embeddings else weights.pop(LM_HEAD)], [None])
+    network.set_linear(NO_LAYER, LinearPlace.HEAD, [weights[EMBEDDING] if model.tie_embeddings else weights.pop(LM_HEAD)], [None])
     network.set_embedding(weights.pop(EMBEDDING))
-    network.set_norm(native.NO_LAYER, native.FINAL_NORM, weights.pop(FINAL_NORM))
+    network.set_norm(NO_LAYER, NormPlace.FINAL, weights.pop(FINAL_NORM))
     for layer in range(model.num_layers):
         _set_layer(network, layer, weights, has_head_norms=model.qk_norm)
     return NativeRunner(model, network, pool)
@@ -73,16 +72,16 @@ def build_native_runner(
 def _set_layer(network: NativeNetwork, layer: int, weights: dict[str, torch.Tensor], *, has_head_norms: bool) -> None:
     at = f"model.layers.{layer}"
 
-    def set_linear(which: int, *names: str) -> None:
+    def set_linear(which: LinearPlace, *names: str) -> None:
         parts = [weights.pop(f"{at}.{name}.weight") for name in names]
         network.set_linear(layer, which, parts, [weights.pop(f"{at}.{name}.bias", None) for name in names])
 
-    set_linear(native.QKV, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    set_linear(native.OUTPUT, "self_attn.o_proj")
-    set_linear(native.GATE_UP, "mlp.gate_proj", "mlp.up_proj")
-    set_linear(native.DOWN, "mlp.down_proj")
-    network.set_norm(layer, native.ATTENTION_NORM, weights.pop(f"{at}.input_layernorm.weight"))
-    network.set_norm(layer, native.MLP_NORM, weights.pop(f"{at}.post_attention_layernorm.weight"))
+    set_linear(LinearPlace.QKV, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    set_linear(LinearPlace.OUTPUT, "self_attn.o_proj")
+    set_linear(LinearPlace.GATE_UP, "mlp.gate_proj", "mlp.up_proj")
+    set_linear(LinearPlace.DOWN, "mlp.down_proj")
+    network.set_norm(layer, NormPlace.ATTENTION, weights.pop(f"{at}.input_layernorm.weight"))
+    network.set_norm(layer, NormPlace.MLP, weights.pop(f"{at}.post_attention_layernorm.weight"))
     if has_head_norms:
-        network.set_norm(layer, native.Q_NORM, weights.pop(f"{at}.self_attn.q_norm.weight"))
-        network.set_norm(layer, native.K_NORM, weights.pop(f"{at}.self_attn.k_norm.weight"))
+        network.set_norm(layer, NormPlace.Q, weights.pop(f"{at}.self_attn.q_norm.weight"))
+        network.set_norm(layer, NormPlace.K, weights.pop(f"{at}.self_attn.k_norm.weight"))

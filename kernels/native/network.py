@@ -9,6 +9,7 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,28 @@ import torch
 
 from kernels.native.library import NativeError, NativeLibrary, Shape, Step, load_library
 
-QKV, OUTPUT, GATE_UP, DOWN, HEAD = range(5)
-ATTENTION_NORM, MLP_NORM, Q_NORM, K_NORM, FINAL_NORM = range(5)
 NO_LAYER = -1
+
+
+class LinearPlace(IntEnum):
+    """Linears of a network, as src/baton_native.h numbers them."""
+
+    QKV = 0
+    OUTPUT = 1
+    GATE_UP = 2
+    DOWN = 3
+    HEAD = 4
+
+
+class NormPlace(IntEnum):
+    """Norms of a network, as src/baton_native.h numbers them."""
+
+    ATTENTION = 0
+    MLP = 1
+    Q = 2
+    K = 3
+    FINAL = 4
+
 
 Int64s = npt.NDArray[np.int64]
 
@@ -97,7 +117,7 @@ class NativeNetwork:
     def packed_bytes(self) -> int:
         return int(self._calls.baton_network_bytes(self._network))
 
-    def set_linear(self, layer: int, which: int, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
+    def set_linear(self, layer: int, which: LinearPlace, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
         """Pack `weights` ([rows, inputs] each, below each other) as one linear; they are not needed afterwards."""
         parts = [self._taken(weight) for weight in weights]
         wide = [None if bias is None else bias.detach().float().contiguous() for bias in biases]
@@ -108,7 +128,7 @@ class NativeNetwork:
             self._calls.baton_network_set_linear(self._network, layer, which, len(parts), pointers, rows.ctypes.data, bias_pointers)
         )
 
-    def set_norm(self, layer: int, which: int, weight: torch.Tensor) -> None:
+    def set_norm(self, layer: int, which: NormPlace, weight: torch.Tensor) -> None:
         wide = weight.detach().float().contiguous()
         self._library.check(self._calls.baton_network_set_norm(self._network, layer, which, wide.data_ptr()))
 
@@ -174,7 +194,4 @@ def _joined(arrays: Sequence[array[int]]) -> npt.NDArray[np.uint32]:
     return np.frombuffer(b"".join(arrays), dtype=np.uint32)
 
 
-__all__ = [
-    "ATTENTION_NORM", "DOWN", "FINAL_NORM", "GATE_UP", "HEAD", "K_NORM", "MLP_NORM", "NO_LAYER", "OUTPUT", "QKV", "Q_NORM",
-    "NativeError", "NativeNetwork", "NetworkShape", "StepArrays", "step_arrays",
-]  # fmt: skip
+__all__ = ["NO_LAYER", "LinearPlace", "NativeError", "NativeNetwork", "NetworkShape", "NormPlace", "StepArrays", "step_arrays"]
