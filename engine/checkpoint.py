@@ -10,11 +10,11 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.models.config import ModelConfig
-from engine.models.tensors import Shape, expected_tensors, is_ignorable
+from engine.models.tensors import Shape, expected_tensors, fused_tensors, is_ignorable
 from kernels.numerics import Numerics
 from protocol.errors import ModelError, ModelUnavailable, UnsupportedModel
 from protocol.kv import ModelFingerprint
@@ -30,9 +30,11 @@ NUM_NAMES_TOLD = 4  # tensor names an error lists before it says how many more
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlace:
-    """Where one tensor lies."""
+    """Where one tensor lies: it is, or is a part of, what a file stores under some name."""
 
     path: Path
+    stored_as: str
+    first: int  # its first element in what is stored
     dtype: str  # a key of DTYPE_NAMES
     shape: Shape
     offset: int  # of its first byte in the file
@@ -63,13 +65,13 @@ def open_checkpoint(model_dir: Path, config: ModelConfig) -> Checkpoint:
     for path in _weight_files(model_dir):
         found |= _read_header(path)
     expected = expected_tensors(config)
+    _take_apart(found, config)
     if missing := [name for name in expected if name not in found]:
         raise ModelError(f"{model_dir} lacks {_some(missing)}; is config.json of the same model?")
     if extra := [name for name in sorted(found) if name not in expected and not is_ignorable(name, config)]:
         raise ModelError(f"{model_dir} has {_some(extra)}, which {config.architecture} as configured does not read")
     for name, shape in expected.items():
-        if found[name].shape != shape:
-            raise ModelError(f"{model_dir}: {name} has shape {list(found[name].shape)}; config.json says {list(shape)}")
+        _check_shape(found, name, shape)
         if found[name].dtype not in DTYPE_NAMES:
             known = ", ".join(DTYPE_NAMES)
             raise UnsupportedModel(f"{model_dir}: {name} is {found[name].dtype}; known: {known}; serve the unquantized checkpoint")
@@ -96,7 +98,9 @@ def fingerprint(checkpoint: Checkpoint, config: ModelConfig, numerics: Numerics,
     finally:
         for file in files.values():
             file.close()
-    shape = (config.architecture, config.rms_norm_eps, config.layer_windows, config.num_heads, config.num_kv_heads, config.head_dim)
+    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+    routing = None if config.experts is None else (config.experts.num_chosen, config.experts.normalize)
+    shape = (config.architecture, config.rms_norm_eps, config.layer_windows, *heads, routing)
     return ModelFingerprint(
         weights=weights.hexdigest(),
         config=hashlib.blake2b(repr(shape).encode(), digest_size=16).hexdigest(),
@@ -151,7 +155,9 @@ def _read_header(path: Path) -> dict[str, TensorPlace]:
                 continue
             first, last = entry["data_offsets"]
             shape = tuple(int(size) for size in entry["shape"])
-            places[name] = TensorPlace(path=path, dtype=entry["dtype"], shape=shape, offset=start + first, size_bytes=last - first)
+            places[name] = TensorPlace(
+                path=path, stored_as=name, first=0, dtype=entry["dtype"], shape=shape, offset=start + first, size_bytes=last - first
+            )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelUnavailable(f"{path} has a header that is not safetensors' ({error!r}); fetch it again") from None
     for name, place in places.items():
@@ -159,6 +165,32 @@ def _read_header(path: Path) -> dict[str, TensorPlace]:
         if not ends_inside or math.prod(place.shape) * DTYPE_BYTES.get(place.dtype, 0) not in (0, place.size_bytes):
             raise ModelUnavailable(f"{path} is cut short: {name} does not lie within its {file_bytes} bytes; fetch it again")
     return places
+
+
+def _take_apart(found: dict[str, TensorPlace], config: ModelConfig) -> None:
+    """Put the parts of fused tensors in their stead; one that lies beside its parts stays, and is told as unexpected."""
+    shapes = expected_tensors(config)
+    for name, (shape, parts) in fused_tensors(config).items():
+        if name not in found or any(part in found for part in parts):
+            continue
+        _check_shape(found, name, shape)
+        whole = found.pop(name)
+        num_elements, first = math.prod(shape), 0
+        for part in parts:
+            size = math.prod(shapes[part])
+            found[part] = replace(
+                whole,
+                first=first,
+                shape=shapes[part],
+                offset=whole.offset + first * whole.size_bytes // num_elements,
+                size_bytes=size * whole.size_bytes // num_elements,
+            )
+            first += size
+
+
+def _check_shape(found: dict[str, TensorPlace], name: str, shape: Shape) -> None:
+    if (place := found[name]).shape != shape:
+        raise ModelError(f"{place.path.parent}: {name} has shape {list(place.shape)}; config.json says {list(shape)}")
 
 
 def _some(names: list[str]) -> str:

@@ -7,7 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 SHAPE: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -20,6 +27,10 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True},
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -36,7 +47,8 @@ def make_checkpoint(parent: Path, arch: str, **overrides: Any) -> Path:
 
     Args:
         arch: a key of ARCHITECTURES.
-        overrides: fields of the architecture's transformers config, `dtype` ("float32") and `seed` (0) among them.
+        overrides: fields of the architecture's transformers config, `dtype` ("float32"), `seed` (0) and `fused_experts` (False: one
+            tensor an expert, as on the Hub) among them.
     """
     name = hashlib.sha256(json.dumps([arch, overrides], sort_keys=True).encode()).hexdigest()[:16]
     directory = parent / f"{arch}-{name}"
@@ -47,14 +59,15 @@ def make_checkpoint(parent: Path, arch: str, **overrides: Any) -> Path:
     import transformers
 
     seed, dtype = overrides.pop("seed", 0), overrides.pop("dtype", "float32")
+    fused_experts = overrides.pop("fused_experts", False)
     model_class = getattr(transformers, ARCHITECTURES[arch])
-    config = model_class.config_class(**(SHAPE | overrides))
+    config = model_class.config_class(**(SHAPE | EXPERTS.get(arch, {}) | overrides))
     torch.manual_seed(seed)
     model = model_class(config)
     with torch.no_grad():
         for tensor_name, tensor in model.named_parameters():
             tensor.copy_(torch.randn(tensor.shape) * _spread(tensor_name, tensor) + ("norm" in tensor_name))
-    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    model.to(getattr(torch, dtype)).save_pretrained(directory, save_original_format=not fused_experts)
     return directory
 
 

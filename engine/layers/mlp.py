@@ -20,3 +20,6 @@ class GatedMLP:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(silu_mul(self.gate(x), self.up(x), numerics=self.gate.numerics))
+
+    def linears(self) -> list[Linear]:
+        return [self.gate, self.up, self.down]

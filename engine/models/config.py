@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import overload
 
-from engine.models.table import Architecture, BiasRule, WindowRule, find_architecture
+from engine.models.table import Architecture, BiasRule, ExpertNames, WindowRule, find_architecture
 from kernels.numerics import Numerics
 from protocol.errors import ConfigError, ModelError, ModelUnavailable, UnsupportedModel
 from protocol.kv import DTYPE_SIZE_BYTES, KVLayout, LayerGroup, LayerKind, ShardRectangle
@@ -50,6 +50,18 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """The mixture of experts that some or all layers have in place of the dense MLP."""
+
+    names: ExpertNames
+    num_experts: int
+    num_chosen: int  # of them, by each token
+    intermediate_size: int  # of one expert
+    normalize: bool  # the weights of a token's experts sum to one
+    layers: tuple[bool, ...]  # per layer: it has experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """One checkpoint's shape and options. `dtype` is what it is computed in, `checkpoint_dtype` what lies on disk."""
 
@@ -59,7 +71,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    intermediate_size: int
+    intermediate_size: int  # of a dense MLP
     vocab_size: int
     rms_norm_eps: float
     rope: RopeConfig
@@ -69,6 +81,7 @@ class ModelConfig:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
+    experts: ExpertsConfig | None  # None: every layer is dense
     tie_embeddings: bool
     dtype: str
     checkpoint_dtype: str
@@ -148,14 +161,15 @@ def parse_model_config(config: Json, generation: Json, *, dtype: str = "auto", n
         head_dim=_value(config, "head_dim", hidden_size // num_heads),
         intermediate_size=_required(config, "intermediate_size"),
         vocab_size=_required(config, "vocab_size"),
-        rms_norm_eps=_value(config, "rms_norm_eps", 1e-6),
-        rope=_rope(config, max_positions),
+        rms_norm_eps=_value(config, "rms_norm_eps", row.default_rms_norm_eps),
+        rope=_rope(config, row, max_positions),
         max_position_embeddings=max_positions,
         layer_windows=_layer_windows(config, row, num_layers),
         qk_norm=row.qk_norm,
         qkv_bias=_bias(row.qkv_bias, config, "attention_bias"),
         output_bias=_bias(row.output_bias, config, "attention_bias"),
         mlp_bias=_bias(row.mlp_bias, config, "mlp_bias"),
+        experts=_experts(config, row, num_layers),
         tie_embeddings=_value(config, "tie_word_embeddings", False),
         dtype=_served_dtype(dtype, checkpoint_dtype, numerics),
         checkpoint_dtype=checkpoint_dtype,
@@ -195,6 +209,8 @@ def _layer_windows(config: Json, row: Architecture, num_layers: int) -> tuple[in
         return (window,) * num_layers
     if row.window is WindowRule.NONE or not _value(config, "use_sliding_window", False) or window is None:
         return (None,) * num_layers
+    if row.window is WindowRule.ALL_IF_USED:
+        return (window,) * num_layers
     if (types := _strings(config.get("layer_types"))) != []:
         unknown = set(types) - {"full_attention", "sliding_attention"}
         if unknown or len(types) != num_layers:
@@ -204,7 +220,31 @@ def _layer_windows(config: Json, row: Architecture, num_layers: int) -> tuple[in
     return tuple(window if layer >= first else None for layer in range(num_layers))
 
 
-def _rope(config: Json, max_positions: int) -> RopeConfig:
+def _experts(config: Json, row: Architecture, num_layers: int) -> ExpertsConfig | None:
+    """transformers 5 writes `num_local_experts` for every architecture, checkpoints of the Hub `num_experts` for Qwen3-MoE."""
+    if row.experts is None:
+        return None
+    num_experts = _required(config, "num_local_experts" if "num_local_experts" in config else "num_experts")
+    num_chosen = _required(config, "num_experts_per_tok")
+    if num_chosen > num_experts:
+        raise ModelError(f"config.json: num_experts_per_tok {num_chosen} is more than the {num_experts} experts there are")
+    normalize_key, step, dense = row.experts.normalize_key, _value(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    if step < 1 or not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ModelError(f"config.json: decoder_sparse_step {step!r} or mlp_only_layers {dense!r} does not say which layers have experts")
+    layers = tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
+    if not any(layers):
+        return None
+    return ExpertsConfig(
+        names=row.experts,
+        num_experts=num_experts,
+        num_chosen=num_chosen,
+        intermediate_size=_required(config, row.experts.size_key),
+        normalize=normalize_key is None or _value(config, normalize_key, False),
+        layers=layers,
+    )
+
+
+def _rope(config: Json, row: Architecture, max_positions: int) -> RopeConfig:
     scaling = _mapping(config, "rope_parameters") or _mapping(config, "rope_scaling")
     name = _value(scaling, "rope_type", _value(scaling, "type", "default"))
     if any(isinstance(value, Mapping) for value in scaling.values()):
@@ -218,7 +258,7 @@ def _rope(config: Json, max_positions: int) -> RopeConfig:
     factor = _value(scaling, "factor", max_positions / original)
     return RopeConfig(
         kind=RopeKind(name),
-        theta=_value(scaling, "rope_theta", _value(config, "rope_theta", 10000.0)),
+        theta=_value(scaling, "rope_theta", _value(config, "rope_theta", row.default_rope_theta)),
         factor=factor,
         original_max_position_embeddings=original,
         low_freq_factor=_value(scaling, "low_freq_factor", 1.0),
@@ -302,4 +342,4 @@ def _token_ids(config: Json, key: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-__all__ = ["ModelConfig", "RopeConfig", "RopeKind", "load_model_config", "parse_model_config"]
+__all__ = ["ExpertsConfig", "ModelConfig", "RopeConfig", "RopeKind", "load_model_config", "parse_model_config"]

@@ -10,8 +10,9 @@ import torch
 from engine.layers.attention import Attention, AttentionInputs
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
+from engine.layers.moe import Experts, MixtureOfExperts
 from engine.layers.norm import RMSNorm
-from engine.models.config import ModelConfig
+from engine.models.config import ExpertsConfig, ModelConfig
 from engine.models.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
 from kernels.numerics import Numerics
 
@@ -23,7 +24,7 @@ class DecoderLayer:
     attention_norm: RMSNorm
     attention: Attention
     mlp_norm: RMSNorm
-    mlp: GatedMLP
+    mlp: GatedMLP | MixtureOfExperts
 
     def __call__(self, x: torch.Tensor, kv: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), kv, inputs)
@@ -49,11 +50,11 @@ class Decoder:
         return self.lm_head(self.norm(x[logit_rows])).float()
 
     def linears(self) -> list[Linear]:
-        """Every linear, the head last."""
+        """Every linear, the head last; of the experts of a layer one of each shape."""
         found = []
         for layer in self.layers:
             found += [layer.attention.q, layer.attention.k, layer.attention.v, layer.attention.output]
-            found += [layer.mlp.gate, layer.mlp.up, layer.mlp.down]
+            found += layer.mlp.linears()
         return [*found, self.lm_head]
 
 
@@ -65,6 +66,24 @@ def build_decoder(config: ModelConfig, weights: Mapping[str, torch.Tensor], nume
 
     def norm(name: str) -> RMSNorm:
         return RMSNorm(weight=weights[name], eps=config.rms_norm_eps)
+
+    def mlp(index: int) -> GatedMLP | MixtureOfExperts:
+        at = f"model.layers.{index}"
+        if config.experts is not None and config.experts.layers[index]:
+            return mixture(at, config.experts)
+        return GatedMLP(gate=linear(f"{at}.mlp.gate_proj"), up=linear(f"{at}.mlp.up_proj"), down=linear(f"{at}.mlp.down_proj"))
+
+    def mixture(at: str, config: ExpertsConfig) -> MixtureOfExperts:
+        def of_each(name: str) -> tuple[torch.Tensor, ...]:
+            return tuple(weights[f"{at}.{config.names.linear(expert, name)}.weight"] for expert in range(config.num_experts))
+
+        names = config.names
+        return MixtureOfExperts(
+            router=linear(f"{at}.{names.router}"),
+            experts=Experts(gate=of_each(names.gate), up=of_each(names.up), down=of_each(names.down), numerics=numerics),
+            num_chosen=config.num_chosen,
+            normalize=config.normalize,
+        )
 
     def layer(index: int) -> DecoderLayer:
         at = f"model.layers.{index}"
@@ -81,7 +100,7 @@ def build_decoder(config: ModelConfig, weights: Mapping[str, torch.Tensor], nume
                 window=config.layer_windows[index],
             ),
             mlp_norm=norm(f"{at}.post_attention_layernorm.weight"),
-            mlp=GatedMLP(gate=linear(f"{at}.mlp.gate_proj"), up=linear(f"{at}.mlp.up_proj"), down=linear(f"{at}.mlp.down_proj")),
+            mlp=mlp(index),
         )
 
     head = weights[EMBEDDING if config.tie_embeddings else LM_HEAD]

@@ -5,6 +5,8 @@ A mapped tensor is a view of the file's pages, so the workers of one machine sha
 
 from __future__ import annotations
 
+import math
+
 import torch
 from safetensors import safe_open
 
@@ -28,7 +30,9 @@ def load_weights(checkpoint: Checkpoint, *, dtype: str, device: str) -> dict[str
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in names:
-                    weights[name] = file.get_tensor(name).to(device=device, dtype=TORCH_DTYPES[dtype])
+                    place = checkpoint.tensors[name]
+                    stored = file.get_tensor(place.stored_as).view(-1)[place.first : place.first + math.prod(place.shape)]
+                    weights[name] = stored.view(place.shape).to(device=device, dtype=TORCH_DTYPES[dtype])
         except OSError as error:
             raise ModelUnavailable(f"{path} cannot be mapped: {error}; fetch the checkpoint again") from None
     return weights

@@ -111,8 +111,8 @@ class ChosenKernels:
         return {"avx512_bf16": "fused", "avx512": "fused", "avx2": "fused"}.get(self.name, self.name)
 
 
-def choose_kernels(asked: Kernels = "auto", *, dtype: str) -> ChosenKernels:
-    """What computes `dtype` on this machine; "auto" is the best there is.
+def choose_kernels(asked: Kernels = "auto", *, dtype: str, has_experts: bool = False) -> ChosenKernels:
+    """What computes a model of `dtype` on this machine; "auto" is the best there is.
 
     Raises:
         ConfigError: a path asked for by name is not to be had.
@@ -120,8 +120,8 @@ def choose_kernels(asked: Kernels = "auto", *, dtype: str) -> ChosenKernels:
     if asked == "torch":
         return ChosenKernels(name="torch")
     library = load_library()
-    if isinstance(library, str) or dtype not in DTYPES:
-        reason = library if isinstance(library, str) else f"the native kernels have no {dtype}"
+    if isinstance(library, str) or dtype not in DTYPES or has_experts:
+        reason = library if isinstance(library, str) else f"the native kernels have no {'experts' if has_experts else dtype}"
         if asked != "auto":
             raise ConfigError(f"kernels {asked} cannot be used: {reason}; use auto or torch")
         return ChosenKernels(name="torch", note=f"kernels torch, which are slow: {reason}")

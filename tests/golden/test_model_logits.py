@@ -1,7 +1,9 @@
 """Each architecture computes what transformers computes: logits within 1e-4 and the same 64 greedy tokens, float32.
 
 How: random checkpoints made by transformers, run by the real TorchExecutor on paged blocks with the prompt in chunks; the oracle
-runs prompt + output at once. Seen to fail with the rotary angle 1 % too large, a window one token wider, and q_norm left out.
+runs prompt + output at once. Seen to fail with the rotary angle 1 % too large, a window one token wider, and q_norm left out; of
+experts with gate and up exchanged, the step of layers counted from 0, norm_topk_prob taken for true, and the parts of a fused tensor
+all read from its start.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.golden
 NUM_GREEDY = 64
 TOLERANCE = 1e-4  # sums of up to 160 products in float32, in another order
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+WITH_EXPERTS = ("mixtral", "qwen3_moe")  # the native kernels have none yet
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,6 +58,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         },
     ),
+    "mixtral": ("mixtral", {}),
+    "mixtral past its window, one expert a token, tied": (
+        "mixtral",
+        {"sliding_window": 40, "num_experts_per_tok": 1, "tie_word_embeddings": True},
+    ),
+    "mixtral, all experts of a layer in one tensor": ("mixtral", {"fused_experts": True, "num_local_experts": 17}),
+    "qwen3 moe": ("qwen3_moe", {"head_dim": 32}),
+    "qwen3 moe, weights as they are, windows, biases": (
+        "qwen3_moe",
+        {"norm_topk_prob": False, "use_sliding_window": True, "sliding_window": 40, "attention_bias": True},
+    ),
+    "qwen3 moe, dense layers between, in one tensor": (
+        "qwen3_moe",
+        {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "fused_experts": True},
+    ),
 }
 
 
@@ -64,8 +82,13 @@ def oracle_logits(model_dir: Path, tokens: list[int]) -> Any:
         return model(torch.tensor([tokens])).logits[0]
 
 
-@pytest.mark.parametrize(("numerics", "kernels"), [("reference", "torch"), ("fast", "torch"), *(("reference", path) for path in PATHS)])
-@pytest.mark.parametrize("case", CASES)
+COMPUTED_BY = [("reference", "torch"), ("fast", "torch"), *(("reference", path) for path in PATHS)]
+
+
+@pytest.mark.parametrize(
+    ("case", "numerics", "kernels"),
+    [(case, *by) for case, (arch, _) in CASES.items() for by in COMPUTED_BY if arch not in WITH_EXPERTS or by[1] == "torch"],
+)
 def test_logits_and_greedy_tokens_equal_transformers(case: str, numerics: str, kernels: str, tiny_checkpoint: Callable[..., Path]) -> None:
     arch, overrides = CASES[case]
     model_dir = tiny_checkpoint(arch, **overrides)
@@ -80,10 +103,10 @@ def test_logits_and_greedy_tokens_equal_transformers(case: str, numerics: str, k
         assert output == theirs.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("kernels", ["torch", *PATHS])
-def test_bfloat16_stays_near_float32(kernels: str, tiny_checkpoint: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(("arch", "kernels"), [*(("llama", k) for k in ("torch", *PATHS)), ("mixtral", "torch"), ("qwen3_moe", "torch")])
+def test_bfloat16_stays_near_float32(arch: str, kernels: str, tiny_checkpoint: Callable[..., Path]) -> None:
     """A bf16 checkpoint served as bf16 and as float32: the same prompt, logits apart by rounding alone (8 bits of mantissa)."""
-    model_dir = tiny_checkpoint("llama", dtype="bfloat16", num_hidden_layers=2)
+    model_dir = tiny_checkpoint(arch, dtype="bfloat16", num_hidden_layers=2)
     prompt = [random.Random(0).randrange(3, 512) for _ in range(70)]
     logits = {}
     for dtype in ("bfloat16", "float32"):

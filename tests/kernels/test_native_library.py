@@ -59,6 +59,12 @@ def test_the_best_path_is_chosen_and_others_can_be_asked_for() -> None:
         assert choose_kernels(path, dtype="float32").name == path  # type: ignore[arg-type]
     assert choose_kernels("torch", dtype="float32").note == "", "asked for, so nothing to tell"
     assert "no float16" in choose_kernels(dtype="float16").note
+    assert (
+        choose_kernels(dtype="float32", has_experts=True).name == "torch"
+        and "no experts" in choose_kernels(dtype="float32", has_experts=True).note
+    )
+    with pytest.raises(ConfigError, match="no experts"):
+        choose_kernels("portable", dtype="float32", has_experts=True)
     unknown: Kernels = "avx10"  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="this machine has"):
         choose_kernels(unknown, dtype="float32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from engine.checkpoint import fingerprint, open_checkpoint
-from engine.models.config import parse_model_config
+from engine.models.config import ModelConfig, parse_model_config
 from engine.models.tensors import expected_tensors
 from protocol.errors import ModelError, ModelUnavailable, UnsupportedModel
 
@@ -24,11 +25,30 @@ MODEL = parse_model_config(
     },
     {},
 )  # fmt: skip
+MIXTURE = parse_model_config(
+    {
+        "architectures": ["MixtralForCausalLM"], "num_local_experts": 3, "num_experts_per_tok": 2,
+        "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 32,
+    },
+    {},
+)  # fmt: skip
 
 
-def weights(seed: int = 0) -> dict[str, Any]:
+def weights(seed: int = 0, model: ModelConfig = MODEL) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in expected_tensors(MODEL).items()}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in expected_tensors(model).items()}
+
+
+def fused(tensors: dict[str, Any]) -> dict[str, Any]:
+    """As transformers 5 holds a Mixtral: gate below gate, up below them, one tensor for all experts."""
+    kept = {name: tensor for name, tensor in tensors.items() if "block_sparse_moe" not in name}
+    for layer in range(2):
+        at = f"model.layers.{layer}"
+        w1, w2, w3 = ([tensors[f"{at}.block_sparse_moe.experts.{e}.{w}.weight"] for e in range(3)] for w in ("w1", "w2", "w3"))
+        kept[f"{at}.mlp.experts.gate_up_proj"] = np.concatenate([np.stack(w1), np.stack(w3)], axis=1)
+        kept[f"{at}.mlp.experts.down_proj"] = np.stack(w2)
+        kept[f"{at}.mlp.gate.weight"] = tensors[f"{at}.block_sparse_moe.gate.weight"]
+    return kept
 
 
 def write_sharded(directory: Path, tensors: dict[str, Any]) -> None:
@@ -56,6 +76,43 @@ def test_one_checkpoint_has_one_fingerprint_however_it_is_sharded(tmp_path: Path
     write_sharded(tmp_path / "sharded", weights())
     first, second = (fingerprint(open_checkpoint(tmp_path / kind, MODEL), MODEL, "fast") for kind in ("single", "sharded"))
     assert first == second and first.digest == second.digest
+
+
+def test_experts_in_one_tensor_are_found_where_they_lie_in_it(tmp_path: Path) -> None:
+    """The same places' bytes and the same fingerprint as one tensor an expert. Seen to fail with all gates before all ups."""
+    tensors = weights(model=MIXTURE)
+    prints = []
+    for kind, stored in (("each", tensors), ("fused", fused(tensors))):
+        (tmp_path / kind).mkdir()
+        save_file(stored, tmp_path / kind / "model.safetensors")
+        checkpoint = open_checkpoint(tmp_path / kind, MIXTURE)
+        raw = (tmp_path / kind / "model.safetensors").read_bytes()
+        for name, place in checkpoint.tensors.items():
+            found = np.frombuffer(raw[place.offset : place.offset + place.size_bytes], dtype=np.float32).reshape(place.shape)
+            assert np.array_equal(found, tensors[name]), name
+        prints.append(fingerprint(checkpoint, MIXTURE, "fast"))
+    assert prints[0] == prints[1]
+
+
+def test_experts_of_another_number_or_in_both_forms_are_refused(tmp_path: Path) -> None:
+    tensors = weights(model=MIXTURE)
+    path = tmp_path / "model.safetensors"
+    name = "model.layers.0.mlp.experts.down_proj"
+    save_file(fused(tensors) | {name: np.ones((4, 16, 24), dtype=np.float32)}, path)
+    with pytest.raises(ModelError, match=r"down_proj has shape \[4, 16, 24\]; config\.json says \[3, 16, 24\]"):
+        open_checkpoint(tmp_path, MIXTURE)
+    save_file(tensors | {name: np.ones((3, 16, 24), dtype=np.float32)}, path)
+    with pytest.raises(ModelError, match=r"has model\.layers\.0\.mlp\.experts\.down_proj, which MixtralForCausalLM"):
+        open_checkpoint(tmp_path, MIXTURE)
+
+
+def test_how_many_experts_a_token_takes_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    """No tensor shows it, and it changes the KV. Seen to fail with it left out."""
+    save_file(weights(model=MIXTURE), tmp_path / "model.safetensors")
+    assert MIXTURE.experts is not None
+    changed = (replace(MIXTURE.experts, num_chosen=1), replace(MIXTURE.experts, normalize=False))
+    models = [MIXTURE, *(replace(MIXTURE, experts=experts) for experts in changed)]
+    assert len({fingerprint(open_checkpoint(tmp_path, model), model, "fast").digest for model in models}) == 3
 
 
 def test_two_checkpoints_of_one_shape_have_different_fingerprints(tmp_path: Path) -> None:

@@ -51,6 +51,20 @@ QWEN3_06B: dict[str, Any] = {
     "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "bos_token_id": 151643, "eos_token_id": 151645,
 }  # fmt: skip
 
+MIXTRAL_8X7B: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0, "sliding_window": None, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+QWEN3_30B_A3B: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_attention_heads": 32, "num_hidden_layers": 48,
+    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "mlp_only_layers": [],
+    "decoder_sparse_step": 1, "vocab_size": 151936, "max_position_embeddings": 40960, "max_window_layers": 48, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "sliding_window": None, "use_sliding_window": False, "torch_dtype": "bfloat16", "eos_token_id": 151645,
+}  # fmt: skip
+
 
 def parse(config: dict[str, Any], generation: dict[str, Any] | None = None, **options: Any) -> Any:
     return parse_model_config(config, generation or {}, **options)
@@ -64,8 +78,10 @@ def parse(config: dict[str, Any], generation: dict[str, Any] | None = None, **op
         (MISTRAL_7B, 7_241_732_096),
         (QWEN_25_HALF_B, 494_032_768),
         (QWEN3_06B, 596_049_920),
+        (MIXTRAL_8X7B, 46_702_792_704),
+        (QWEN3_30B_A3B, 30_532_122_624),
     ],
-    ids=["llama-3.1-8b", "llama-2-7b", "mistral-7b", "qwen2.5-0.5b", "qwen3-0.6b"],
+    ids=["llama-3.1-8b", "llama-2-7b", "mistral-7b", "qwen2.5-0.5b", "qwen3-0.6b", "mixtral-8x7b", "qwen3-30b-a3b"],
 )
 def test_expected_tensors_hold_as_many_parameters_as_the_model_card_says(config: dict[str, Any], num_parameters: int) -> None:
     model = parse(config)
@@ -103,6 +119,58 @@ def test_what_differs_between_architectures_follows_the_table() -> None:
     assert qwen3.qk_norm and not qwen3.qkv_bias and qwen3.head_dim == 128
     biased = parse({**LLAMA_31_8B, "attention_bias": True, "mlp_bias": True})
     assert biased.qkv_bias and biased.output_bias and biased.mlp_bias
+
+
+def test_experts_follow_the_table_and_the_config() -> None:
+    """Seen to fail with `normalize` False for Mixtral."""
+    mixtral, qwen = parse(MIXTRAL_8X7B).experts, parse(QWEN3_30B_A3B).experts
+    assert (mixtral.num_experts, mixtral.num_chosen, mixtral.intermediate_size, mixtral.normalize) == (8, 2, 14336, True)
+    assert (qwen.num_experts, qwen.num_chosen, qwen.intermediate_size, qwen.normalize) == (128, 8, 768, True)
+    assert parse({**QWEN3_30B_A3B, "norm_topk_prob": None}).experts.normalize is False
+    assert parse(QWEN3_06B).experts is None
+    renamed = dict(QWEN3_30B_A3B)
+    renamed["num_local_experts"] = renamed.pop("num_experts")
+    assert parse(renamed).experts == qwen, "as transformers 5 writes it"
+    bare = {key: value for key, value in MIXTRAL_8X7B.items() if key not in ("rms_norm_eps", "rope_theta")}
+    assert parse(bare) == parse(MIXTRAL_8X7B)
+
+
+def test_which_layers_have_experts_follows_the_step_and_the_dense_ones_named() -> None:
+    """Seen to fail with the step counted from layer 0."""
+    four = {**QWEN3_30B_A3B, "num_hidden_layers": 4}
+    assert parse(four).experts.layers == (True, True, True, True)
+    assert parse({**four, "decoder_sparse_step": 2}).experts.layers == (False, True, False, True)
+    some = parse({**four, "mlp_only_layers": [0, 2]})
+    assert some.experts.layers == (False, True, False, True)
+    tensors = expected_tensors(some)
+    assert tensors["model.layers.0.mlp.gate_proj.weight"] == (6144, 2048)
+    assert tensors["model.layers.1.mlp.experts.127.gate_proj.weight"] == (768, 2048)
+    assert "model.layers.1.mlp.gate_proj.weight" not in tensors and "model.layers.0.mlp.gate.weight" not in tensors
+    assert parse({**four, "mlp_only_layers": [0, 1, 2, 3]}).experts is None
+
+
+def test_every_layer_of_a_qwen3_moe_has_its_window_where_it_is_used() -> None:
+    windowed = {**QWEN3_30B_A3B, "use_sliding_window": True, "sliding_window": 64, "num_hidden_layers": 3}
+    assert parse(windowed).layer_windows == (64, 64, 64)
+    assert parse({**windowed, "use_sliding_window": False}).layer_windows == (None,) * 3
+    assert parse({**MIXTRAL_8X7B, "sliding_window": 64, "num_hidden_layers": 3}).layer_windows == (64, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_experts": None}, "num_experts is None"),
+        ({"num_experts_per_tok": 129}, "129 is more than the 128"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step 0"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers 3"),
+        ({"mlp_only_layers": ["0"]}, "mlp_only_layers"),
+    ],
+)
+def test_damaged_options_of_experts_are_errors_that_name_the_key(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ModelError, match=named):
+        parse({**QWEN3_30B_A3B, **change})
 
 
 def test_windows_follow_max_window_layers_or_layer_types() -> None:
@@ -197,6 +265,11 @@ def test_a_model_that_cannot_fit_is_refused_with_the_sum() -> None:
         memory_plan(model, memory_bytes=16 * GIB, num_workers=2, block_size_tokens=16, max_model_len=8192)
     text = str(refused.value)
     assert "14.96 GiB weights" in text and "512 blocks of 2048 KiB KV = 1.00 GiB" in text and "> 16.00 GiB" in text
+
+
+def test_all_experts_count_as_weights_not_only_those_a_token_takes() -> None:
+    with pytest.raises(ModelDoesNotFit, match=r"86\.99 GiB weights"):
+        memory_plan(parse(MIXTRAL_8X7B), memory_bytes=64 * GIB, num_workers=2, block_size_tokens=16, max_model_len=8192)
 
 
 def test_what_is_left_of_memory_becomes_kv_blocks() -> None:
