@@ -72,7 +72,7 @@ def test_the_best_path_is_chosen_and_others_can_be_asked_for() -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_threads_change_no_bit(path: str, tiny_checkpoint: Callable[..., Path]) -> None:
-    """Chunked prompts and a decode batch on 1 and 3 threads. Seen to fail with the output linear storing where it must add."""
+    """Chunked prompts and a decode batch on 1 and 3 threads. Seen to fail with threads that share one scratch."""
     model_dir = tiny_checkpoint("qwen3", head_dim=32, num_hidden_layers=2, dtype="bfloat16")
     rng = random.Random(5)
     prompts = [[rng.randrange(3, 500) for _ in range(length)] for length in (1, 70, 33, 5, 64)]
