@@ -46,7 +46,7 @@ def test_health_ready_and_models(serving: Serving) -> None:
 def test_status_names_every_worker(serving: Serving) -> None:
     document = serving.status()
     assert document["schema"] == "baton.status.v1"
-    rows = serving.workers().values()
+    rows = serving.wait_at_rest(num_workers=4).values()  # the endpoint is ready before the gateway has met every worker
     assert sorted(row["role"] for row in rows) == ["decode", "decode", "prefill", "prefill"]
     tree = {process.pid for process in descendants(serving.process.pid)}
     assert {row["pid"] for row in rows} <= tree and len({row["pid"] for row in rows}) == 4
