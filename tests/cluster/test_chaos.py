@@ -147,7 +147,7 @@ def bodies(cache_salt: str) -> list[dict[str, Any]]:
     ]
     made = []
     for index in range(NUM_STREAMS):
-        words = " ".join(f"word{(index // 4) * 31 + k}" for k in range(160 + 52 * (index % 5)))
+        words = " ".join(f"word{(index // 4) * 31 + k}" for k in range(40 + 13 * (index % 5)))
         common = {"model": "demo", "prompt": f"{words} number {index}", "max_tokens": NEW_TOKENS, "seed": 1000 + index}
         made.append({**common, "cache_salt": cache_salt, **kinds[index % 4]})
     return made

@@ -40,8 +40,9 @@ context = ray.init(address="local", namespace="theirs", **options)
 theirs = Theirs.options(name="theirs").remote()
 print(context.address_info["gcs_address"], flush=True)
 for _ in sys.stdin:
+    count = ray.get(theirs.add.remote())  # first: then it is known to be alive
     alive = sorted(a["ActorClassName"] for a in actors().values() if a["State"] == "ALIVE")
-    print(json.dumps({"count": ray.get(theirs.add.remote()), "alive": alive}), flush=True)
+    print(json.dumps({"count": count, "alive": alive}), flush=True)
 """
 
 
