@@ -75,7 +75,7 @@ SNAPSHOT_INTERVAL_S = 0.05  # at most one snapshot in this time while the core i
 SNAPSHOT_IDLE_INTERVAL_S = 0.5  # and at least one in this time when it is not
 GATEWAY_GRACE_S = 2.0
 MAX_KEPT_KV_EVENTS = 8192
-INLINE_OFFER_BYTES = 16 << 20  # sampled digests of 12 layers take about 0.2 ms
+INLINE_OFFER_BYTES = 16 << 20  # above it digests would hold up the loop
 
 
 @dataclass(slots=True)

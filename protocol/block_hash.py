@@ -36,7 +36,7 @@ def cache_root(*, salt: bytes, fingerprint: bytes, tokenizer_revision: str = "",
 def block_hashes(parent: bytes, tokens: Sequence[int] | array[int]) -> list[bytes]:
     """Names of the full hash blocks of `tokens`, continuing after `parent` (the root, or the hash of the block before).
 
-    A last partial block has no name. Cost: about 0.3 us a block.
+    A last partial block has no name.
     """
     raw = _little_endian(tokens)
     step = HASH_BLOCK_SIZE_TOKENS * 4

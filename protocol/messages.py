@@ -1,13 +1,14 @@
 """Every frame our sockets carry, by who says it to whom.
 
     gateway -> worker      Submit, Cancel
-    worker  -> gateway     StepOutput (one a step), Offered, AttemptEnded, TransferFailed, SnapshotFrame
-    gateway -> router      Place, Placed, PrefillDone, Done
-    router  -> gateway     PlaceAck, Assigned, Refused, FleetFrame
-    worker  -> router      SnapshotFrame, KvEvents, KvSnapshot        (the router dials and sends Subscribe, ReplayKvEvents)
-    anyone  -> directory   Register, Deregister, Watch
+    worker  -> gateway     StepOutput (one a step), Offered, HandoffDone, TransferFailed, AttemptFailed, SnapshotFrame
+    gateway -> router      Place, PrefillDone, Done
+    router  -> gateway     PlaceAck, Assigned, Refused
+    worker  -> router      SnapshotFrame, KvEvents, KvSnapshot        (gateway and router dial and send Subscribe)
+    anyone  -> directory   Register, RegisterService, Watch
     directory -> watcher   Membership
-    worker  -> worker      Attach, Pull, PullDone, AckHandoff, RenewLease, DropHandoff   (kvtransfer)
+    worker  -> worker      Pull, PullTrailer, AckHandoff, RenewLease, DropHandoff   (kvtransfer)
+    anyone  -> anyone      Ping, Pong, StatusRequest, StatusReply
 
 Facts about an attempt are fenced by (request_id, attempt); facts about a worker by its epoch.
 """
