@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
+from kernels.copy_runs import Runs, copy_runs
 from kvtransfer.lanes import Pull, PullFailed
 from kvtransfer.region import first_stale
-from kvtransfer.reshard import block_runs
 from kvtransfer.transport import Region
 from protocol.kv import TransferError
-
-BlockRun = tuple[int, int, int]  # (source block, target block, count)
 
 
 def copy_verified(source: Region, pull: Pull, look_up: Callable[[], None], *, slice_bytes: int) -> None:
@@ -30,38 +28,22 @@ def copy_verified(source: Region, pull: Pull, look_up: Callable[[], None], *, sl
         raise PullFailed(TransferError.REFUSED, f"block {int(block_ids.max())} of a pool of {source.num_blocks}")
     expected = np.frombuffer(pull.generations, dtype=np.uint64)
     _check_generations(source, block_ids, expected, "before")
-    for step in _slices(
-        block_runs(pull.source_block_ids, pull.transfer.target_block_ids), max(1, slice_bytes // source.layout.block_bytes)
-    ):
+    for runs in _slices(block_ids, np.frombuffer(pull.transfer.target_block_ids, dtype=np.uint32), source.layout.block_bytes, slice_bytes):
         look_up()
-        _copy_runs(source, pull.target, step)
+        copy_runs(source.blocks, pull.target.blocks, runs)
     look_up()
     _check_generations(source, block_ids, expected, "after")
 
 
-def _copy_runs(source: Region, target: Region, runs: list[BlockRun]) -> None:
-    # Slice assignment between byte arrays is one memcpy, with the interpreter lock released.
-    theirs = np.frombuffer(source.blocks, dtype=np.uint8)
-    ours = np.frombuffer(target.blocks, dtype=np.uint8)
-    size = source.layout.block_bytes
-    for source_block, target_block, count in runs:
-        ours[target_block * size : (target_block + count) * size] = theirs[source_block * size : (source_block + count) * size]
-
-
-def _slices(runs: list[BlockRun], max_blocks: int) -> Iterator[list[BlockRun]]:
-    """The runs in order, in lists of at most `max_blocks` blocks each."""
-    step: list[BlockRun] = []
-    room = max_blocks
-    for source, target, count in runs:
-        while count:
-            taken = min(count, room)
-            step.append((source, target, taken))
-            source, target, count, room = source + taken, target + taken, count - taken, room - taken
-            if not room:
-                yield step
-                step, room = [], max_blocks
-    if step:
-        yield step
+def _slices(source_ids: npt.NDArray[np.uint32], target_ids: npt.NDArray[np.uint32], block_bytes: int, slice_bytes: int) -> Iterator[Runs]:
+    """Runs of blocks adjacent on both sides, in order, in arrays of at most `slice_bytes` (or one block) each."""
+    max_blocks = max(1, slice_bytes // block_bytes)
+    for first in range(0, len(source_ids), max_blocks):
+        sources, targets = (ids[first : first + max_blocks].astype(np.int64) for ids in (source_ids, target_ids))
+        joined = (np.diff(sources) == 1) & (np.diff(targets) == 1)
+        starts = np.flatnonzero(np.concatenate(([True], ~joined)))
+        counts = np.diff(np.append(starts, len(sources)))
+        yield np.stack((sources[starts], targets[starts], counts), axis=1) * block_bytes
 
 
 def _check_generations(region: Region, block_ids: npt.NDArray[np.uint32], expected: npt.NDArray[np.uint64], when: str) -> None:

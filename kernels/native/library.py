@@ -59,6 +59,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # name: what it returns, what it ta
         c_int, c_char_p, c_int, POINTER, c_int, c_int, c_int, POINTER, c_int64, POINTER, c_int64, c_int64, c_int64, c_float, POINTER,
     ),
     "baton_greedy": (c_int, c_char_p, POINTER, c_int64, c_int64, POINTER),
+    "baton_copy_runs": (None, POINTER, POINTER, POINTER, c_int64),
     "baton_measure_stream": (c_double, c_int, c_int64, c_int),
     "baton_measure_peak": (c_double, c_char_p, c_int, c_int, c_int64),
 }  # fmt: skip

@@ -60,6 +60,9 @@ int baton_rotary(const char* path, int is_bf16, float* qkv, int64_t num_rows, in
 int baton_attention(const char* path, int is_bf16, const void* q, int num_heads, int num_kv_heads, int head_dim, const void* kv, int64_t block_size, const uint32_t* table, int64_t start, int64_t num_tokens, int64_t window, float scale, void* out);
 int baton_greedy(const char* path, const float* logits, int64_t num_rows, int64_t vocab_size, int64_t* token_ids);
 
+/* runs[i] is {source offset, target offset, size} in bytes. Holds no lock and allocates nothing. */
+void baton_copy_runs(const char* source, char* target, const int64_t* runs, int64_t num_runs);
+
 /* Measurements: bytes a second of reading `bytes` of memory; multiply-adds a second from the first-level cache. */
 double baton_measure_stream(int num_threads, int64_t bytes, int num_rounds);
 double baton_measure_peak(const char* path, int is_bf16, int num_threads, int64_t num_rounds);

@@ -1,0 +1,31 @@
+// Many small copies in one call. Scattered over large pools, a copy waits for its first lines and their pages longer than for its
+// bytes, so those of the run after next are asked for meanwhile: 64 MiB in runs of 4 KiB went from 6.5 to 7.9 GB/s, larger runs
+// and totals that fit the cache stayed as they were (Zen 5, one thread).
+#include <string.h>
+
+#include "baton_native.h"
+
+namespace {
+
+constexpr int64_t kAheadRuns = 2;
+constexpr int64_t kAheadBytes = 512;
+
+void fetch(const char* source, const char* target, int64_t size) {
+  for (int64_t i = 0; i < size && i < kAheadBytes; i += 64) {
+    __builtin_prefetch(source + i, 0);
+    __builtin_prefetch(target + i, 1);
+  }
+}
+
+}  // namespace
+
+extern "C" void baton_copy_runs(const char* source, char* target, const int64_t* runs, int64_t num_runs) {
+  for (int64_t i = 0; i < num_runs; ++i) {
+    const int64_t* run = runs + 3 * i;
+    if (i + kAheadRuns < num_runs) {
+      const int64_t* later = run + 3 * kAheadRuns;
+      fetch(source + later[0], target + later[1], later[2]);
+    }
+    memcpy(target + run[1], source + run[0], static_cast<size_t>(run[2]));
+  }
+}
