@@ -110,8 +110,7 @@ int baton_linear(const char* path, int is_bf16, int num_threads, const void* x, 
     LinearTask task{};
     task.linear = &packed, task.x = rows.as<uint32_t>(), task.x_stride = packed.num_words, task.num_rows = num_rows;
     task.after = After::kStore, task.y = y, task.y_stride = num_out;
-    const size_t floats = scratch_floats(64);
-    run_linear(kernels, threads, task, Memory(sizeof(float) * floats * num_threads), floats);
+    run_linear(kernels, threads, task, Scratch(scratch_floats(64), num_threads));
   });
 }
 

@@ -2,10 +2,8 @@
 
 #include <math.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include <algorithm>
-#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -13,78 +11,15 @@ namespace baton {
 
 namespace {
 
-constexpr int64_t kRowsInline = 4;  // up to here the caller does the work of single rows itself
-
 void require(bool holds, const char* what) {
   if (!holds) throw std::runtime_error(what);
 }
 
-// A step of prefill reads each layer's output many times and of decode once: slices of rows outside, panels inside.
-int64_t num_slices(int64_t num_rows) { return (num_rows + kRowSlice - 1) / kRowSlice; }
-
 }  // namespace
 
-Memory::~Memory() {
-  if (data_) munmap(data_, bytes_);
-}
-
-void Memory::reserve(size_t bytes) {
-  if (bytes <= bytes_) return;
-  constexpr size_t kHuge = size_t{2} << 20;
-  if (bytes >= kHuge) bytes = (bytes + kHuge - 1) / kHuge * kHuge;
-  if (data_) munmap(data_, bytes_);
-  data_ = nullptr, bytes_ = 0;
-  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (data == MAP_FAILED) throw std::bad_alloc();
-  if (bytes >= kHuge) madvise(data, bytes, MADV_HUGEPAGE);
-  data_ = data, bytes_ = bytes;
-}
-
-void pack(PackedLinear* to, const Path& path, Threads& threads, int num_parts, const void* const* weights, const int64_t* rows,
-          const float* const* biases, int64_t num_in, bool halves) {
-  int64_t num_out = 0;
-  bool has_bias = false;
-  for (int i = 0; i < num_parts; ++i) num_out += rows[i], has_bias |= biases && biases[i];
-  const int64_t half = num_out / 2, value_bytes = path.is_bf16 ? 2 : 4;
-  to->num_out = num_out;
-  to->num_words = path.is_bf16 ? (num_in + 1) / 2 : num_in;
-  to->num_panels = halves ? (half + kPanel / 2 - 1) / (kPanel / 2) : (num_out + kPanel - 1) / kPanel;
-  to->memory.reserve(sizeof(uint32_t) * to->num_panels * to->num_words * kPanel);
-  to->words = to->memory.as<uint32_t>();
-  if (has_bias) {
-    to->bias_memory.reserve(sizeof(float) * to->num_panels * kPanel);
-    to->bias = to->bias_memory.as<float>();
-  }
-  threads.each(to->num_panels, [&](int, int64_t panel) {
-    const void* panel_rows[kPanel];
-    for (int64_t column = 0; column < kPanel; ++column) {
-      int64_t row = panel * kPanel + column;
-      if (halves) {
-        row = panel * (kPanel / 2) + column % (kPanel / 2);
-        row = row >= half ? num_out : column < kPanel / 2 ? row : row + half;
-      }
-      panel_rows[column] = nullptr;
-      int part = 0;
-      for (; part < num_parts && row >= rows[part]; ++part) row -= rows[part];
-      if (part == num_parts) continue;
-      panel_rows[column] = static_cast<const char*>(weights[part]) + row * num_in * value_bytes;
-      if (has_bias && biases[part]) to->bias[panel * kPanel + column] = biases[part][row];
-    }
-    path.pack_panel(to->words + panel * to->num_words * kPanel, panel_rows, num_in);
-  });
-}
-
-void run_linear(const Path& path, Threads& threads, const LinearTask& task, const Memory& scratch, size_t scratch_floats) {
-  const int64_t panels = task.linear->num_panels, slices = num_slices(task.num_rows);
-  const int64_t slice_rows = (task.num_rows + slices - 1) / slices;
-  threads.each(panels * slices, [&](int thread, int64_t i) {
-    const int64_t first = i / panels * slice_rows;
-    path.linear(task, i % panels, first, std::min(slice_rows, task.num_rows - first), scratch.as<float>() + thread * scratch_floats);
-  });
-}
-
 Network::Network(const BatonShape& shape, const char* path)
-    : shape_(shape), path_(find_path(path, shape.is_bf16)), threads_(shape.num_threads), layers_(shape.num_layers) {
+    : shape_(shape), path_(find_path(path, shape.is_bf16)), threads_(shape.num_threads), layers_(shape.num_layers),
+      scratch_(scratch_floats(shape.head_dim), shape.num_threads) {
   require(shape.head_dim > 0 && shape.head_dim % 2 == 0 && shape.head_dim <= kMaxHeadDim, "head_dim must be even and at most 512");
   require(shape.num_heads % shape.num_kv_heads == 0, "heads must be a multiple of KV heads");
   require(shape.num_heads / shape.num_kv_heads <= kTileRows, "at most 48 heads share one KV head");
@@ -93,8 +28,6 @@ Network::Network(const BatonShape& shape, const char* path)
   frequencies_.assign(shape.frequencies, shape.frequencies + shape.head_dim / 2);
   q_size_ = int64_t{shape.num_heads} * shape.head_dim;
   qkv_size_ = q_size_ + int64_t{2} * shape.num_kv_heads * shape.head_dim;
-  scratch_floats_ = (scratch_floats(shape.head_dim) + 1023) / 1024 * 1024;
-  scratch_.reserve(sizeof(float) * scratch_floats_ * threads_.size());
 }
 
 void Network::set_linear(int layer, int which, int num_parts, const void* const* weights, const int64_t* rows, const float* const* biases) {
@@ -135,14 +68,6 @@ int64_t Network::bytes() const {
   return bytes;
 }
 
-template <typename Body>
-void Network::each_row(int64_t num_rows, const Body& body) {
-  if (num_rows <= kRowsInline)
-    for (int64_t row = 0; row < num_rows; ++row) body(0, row);
-  else
-    threads_.each(num_rows, body);
-}
-
 // Rows of the step: where each token's KV goes, its angles; and the attention items.
 void Network::lay_out(const BatonStep& step) {
   require(embedding_ && pool_, "a network needs an embedding and a pool");
@@ -179,7 +104,7 @@ void Network::embed(const BatonStep& step, int64_t num_rows) {
   attended_.reserve(4 * num_rows * words(q_size_));
   gated_.reserve(4 * num_rows * words(shape_.intermediate_size));
   for (int64_t row = 0; row < num_rows; ++row) require(step.token_ids[row] < static_cast<uint32_t>(shape_.vocab_size), "a token id lies outside the vocabulary");
-  each_row(num_rows, [&](int, int64_t row) {
+  threads_.each_row(num_rows, [&](int, int64_t row) {
     path_.widen(residual_.as<float>() + row * hidden, embedding_ + step.token_ids[row] * hidden * value_bytes(), hidden);
     float* cosines = cos_sin_.as<float>() + row * shape_.head_dim;
     for (int64_t i = 0; i < half; ++i) {
@@ -194,7 +119,7 @@ void Network::embed(const BatonStep& step, int64_t num_rows) {
 void Network::norm(const std::vector<float>& weight, const int64_t* rows, int64_t num_rows) {
   const NormTask task{residual_.as<float>(), shape_.hidden_size, rows, weight.data(), shape_.norm_eps, shape_.hidden_size,
                       normed_.as<uint32_t>(), words(shape_.hidden_size)};
-  each_row(num_rows, [&](int, int64_t row) { path_.norm(task, row); });
+  threads_.each_row(num_rows, [&](int, int64_t row) { path_.norm(task, row); });
 }
 
 void Network::multiply(const PackedLinear& linear, const Memory& x, int64_t num_rows, After after, const Memory& y) {
@@ -207,7 +132,7 @@ void Network::multiply(const PackedLinear& linear, const Memory& x, int64_t num_
     task.next = y.as<uint32_t>(), task.next_stride = words(linear.num_out / 2);
   else
     task.y = y.as<float>(), task.y_stride = linear.num_out;
-  run_linear(path_, threads_, task, scratch_, scratch_floats_);
+  run_linear(path_, threads_, task, scratch_);
 }
 
 void Network::run_layer(int index, int64_t num_rows) {
@@ -220,13 +145,13 @@ void Network::run_layer(int index, int64_t num_rows) {
                           layer.k_norm.empty() ? nullptr : layer.k_norm.data(), shape_.norm_eps, shape_.num_heads, shape_.num_kv_heads,
                           shape_.head_dim, cos_sin_.as<float>(), q_.as<uint32_t>(), words(q_size_), slots_.data(),
                           pool_ + index * layer_bytes, block_bytes, shape_.block_size};
-  each_row(num_rows, [&](int, int64_t row) { path_.rotary(rotary, row); });
+  threads_.each_row(num_rows, [&](int, int64_t row) { path_.rotary(rotary, row); });
   const AttentionTask attention{items_.data(), static_cast<int64_t>(items_.size()), q_.as<uint32_t>(), words(q_size_), pool_ + index * layer_bytes, block_bytes, shape_.block_size,
                                 shape_.num_heads, shape_.num_kv_heads, shape_.head_dim, layer.window, 1.0f / sqrtf(static_cast<float>(shape_.head_dim)),
                                 attended_.as<uint32_t>(), words(q_size_)};
   const int64_t kv_heads = shape_.num_kv_heads;
   threads_.each(items_.size() * kv_heads, [&](int thread, int64_t i) {
-    path_.attention(attention, i / kv_heads, static_cast<int>(i % kv_heads), scratch_.as<float>() + thread * scratch_floats_);
+    path_.attention(attention, i / kv_heads, static_cast<int>(i % kv_heads), scratch_.of(thread));
   });
   multiply(layer.output, attended_, num_rows, After::kAdd, residual_);
   norm(layer.mlp_norm, nullptr, num_rows);
@@ -247,7 +172,7 @@ void Network::finish(const BatonStep& step) {
   task.num_rows = step.num_logits;
   task.after = After::kStore;
   task.y = step.logits, task.y_stride = shape_.vocab_size;
-  run_linear(path_, threads_, task, scratch_, scratch_floats_);
+  run_linear(path_, threads_, task, scratch_);
   if (step.greedy)
     threads_.each(step.num_logits, [&](int, int64_t i) { step.greedy[i] = path_.greedy(step.logits + i * shape_.vocab_size, shape_.vocab_size); });
 }

@@ -27,7 +27,16 @@ class Threads {
     run(count, [](const void* b, int thread, int64_t i) { (*static_cast<const Body*>(b))(thread, i); }, &body);
   }
 
+  // The same for work of single rows, a few of which are not worth another thread.
+  template <typename Body>
+  void each_row(int64_t num_rows, const Body& body) {
+    if (num_rows > kRowsInline) return each(num_rows, body);
+    for (int64_t row = 0; row < num_rows; ++row) body(0, row);
+  }
+
  private:
+  static constexpr int64_t kRowsInline = 4;
+
   typedef void (*Call)(const void* body, int thread, int64_t i);
   struct alignas(64) Share {
     std::atomic<int64_t> next{0};
