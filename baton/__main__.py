@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from baton.bench.serve import bench_serve
 from baton.chat import chat
 from baton.serve import serve_command
 from baton.status import status
@@ -24,6 +25,10 @@ app = typer.Typer(
 app.command("serve")(serve_command())
 app.command("chat")(chat)
 app.command("status")(status)
+
+bench = typer.Typer(name="bench", help="Measure: latency under load.", no_args_is_help=True, rich_markup_mode=None)
+bench.command("serve")(bench_serve)
+app.add_typer(bench)
 
 
 def _print_version(asked: bool) -> None:
