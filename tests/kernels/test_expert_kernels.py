@@ -74,6 +74,14 @@ def test_the_likeliest_experts_are_chosen_in_order_of_id(num_experts: int, num_c
         assert torch.equal(again[0], experts[rows]) and torch.equal(again[1], weights[rows])
 
 
+def test_of_equally_likely_experts_the_lower_ids_are_chosen() -> None:
+    """Seen to fail with `topk`, which promises nothing of equals."""
+    logits = torch.randint(3, (100, 40)).float()
+    experts, _ = choose_experts(logits, 6, normalize=True)
+    for row, chosen in zip(logits.tolist(), experts.tolist(), strict=True):
+        assert chosen == sorted(sorted(range(40), key=lambda expert: (-row[expert], expert))[:6])
+
+
 def make_experts(hidden: int, inner: int, numerics: Any) -> Experts:
     torch.manual_seed(1)
     gate, up, down = (
