@@ -57,7 +57,7 @@ def compose_worker(config: ClusterConfig, model_dir: Path, *, memory_bytes: int 
     """
     numerics = numerics_of(config, load_model_config(model_dir, dtype=config.model.dtype).dtype)
     model = load_model_config(model_dir, dtype=config.model.dtype, numerics=numerics)
-    kernels = choose_kernels(config.model.kernels, dtype=model.dtype, has_experts=model.experts is not None)
+    kernels = choose_kernels(config.model.kernels, dtype=model.dtype)
     told = fingerprint_of(open_checkpoint(model_dir, model), model, numerics, kernels.bits)
     return plan_worker(config, model, fingerprint=told, kernels=kernels, memory_bytes=memory_bytes)
 

@@ -69,7 +69,7 @@ def load_model_runner(model_dir: Path, config: RunnerConfig, region: Region) -> 
     assert region.layout == layout, f"the pool is laid out for {region.layout}, the model needs {layout}"
     pool = KVPool(region)
     weights = load_weights(open_checkpoint(model_dir, model), dtype=model.dtype, device="cpu")
-    chosen = choose_kernels(config.kernels, dtype=model.dtype, has_experts=model.experts is not None)
+    chosen = choose_kernels(config.kernels, dtype=model.dtype)
     if chosen.name != "torch":
         return build_native_runner(model, weights, pool, path=chosen.name, num_threads=config.num_threads)
     decoder = build_decoder(model, weights, config.numerics)

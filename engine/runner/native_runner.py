@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from engine.core.executor import PlanEntry
-from engine.models.config import ModelConfig
+from engine.models.config import ExpertsConfig, ModelConfig
 from engine.models.rope import RotaryFrequencies
 from engine.models.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
 from engine.runner.kv_pool import KVPool
 from engine.runner.step_logits import StepLogits
 from engine.runner.weights import TORCH_DTYPES
-from kernels.native.network import NO_LAYER, LinearPlace, NativeNetwork, NetworkShape, NormPlace, step_arrays
+from kernels.native.network import NO_LAYER, ExpertsShape, LinearPlace, NativeNetwork, NetworkShape, NormPlace, step_arrays
 from kernels.numerics import Kernels
 
 
@@ -56,6 +56,7 @@ def build_native_runner(
             rotary_scale=rope.scale,
             frequencies=rope.frequencies,
             windows=model.layer_windows,
+            experts=None if model.experts is None else _experts_shape(model.experts),
         ),
         path=path,
         num_threads=num_threads,
@@ -65,11 +66,20 @@ def build_native_runner(
     network.set_embedding(weights.pop(EMBEDDING))
     network.set_norm(NO_LAYER, NormPlace.FINAL, weights.pop(FINAL_NORM))
     for layer in range(model.num_layers):
-        _set_layer(network, layer, weights, has_head_norms=model.qk_norm)
+        _set_layer(network, layer, weights, model)
     return NativeRunner(model, network, pool)
 
 
-def _set_layer(network: NativeNetwork, layer: int, weights: dict[str, torch.Tensor], *, has_head_norms: bool) -> None:
+def _experts_shape(config: ExpertsConfig) -> ExpertsShape:
+    return ExpertsShape(
+        num_experts=config.num_experts,
+        num_chosen=config.num_chosen,
+        intermediate_size=config.intermediate_size,
+        normalize=config.normalize,
+    )
+
+
+def _set_layer(network: NativeNetwork, layer: int, weights: dict[str, torch.Tensor], model: ModelConfig) -> None:
     at = f"model.layers.{layer}"
 
     def set_linear(which: LinearPlace, *names: str) -> None:
@@ -78,10 +88,22 @@ def _set_layer(network: NativeNetwork, layer: int, weights: dict[str, torch.Tens
 
     set_linear(LinearPlace.QKV, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     set_linear(LinearPlace.OUTPUT, "self_attn.o_proj")
-    set_linear(LinearPlace.GATE_UP, "mlp.gate_proj", "mlp.up_proj")
-    set_linear(LinearPlace.DOWN, "mlp.down_proj")
+    if (experts := model.experts) is not None and experts.layers[layer]:
+        set_linear(LinearPlace.ROUTER, experts.names.router)
+        _set_experts(network, layer, weights, experts)
+    else:
+        set_linear(LinearPlace.GATE_UP, "mlp.gate_proj", "mlp.up_proj")
+        set_linear(LinearPlace.DOWN, "mlp.down_proj")
     network.set_norm(layer, NormPlace.ATTENTION, weights.pop(f"{at}.input_layernorm.weight"))
     network.set_norm(layer, NormPlace.MLP, weights.pop(f"{at}.post_attention_layernorm.weight"))
-    if has_head_norms:
+    if model.qk_norm:
         network.set_norm(layer, NormPlace.Q, weights.pop(f"{at}.self_attn.q_norm.weight"))
         network.set_norm(layer, NormPlace.K, weights.pop(f"{at}.self_attn.k_norm.weight"))
+
+
+def _set_experts(network: NativeNetwork, layer: int, weights: dict[str, torch.Tensor], config: ExpertsConfig) -> None:
+    def of_each(name: str) -> list[torch.Tensor]:
+        linears = (config.names.linear(expert, name) for expert in range(config.num_experts))
+        return [weights.pop(f"model.layers.{layer}.{linear}.weight") for linear in linears]
+
+    network.set_experts(layer, of_each(config.names.gate), of_each(config.names.up), of_each(config.names.down))

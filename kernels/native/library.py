@@ -25,6 +25,7 @@ class Shape(ctypes.Structure):
         ("num_layers", c_int32), ("hidden_size", c_int32), ("num_heads", c_int32), ("num_kv_heads", c_int32), ("head_dim", c_int32),
         ("intermediate_size", c_int32), ("vocab_size", c_int32), ("is_bf16", c_int32), ("block_size", c_int32), ("num_threads", c_int32),
         ("norm_eps", c_float), ("rotary_scale", c_float), ("frequencies", POINTER), ("windows", POINTER),
+        ("num_experts", c_int32), ("num_experts_chosen", c_int32), ("expert_intermediate_size", c_int32), ("normalize_experts", c_int32),
     )  # fmt: skip
 
 
@@ -43,6 +44,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # name: what it returns, what it ta
     "baton_network_new": (c_void_p, POINTER, c_char_p),
     "baton_network_free": (None, c_void_p),
     "baton_network_set_linear": (c_int, c_void_p, c_int, c_int, c_int, POINTER, POINTER, POINTER),
+    "baton_network_set_experts": (c_int, c_void_p, c_int, POINTER, POINTER, POINTER),
     "baton_network_set_norm": (c_int, c_void_p, c_int, c_int, POINTER),
     "baton_network_set_embedding": (c_int, c_void_p, POINTER),
     "baton_network_set_pool": (c_int, c_void_p, POINTER, c_int64),
@@ -58,6 +60,11 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # name: what it returns, what it ta
     "baton_attention": (
         c_int, c_char_p, c_int, POINTER, c_int, c_int, c_int, POINTER, c_int64, POINTER, c_int64, c_int64, c_int64, c_float, POINTER,
     ),
+    "baton_experts": (
+        c_int, c_char_p, c_int, c_int, POINTER, c_int64, c_int64, POINTER, c_int64, c_int64, c_int, c_int64,
+        POINTER, POINTER, POINTER, POINTER,
+    ),
+    "baton_choose_experts": (c_int, c_char_p, POINTER, c_int64, c_int64, c_int64, c_int, POINTER, POINTER),
     "baton_greedy": (c_int, c_char_p, POINTER, c_int64, c_int64, POINTER),
     "baton_copy_runs": (None, POINTER, POINTER, POINTER, c_int64),
     "baton_measure_stream": (c_double, c_int, c_int64, c_int),
@@ -112,7 +119,7 @@ class ChosenKernels:
         return {"avx512_bf16": "fused", "avx512": "fused", "avx2": "fused"}.get(self.name, self.name)
 
 
-def choose_kernels(asked: Kernels = "auto", *, dtype: str, has_experts: bool = False) -> ChosenKernels:
+def choose_kernels(asked: Kernels = "auto", *, dtype: str) -> ChosenKernels:
     """What computes a model of `dtype` on this machine; "auto" is the best there is.
 
     Raises:
@@ -121,8 +128,8 @@ def choose_kernels(asked: Kernels = "auto", *, dtype: str, has_experts: bool = F
     if asked == "torch":
         return ChosenKernels(name="torch")
     library = load_library()
-    if isinstance(library, str) or dtype not in DTYPES or has_experts:
-        reason = library if isinstance(library, str) else f"the native kernels have no {'experts' if has_experts else dtype}"
+    if isinstance(library, str) or dtype not in DTYPES:
+        reason = library if isinstance(library, str) else f"the native kernels have no {dtype}"
         if asked != "auto":
             raise ConfigError(f"kernels {asked} cannot be used: {reason}; use auto or torch")
         return ChosenKernels(name="torch", note=f"kernels torch, which are slow: {reason}")

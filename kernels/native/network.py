@@ -28,6 +28,7 @@ class LinearPlace(IntEnum):
     GATE_UP = 2
     DOWN = 3
     HEAD = 4
+    ROUTER = 5
 
 
 class NormPlace(IntEnum):
@@ -41,6 +42,16 @@ class NormPlace(IntEnum):
 
 
 Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsShape:
+    """The mixture of experts of the layers that have one."""
+
+    num_experts: int
+    num_chosen: int  # of them, by each token
+    intermediate_size: int  # of one expert
+    normalize: bool  # the weights of a token's experts sum to one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +71,7 @@ class NetworkShape:
     rotary_scale: float
     frequencies: torch.Tensor  # [head_dim / 2] float32
     windows: tuple[int | None, ...]  # per layer
+    experts: ExpertsShape | None = None  # None: every layer is dense
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +114,9 @@ class NativeNetwork:
             frequencies=frequencies.data_ptr(),
             windows=windows.ctypes.data,
         )
+        if (experts := shape.experts) is not None:
+            record.num_experts, record.num_experts_chosen = experts.num_experts, experts.num_chosen
+            record.expert_intermediate_size, record.normalize_experts = experts.intermediate_size, experts.normalize
         self._network: int | None = self._calls.baton_network_new(ctypes.byref(record), path.encode())
         if self._network is None:
             raise NativeError(self._calls.baton_error().decode())
@@ -122,11 +137,17 @@ class NativeNetwork:
         parts = [self._taken(weight) for weight in weights]
         wide = [None if bias is None else bias.detach().float().contiguous() for bias in biases]
         rows = np.array([len(part) for part in parts], dtype=np.int64)
-        pointers = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
+        pointers = pointers_to(parts)
         bias_pointers = (ctypes.c_void_p * len(wide))(*(None if bias is None else bias.data_ptr() for bias in wide))
         self._library.check(
             self._calls.baton_network_set_linear(self._network, layer, which, len(parts), pointers, rows.ctypes.data, bias_pointers)
         )
+
+    def set_experts(self, layer: int, gate: Sequence[torch.Tensor], up: Sequence[torch.Tensor], down: Sequence[torch.Tensor]) -> None:
+        """Pack the experts of a layer, one weight [out, in] each in every sequence; they are not needed afterwards."""
+        parts = [[self._taken(weight) for weight in weights] for weights in (gate, up, down)]
+        pointers = [pointers_to(weights) for weights in parts]
+        self._library.check(self._calls.baton_network_set_experts(self._network, layer, *pointers))
 
     def set_norm(self, layer: int, which: NormPlace, weight: torch.Tensor) -> None:
         wide = weight.detach().float().contiguous()
@@ -176,6 +197,11 @@ class NativeNetwork:
         return tensor.detach().contiguous()
 
 
+def pointers_to(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """The array of addresses that the library reads; the caller keeps the tensors alive."""
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
 def step_arrays(
     starts: Sequence[int], tokens: Sequence[array[int]], tables: Sequence[array[int]], logit_entries: Sequence[int]
 ) -> StepArrays:
@@ -194,4 +220,15 @@ def _joined(arrays: Sequence[array[int]]) -> npt.NDArray[np.uint32]:
     return np.frombuffer(b"".join(arrays), dtype=np.uint32)
 
 
-__all__ = ["NO_LAYER", "LinearPlace", "NativeError", "NativeNetwork", "NetworkShape", "NormPlace", "StepArrays", "step_arrays"]
+__all__ = [
+    "NO_LAYER",
+    "ExpertsShape",
+    "LinearPlace",
+    "NativeError",
+    "NativeNetwork",
+    "NetworkShape",
+    "NormPlace",
+    "StepArrays",
+    "pointers_to",
+    "step_arrays",
+]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from kernels.native.library import NativeLibrary, load_library
+from kernels.native.network import pointers_to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,37 @@ class NativeOps:
             start, num_tokens, window or 0, scale, out.data_ptr(),
         )  # fmt: skip
         return out
+
+    def choose_experts(self, logits: torch.Tensor, num_chosen: int, *, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """As kernels/expert_choice, but the ids are int32."""
+        num_rows, num_experts = logits.shape
+        experts = torch.empty((num_rows, num_chosen), dtype=torch.int32)
+        weights = torch.empty((num_rows, num_chosen))
+        at = experts.data_ptr(), weights.data_ptr()
+        self._call("choose_experts", logits.contiguous().data_ptr(), num_rows, num_experts, num_chosen, normalize, *at)
+        return experts, weights
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        router: torch.Tensor,
+        gate: Sequence[torch.Tensor],
+        up: Sequence[torch.Tensor],
+        down: Sequence[torch.Tensor],
+        *,
+        num_chosen: int,
+        normalize: bool,
+        num_threads: int = 1,
+    ) -> torch.Tensor:
+        """A mixture of experts: x [num_rows, hidden] and all weights in `dtype` -> [num_rows, hidden] float32."""
+        x, router = x.contiguous(), router.contiguous()
+        y = torch.zeros(x.shape)
+        parts = [[weight.contiguous() for weight in weights] for weights in (gate, up, down)]
+        self._call(
+            "experts", self._is_bf16, num_threads, x.data_ptr(), *x.shape, router.data_ptr(), len(router), num_chosen, normalize,
+            len(parts[0][0]), *map(pointers_to, parts), y.data_ptr(),
+        )  # fmt: skip
+        return y
 
     def greedy(self, logits: torch.Tensor) -> list[int]:
         """Index of the first of each row's greatest; -1 where a logit is not finite."""

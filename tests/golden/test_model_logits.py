@@ -30,7 +30,6 @@ pytestmark = pytest.mark.golden
 NUM_GREEDY = 64
 TOLERANCE = 1e-4  # sums of up to 160 products in float32, in another order
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-WITH_EXPERTS = ("mixtral", "qwen3_moe")  # the native kernels have none yet
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -87,7 +86,7 @@ COMPUTED_BY = [("reference", "torch"), ("fast", "torch"), *(("reference", path) 
 
 @pytest.mark.parametrize(
     ("case", "numerics", "kernels"),
-    [(case, *by) for case, (arch, _) in CASES.items() for by in COMPUTED_BY if arch not in WITH_EXPERTS or by[1] == "torch"],
+    [(case, *by) for case in CASES for by in COMPUTED_BY],
 )
 def test_logits_and_greedy_tokens_equal_transformers(case: str, numerics: str, kernels: str, tiny_checkpoint: Callable[..., Path]) -> None:
     arch, overrides = CASES[case]
@@ -103,7 +102,7 @@ def test_logits_and_greedy_tokens_equal_transformers(case: str, numerics: str, k
         assert output == theirs.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize(("arch", "kernels"), [*(("llama", k) for k in ("torch", *PATHS)), ("mixtral", "torch"), ("qwen3_moe", "torch")])
+@pytest.mark.parametrize(("arch", "kernels"), [(arch, k) for arch in ("llama", "mixtral", "qwen3_moe") for k in ("torch", *PATHS)])
 def test_bfloat16_stays_near_float32(arch: str, kernels: str, tiny_checkpoint: Callable[..., Path]) -> None:
     """A bf16 checkpoint served as bf16 and as float32: the same prompt, logits apart by rounding alone (8 bits of mantissa)."""
     model_dir = tiny_checkpoint(arch, dtype="bfloat16", num_hidden_layers=2)

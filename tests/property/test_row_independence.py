@@ -51,8 +51,7 @@ def make_prompts(seed: int) -> list[list[int]]:
     return [[rng.randrange(3, 500) for _ in range(rng.choice([1, 2, 15, 16, 17, 31, 33, 47, 64, 100]))] for _ in range(NUM_SEQUENCES)]
 
 
-WITH_EXPERTS = ("mixtral", "qwen3_moe")  # the native kernels have none yet
-CASES = [(m, e) for m, (arch, _) in MODELS.items() for e in ENGINES if arch not in WITH_EXPERTS or e == "torch"]
+CASES = [(m, e) for m in MODELS for e in ENGINES]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {case[1]}")

@@ -20,9 +20,12 @@ typedef struct {
   float rotary_scale; /* of cosines and sines */
   const float* frequencies; /* [head_dim / 2] */
   const int64_t* windows; /* [num_layers] tokens a query sees, 0: all */
+  int32_t num_experts; /* of the layers that have them; 0: none has */
+  int32_t num_experts_chosen, expert_intermediate_size;
+  int32_t normalize_experts; /* the weights of a token's experts sum to one */
 } BatonShape;
 
-enum { BATON_QKV, BATON_OUTPUT, BATON_GATE_UP, BATON_DOWN, BATON_HEAD }; /* linears */
+enum { BATON_QKV, BATON_OUTPUT, BATON_GATE_UP, BATON_DOWN, BATON_HEAD, BATON_ROUTER }; /* linears */
 enum { BATON_ATTENTION_NORM, BATON_MLP_NORM, BATON_Q_NORM, BATON_K_NORM, BATON_FINAL_NORM };
 
 /* One forward pass. Entry i computes the tokens at positions [starts[i], starts[i] + sizes[i]) of its sequence. */
@@ -46,6 +49,9 @@ BatonNetwork* baton_network_new(const BatonShape* shape, const char* path); /* n
 void baton_network_free(BatonNetwork*);
 /* weights[i] is [rows[i]][inputs] in the network's dtype, biases[i] [rows[i]] float32 or null; copied. layer is -1 for the head. */
 int baton_network_set_linear(BatonNetwork*, int layer, int which, int num_parts, const void* const* weights, const int64_t* rows, const float* const* biases);
+/* One pointer an expert, all in the network's dtype: gate and up [expert_intermediate_size][hidden_size], down the other way round; copied.
+ * The layer then computes these, by the choice of its router, and no dense gate_up and down. */
+int baton_network_set_experts(BatonNetwork*, int layer, const void* const* gate, const void* const* up, const void* const* down);
 int baton_network_set_norm(BatonNetwork*, int layer, int which, const float* weight); /* copied */
 int baton_network_set_embedding(BatonNetwork*, const void* table); /* borrowed: [vocab_size][hidden_size] */
 int baton_network_set_pool(BatonNetwork*, void* blocks, int64_t num_blocks); /* borrowed: [block][layer][2][kv_head][token][dim] */
@@ -58,6 +64,9 @@ int baton_rms_norm(const char* path, int is_bf16, const float* x, const float* w
 int baton_silu_mul(const char* path, int is_bf16, const float* gate, const float* up, int64_t size, void* y);
 int baton_rotary(const char* path, int is_bf16, float* qkv, int64_t num_rows, int num_heads, int num_kv_heads, int head_dim, const float* cos_sin, const float* q_norm, const float* k_norm, float eps, const int64_t* slots, int64_t block_size, void* q, void* kv);
 int baton_attention(const char* path, int is_bf16, const void* q, int num_heads, int num_kv_heads, int head_dim, const void* kv, int64_t block_size, const uint32_t* table, int64_t start, int64_t num_tokens, int64_t window, float scale, void* out);
+/* A router and its experts; y [num_rows][hidden] is added to. */
+int baton_experts(const char* path, int is_bf16, int num_threads, const void* x, int64_t num_rows, int64_t hidden, const void* router, int64_t num_experts, int64_t num_chosen, int normalize, int64_t inner, const void* const* gate, const void* const* up, const void* const* down, float* y);
+int baton_choose_experts(const char* path, const float* logits, int64_t num_rows, int64_t num_experts, int64_t num_chosen, int normalize, int32_t* experts, float* weights);
 int baton_greedy(const char* path, const float* logits, int64_t num_rows, int64_t vocab_size, int64_t* token_ids);
 
 /* runs[i] is {source offset, target offset, size} in bytes. Holds no lock and allocates nothing. */

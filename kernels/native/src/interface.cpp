@@ -4,6 +4,7 @@
 #include <chrono>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "network.h"
 
@@ -38,6 +39,14 @@ bool supports(const std::string& path) {
   if (path == "avx2") return avx2;
 #endif
   return path == "portable";
+}
+
+// Rows of values as rows of words, of which an odd bfloat16 row fills the last by half.
+Memory rows_of_words(const void* x, int64_t num_rows, int64_t size, int is_bf16) {
+  const int64_t row_bytes = size * (is_bf16 ? 2 : 4), stride = (row_bytes + 3) / 4 * 4;
+  Memory rows(num_rows * stride + 4);
+  for (int64_t i = 0; i < num_rows; ++i) memcpy(rows.as<char>() + i * stride, static_cast<const char*>(x) + i * row_bytes, row_bytes);
+  return rows;
 }
 
 double seconds_since(std::chrono::steady_clock::time_point start) { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); }
@@ -84,6 +93,9 @@ void baton_network_free(BatonNetwork* network) { delete network; }
 int baton_network_set_linear(BatonNetwork* network, int layer, int which, int num_parts, const void* const* weights, const int64_t* rows, const float* const* biases) {
   return guarded([&] { network->set_linear(layer, which, num_parts, weights, rows, biases); });
 }
+int baton_network_set_experts(BatonNetwork* network, int layer, const void* const* gate, const void* const* up, const void* const* down) {
+  return guarded([&] { network->set_experts(layer, gate, up, down); });
+}
 int baton_network_set_norm(BatonNetwork* network, int layer, int which, const float* weight) {
   return guarded([&] { network->set_norm(layer, which, weight); });
 }
@@ -104,13 +116,31 @@ int baton_linear(const char* path, int is_bf16, int num_threads, const void* x, 
     Threads threads(num_threads);
     PackedLinear packed;
     pack(&packed, kernels, threads, 1, &weight, &num_out, &bias, num_in, false);
-    const int64_t value_bytes = is_bf16 ? 2 : 4;
-    Memory rows(4 * num_rows * packed.num_words + 4);
-    for (int64_t i = 0; i < num_rows; ++i) memcpy(rows.as<uint32_t>() + i * packed.num_words, static_cast<const char*>(x) + i * num_in * value_bytes, num_in * value_bytes);
+    const Memory words = rows_of_words(x, num_rows, num_in, is_bf16);
     LinearTask task{};
-    task.linear = &packed, task.x = rows.as<uint32_t>(), task.x_stride = packed.num_words, task.num_rows = num_rows;
+    task.linear = &packed, task.x = words.as<uint32_t>(), task.x_stride = packed.num_words, task.num_rows = num_rows;
     task.after = After::kStore, task.y = y, task.y_stride = num_out;
     run_linear(kernels, threads, task, Scratch(scratch_floats(64), num_threads));
+  });
+}
+
+int baton_experts(const char* path, int is_bf16, int num_threads, const void* x, int64_t num_rows, int64_t hidden, const void* router, int64_t num_experts, int64_t num_chosen, int normalize, int64_t inner, const void* const* gate, const void* const* up, const void* const* down, float* y) {
+  return guarded([&] {
+    const Path& kernels = find_path(path, is_bf16);
+    Threads threads(num_threads);
+    Mixture mixture({hidden, num_experts, num_chosen, inner, normalize != 0}, kernels, threads);
+    PackedExperts packed;
+    pack(&packed.router, kernels, threads, 1, &router, &num_experts, nullptr, hidden, false);
+    mixture.pack(&packed, gate, up, down);
+    mixture.add(packed, rows_of_words(x, num_rows, hidden, is_bf16).as<uint32_t>(), num_rows, y, Scratch(scratch_floats(64), num_threads));
+  });
+}
+
+int baton_choose_experts(const char* path, const float* logits, int64_t num_rows, int64_t num_experts, int64_t num_chosen, int normalize, int32_t* experts, float* weights) {
+  return guarded([&] {
+    const ChoiceTask task{logits, num_experts, num_chosen, normalize != 0, experts, weights};
+    std::vector<float> scratch(num_experts);
+    for (int64_t row = 0; row < num_rows; ++row) find_path(path, false).choose_experts(task, row, scratch.data());
   });
 }
 

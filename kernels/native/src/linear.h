@@ -161,12 +161,14 @@ INLINE void finish_rows(const LinearTask& t, int64_t panel, int64_t first_row, i
     return;
   }
   int64_t first = panel * kPanel, left = t.linear->num_out - first;
-  for (int r = 0; r < num_rows; ++r, c += kPanel) {
-    float* y = t.y + (first_row + r) * t.y_stride + first;
+  for (int64_t row = first_row; row < first_row + num_rows; ++row, c += kPanel) {
+    float* y = t.y + (t.y_rows ? t.y_rows[row] : row) * t.y_stride + first;
+    const Floats weight = splat(t.y_weights ? t.y_weights[row] : 1.0f);
     for (int j = 0; j < kPanel && j < left; j += kLanes) {
       int64_t n = left - j;
       Floats v = load(c + j);
       if (bias) v = v + load(bias + j);
+      v = v * weight;
       if (n >= kLanes)
         store(y + j, t.after == After::kAdd ? load(y + j) + v : v);
       else
@@ -190,7 +192,7 @@ static void linear(const LinearTask& t, int64_t panel, int64_t first_row, int64_
     for (int64_t r = 0; r < num_rows;) {
       const int group = next_group(num_rows - r);
       const uint32_t* x[kMaxRows];
-      for (int i = 0; i < group; ++i) x[i] = t.x + (first_row + r + i) * t.x_stride + k;
+      for (int i = 0; i < group; ++i) x[i] = t.x + (t.x_rows ? t.x_rows[first_row + r + i] : first_row + r + i) * t.x_stride + k;
       float* c = scratch + r * kPanel;
       const int lines = groups == 1 ? 4 : groups > 3 ? 1 : 2;
       if (lines_left == 0)

@@ -28,6 +28,8 @@ Network::Network(const BatonShape& shape, const char* path)
   frequencies_.assign(shape.frequencies, shape.frequencies + shape.head_dim / 2);
   q_size_ = int64_t{shape.num_heads} * shape.head_dim;
   qkv_size_ = q_size_ + int64_t{2} * shape.num_kv_heads * shape.head_dim;
+  if (shape.num_experts)
+    mixture_.reset(new Mixture({shape.hidden_size, shape.num_experts, shape.num_experts_chosen, shape.expert_intermediate_size, shape.normalize_experts != 0}, path_, threads_));
 }
 
 void Network::set_linear(int layer, int which, int num_parts, const void* const* weights, const int64_t* rows, const float* const* biases) {
@@ -40,10 +42,16 @@ void Network::set_linear(int layer, int which, int num_parts, const void* const*
     case BATON_GATE_UP: to = &layers_[layer].gate_up, num_out = 2 * int64_t{shape_.intermediate_size}; break;
     case BATON_DOWN: to = &layers_[layer].down, num_in = shape_.intermediate_size; break;
     case BATON_HEAD: num_out = shape_.vocab_size; break;
+    case BATON_ROUTER: to = &layers_[layer].experts.router, num_out = shape_.num_experts; break;
     default: require(false, "no such linear");
   }
   pack(to, path_, threads_, num_parts, weights, rows, biases, num_in, which == BATON_GATE_UP);
   require(to->num_out == num_out, "a linear has another number of outputs than the shape says");
+}
+
+void Network::set_experts(int layer, const void* const* gate, const void* const* up, const void* const* down) {
+  require(mixture_ && layer >= 0 && layer < shape_.num_layers, "no such layer with experts");
+  mixture_->pack(&layers_[layer].experts, gate, up, down);
 }
 
 void Network::set_norm(int layer, int which, const float* weight) {
@@ -63,8 +71,10 @@ void Network::set_norm(int layer, int which, const float* weight) {
 
 int64_t Network::bytes() const {
   int64_t bytes = head_.memory.bytes();
-  for (const Layer& layer : layers_)
+  for (const Layer& layer : layers_) {
     for (const PackedLinear* linear : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) bytes += linear->memory.bytes();
+    bytes += layer.experts.bytes();
+  }
   return bytes;
 }
 
@@ -155,6 +165,7 @@ void Network::run_layer(int index, int64_t num_rows) {
   });
   multiply(layer.output, attended_, num_rows, After::kAdd, residual_);
   norm(layer.mlp_norm, nullptr, num_rows);
+  if (layer.experts.router.words) return mixture_->add(layer.experts, normed_.as<uint32_t>(), num_rows, residual_.as<float>(), scratch_);
   multiply(layer.gate_up, normed_, num_rows, After::kSiluMul, gated_);
   multiply(layer.down, gated_, num_rows, After::kAdd, residual_);
 }

@@ -1,8 +1,10 @@
 // A decoder: packed weights, borrowed embedding and KV pool, and the forward pass over them.
 #pragma once
+#include <memory>
 #include <vector>
 
 #include "baton_native.h"
+#include "experts.h"
 #include "packed_linear.h"
 #include "tasks.h"
 #include "threads.h"
@@ -16,6 +18,7 @@ class Network {
  public:
   Network(const BatonShape& shape, const char* path);
   void set_linear(int layer, int which, int num_parts, const void* const* weights, const int64_t* rows, const float* const* biases);
+  void set_experts(int layer, const void* const* gate, const void* const* up, const void* const* down);
   void set_norm(int layer, int which, const float* weight);
   void set_embedding(const void* table) { embedding_ = static_cast<const char*>(table); }
   void set_pool(void* blocks, int64_t num_blocks) { pool_ = static_cast<char*>(blocks), num_blocks_ = num_blocks; }
@@ -25,6 +28,7 @@ class Network {
  private:
   struct Layer {
     PackedLinear qkv, output, gate_up, down;
+    PackedExperts experts;  // in place of gate_up and down where there are some
     std::vector<float> attention_norm, mlp_norm, q_norm, k_norm;
     int64_t window = 0;
   };
@@ -43,6 +47,7 @@ class Network {
   std::vector<Layer> layers_;
   std::vector<float> final_norm_, frequencies_;
   PackedLinear head_;
+  std::unique_ptr<Mixture> mixture_;  // null: no layer has experts
   const char* embedding_ = nullptr;
   char* pool_ = nullptr;
   int64_t num_blocks_ = 0;

@@ -25,7 +25,7 @@ static float peak(int64_t num_rounds) {
 
 template <typename N>
 static Path make_path(const char* name) {
-  return Path{name, N::kPerWord == 2, pack_panel<N>, linear<N>, norm<N>, rotary<N>, attention<N>, widen_row<N>, silu_mul<N>, greedy, peak<N>};
+  return Path{name, N::kPerWord == 2, pack_panel<N>, linear<N>, norm<N>, rotary<N>, attention<N>, widen_row<N>, silu_mul<N>, greedy, choose_experts, peak<N>};
 }
 
 }  // namespace

@@ -123,4 +123,40 @@ static int64_t greedy(const float* x, int64_t size) {
   return i;
 }
 
+// Softmax over all experts, then the likeliest of them. Whatever the logits hold, the experts are different and in range; where they
+// are not finite the weights are not numbers.
+static void choose_experts(const ChoiceTask& t, int64_t row, float* scratch) {
+  const float* logits = t.logits + row * t.num_experts;
+  float top = -INFINITY;
+  for (int64_t e = 0; e < t.num_experts; ++e) top = logits[e] > top ? logits[e] : top;
+  Sixteen sums = {};
+  for (int64_t e = 0, j = 0; e < t.num_experts; e += kLanes, j = (j + 1) % (16 / kLanes)) {
+    const int64_t n = t.num_experts - e;
+    Floats x = (n >= kLanes ? load(logits + e) : load_part<Floats>(logits + e, n)) - splat(top);
+    Floats likely = x < splat(-87.0f) ? splat(0.0f) : exponential(x);
+    if (n >= kLanes)
+      store(scratch + e, likely);
+    else
+      store_part(scratch + e, likely, n), likely = load_part<Floats>(scratch + e, n);
+    sums.part[j] = sums.part[j] + likely;
+  }
+  const float sum = total(sums);
+  for (int64_t e = 0; e < t.num_experts; ++e) scratch[e] = scratch[e] >= 0.0f ? scratch[e] : 0.0f;
+  int32_t* experts = t.experts + row * t.num_chosen;
+  float* weights = t.weights + row * t.num_chosen;
+  for (int64_t n = 0; n < t.num_chosen; ++n) {
+    int32_t best = 0;
+    for (int32_t e = 1; e < t.num_experts; ++e) best = scratch[e] > scratch[best] ? e : best;
+    const float weight = scratch[best] / sum;
+    scratch[best] = -1.0f;
+    int64_t at = n;  // among those before it, which stand in order of id
+    for (; at > 0 && experts[at - 1] > best; --at) experts[at] = experts[at - 1], weights[at] = weights[at - 1];
+    experts[at] = best, weights[at] = weight;
+  }
+  if (!t.normalize) return;
+  float chosen = weights[0];
+  for (int64_t n = 1; n < t.num_chosen; ++n) chosen += weights[n];
+  for (int64_t n = 0; n < t.num_chosen; ++n) weights[n] /= chosen;
+}
+
 }  // namespace

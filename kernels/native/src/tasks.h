@@ -28,12 +28,15 @@ enum class After { kStore, kAdd, kSiluMul };  // what becomes of a product: y =,
 
 struct LinearTask {
   const Linear* linear;
-  const uint32_t* x;  // rows of words
-  int64_t x_stride;   // in words
+  const uint32_t* x;      // rows of words
+  int64_t x_stride;       // in words
+  const int64_t* x_rows;  // null: row i is row i of x
   int64_t num_rows;
   After after;
   float* y;  // kStore, kAdd
   int64_t y_stride;
+  const int64_t* y_rows;   // null: row i becomes row i of y
+  const float* y_weights;  // of each row, which is multiplied with its own first; null: as it is
   uint32_t* next;  // kSiluMul: rows of words
   int64_t next_stride;
 };
@@ -63,6 +66,14 @@ struct RotaryTask {
   char* kv;              // this layer of block 0
   int64_t block_bytes;   // from one block to the next
   int64_t block_size;    // tokens
+};
+
+struct ChoiceTask {
+  const float* logits;  // [rows][num_experts]
+  int64_t num_experts, num_chosen;
+  bool normalize;    // the weights of a row sum to one; else they are shares of the softmax over all experts
+  int32_t* experts;  // [rows][num_chosen], ascending: the likeliest, of equally likely ones those of lower id
+  float* weights;    // [rows][num_chosen]
 };
 
 struct AttentionItem {  // some consecutive tokens of one sequence
@@ -99,6 +110,7 @@ struct Path {
   void (*silu_mul)(const float* gate, const float* up, uint32_t* y, int64_t size);
   // Index of the first of the greatest; -1: not all are finite.
   int64_t (*greedy)(const float* x, int64_t size);
+  void (*choose_experts)(const ChoiceTask&, int64_t row, float* scratch);  // scratch: [num_experts]
   float (*peak)(int64_t num_rounds);  // multiply-adds from the first-level cache, for measuring
 };
 
