@@ -40,7 +40,13 @@ class PathChoice:
 
 def choose_path(policy: str, endpoint: Endpoint, *, tried: Collection[str] = ()) -> PathChoice:
     """The path for a pull under `kv_transport` = `policy`, leaving out those already tried."""
-    offered = {"shm": bool(endpoint.unix_path), "tcp": bool(endpoint.port), "local": True}
+    offered = {
+        "shm": bool(endpoint.unix_path),
+        "tcp": bool(endpoint.port),
+        "ucx": bool(endpoint.ucx_port),
+        "nccl": bool(endpoint.nccl_port),
+        "local": True,
+    }
     if policy != "auto":
         if offered[policy] and policy not in tried:
             return PathChoice(path=policy, reason=PathReason.CONFIGURED)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from kernels.copy_runs import Runs, copy_runs
 from kvtransfer.lanes import Pull, PullFailed
 from kvtransfer.region import first_stale
+from kvtransfer.reshard import block_runs
 from kvtransfer.transport import Region
 from protocol.kv import TransferError
 
@@ -39,11 +40,8 @@ def _slices(source_ids: npt.NDArray[np.uint32], target_ids: npt.NDArray[np.uint3
     """Runs of blocks adjacent on both sides, in order, in arrays of at most `slice_bytes` (or one block) each."""
     max_blocks = max(1, slice_bytes // block_bytes)
     for first in range(0, len(source_ids), max_blocks):
-        sources, targets = (ids[first : first + max_blocks].astype(np.int64) for ids in (source_ids, target_ids))
-        joined = (np.diff(sources) == 1) & (np.diff(targets) == 1)
-        starts = np.flatnonzero(np.concatenate(([True], ~joined)))
-        counts = np.diff(np.append(starts, len(sources)))
-        yield np.stack((sources[starts], targets[starts], counts), axis=1) * block_bytes
+        end = first + max_blocks
+        yield block_runs(source_ids[first:end], target_ids[first:end]) * block_bytes
 
 
 def _check_generations(region: Region, block_ids: npt.NDArray[np.uint32], expected: npt.NDArray[np.uint64], when: str) -> None:

@@ -34,7 +34,7 @@ from protocol.kv import Endpoint, KVHandoff, Outcome, TransferError
 from protocol.wire import Identity
 
 OnDone = Callable[[Outcome], None]
-_PATHS = ("local", "shm", "tcp")
+_PATHS = ("local", "shm", "tcp", "ucx", "nccl")
 _WORTH_ANOTHER_PATH = (TransferError.PEER_LOST, TransferError.TRUNCATED, TransferError.DIGEST_MISMATCH)
 
 
@@ -89,7 +89,7 @@ class KVEndpoint:
         _check_run_dir(os.path.dirname(self._stem))
         try:
             self._open_transports()
-            control = await self._post.start(unix_path=f"{self._stem}.ctl", tcp=self._config.offers_tcp)
+            control = await self._post.start(unix_path=f"{self._stem}.ctl", tcp=self._config.crosses_hosts)
             self._host_nonce = write_nonce(f"{self._stem}.nonce")
         except BaseException:
             await self.close()
@@ -97,7 +97,13 @@ class KVEndpoint:
         merged = replace(control, host=self._config.advertise_host or self._config.host)
         for transport in self._transports.values():
             said = transport.endpoint()
-            merged = replace(merged, unix_path=said.unix_path or merged.unix_path, port=said.port or merged.port)
+            merged = replace(
+                merged,
+                unix_path=said.unix_path or merged.unix_path,
+                port=said.port or merged.port,
+                ucx_port=said.ucx_port or merged.ucx_port,
+                nccl_port=said.nccl_port or merged.nccl_port,
+            )
         self._endpoint = replace(merged, host_nonce=self._host_nonce)
 
     def endpoint(self) -> Endpoint:
@@ -324,6 +330,14 @@ class KVEndpoint:
             opened.append(ShmTransport(self._identity, self._secret, config, unix_path=f"{self._stem}.kv"))
         if config.offers_tcp:
             opened.append(TcpTransport(self._identity, self._secret, config))
+        if policy == "ucx":
+            from kvtransfer.ucx import UcxTransport  # an optional package
+
+            opened.append(UcxTransport(self._identity, self._secret, config))
+        if policy == "nccl":
+            from kvtransfer.nccl import NcclTransport  # imports torch
+
+            opened.append(NcclTransport(self._identity, self._secret, config))
         assert self._loop is not None
         for transport in map(self._wrap, opened):
             transport.register(self._pool.region)

@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from protocol.errors import LayoutMismatch
 from protocol.kv import DTYPE_SIZE_BYTES, KVLayout, LayerGroup, LayerKind
 
@@ -96,9 +99,13 @@ def pair_blocks(
     return pairs
 
 
-def block_runs(source_blocks: Sequence[int], target_blocks: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(source block, target block, count) of the runs in which both sides are adjacent; for equal layouts."""
-    return _merge((s, t, 1) for s, t in zip(source_blocks, target_blocks, strict=True))
+def block_runs(source_blocks: npt.ArrayLike, target_blocks: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Rows of (source block, target block, count), one for each run in which both sides are adjacent; for equal layouts."""
+    sources, targets = np.asarray(source_blocks, dtype=np.int64), np.asarray(target_blocks, dtype=np.int64)
+    joined = (np.diff(sources) == 1) & (np.diff(targets) == 1)
+    starts = np.flatnonzero(np.concatenate(([True] * min(1, len(sources)), ~joined)))
+    counts = np.diff(np.append(starts, len(sources)))
+    return np.stack((sources[starts], targets[starts], counts), axis=1)
 
 
 def check_coverage(target: KVLayout, sources: Sequence[KVLayout]) -> None:

@@ -112,6 +112,8 @@ class Endpoint:
     host_nonce: str = ""  # a path whose readability with this content proves one host; see kvtransfer.auto
     control_path: str = ""  # Unix socket for AckHandoff, RenewLease, DropHandoff (protocol.wire)
     control_port: int = 0  # the same on `host`
+    ucx_port: int = 0  # on `host`: the conversation of pulls whose bytes go by UCX
+    nccl_port: int = 0  # the same, by NCCL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -131,7 +131,7 @@ def test_equal_layouts_move_whole_blocks_in_the_fewest_runs(source_ids: list[int
     kv = make_layout(16, (0, 2), (0, 3))
     pairs = pair_blocks(16, 16, source_ids, target_ids, source_start=0, target_start=0, end=16 * len(source_ids))
     size = kv.block_bytes
-    runs = block_runs(source_ids, target_ids)
+    runs = block_runs(source_ids, target_ids).tolist()
     assert plan_reshard(kv, kv, pairs) == [(s * size, t * size, n * size) for s, t, n in runs]
     joints = itertools.pairwise(zip(source_ids, target_ids, strict=True))
     assert len(runs) == len(source_ids) - sum(a[0] + 1 == b[0] and a[1] + 1 == b[1] for a, b in joints)

@@ -1,0 +1,274 @@
+"""Pulls in pieces, asked for and answered over one authenticated connection a pair of processes.
+
+    target ── Pull(blocks, generations) ──────────► source     at most two pieces asked for ahead: the credit
+    target ◄── ticket, size ── the piece's bytes ── PullTrailer ── source
+
+How the bytes go is the backend's (`Channel`): on the connection itself (kvtransfer.tcp), or beside it (kvtransfer.ucx,
+kvtransfer.nccl), where the connection is also how the death of a peer is told to a library that would wait for ever. The source
+looks at the generations before it sends and again after the last byte has left the pool, and says in the trailer what it saw.
+A pull stopped half-way ends the connection, since nothing else stops a stream.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+from abc import abstractmethod
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kernels.copy_runs import Runs
+from kvtransfer.config import TransportConfig
+from kvtransfer.lanes import Link, PeerTransport, Pull, PullFailed
+from kvtransfer.region import first_stale
+from kvtransfer.reshard import block_runs
+from kvtransfer.session import Announcement, Pause, PeerServer, RegionCard, Session
+from kvtransfer.transport import Region
+from protocol import wire
+from protocol.errors import HandshakeRefused, MalformedFrame
+from protocol.kv import Endpoint, HandoffShard, TransferError
+from protocol.messages import Pull as PullRequest
+from protocol.messages import PullTrailer
+from protocol.wire import Identity
+
+_HEAD = struct.Struct("<QQ")  # ticket, bytes that follow (0: refused, the trailer says why)
+_PIECES_AHEAD = 2
+_PIECE_BLOCKS_MAX = 8192  # so that a request fits the socket buffers while the peer is busy sending
+_KEEPALIVE = (10, 5, 3)  # seconds of silence, seconds between probes, probes: a host that vanished is noticed in 25 s
+
+
+class Channel(Protocol):
+    """How the bytes of pieces go between two processes. Used by one thread at a time, in the order of the requests."""
+
+    piece_bytes_max: int  # what one `send` or `receive` may carry
+
+    def send(self, blocks: memoryview, runs: Runs) -> None:
+        """runs [num_runs, 2] int64: (offset, size) in `blocks`. Returns when the bytes have left the pool."""
+        ...
+
+    def receive(self, blocks: memoryview, runs: Runs) -> None:
+        """The counterpart. Once it returned or raised, nothing writes `blocks` any more."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class PiecewiseTransport(PeerTransport):
+    """Both sides of the conversation. Listens on `config.host`; refuses to do so outside loopback without a cluster secret."""
+
+    def __init__(self, identity: Identity, secret: bytes, config: TransportConfig, *, port: int) -> None:
+        if not secret and not wire.is_loopback(config.host):
+            raise HandshakeRefused(f"refusing to listen on {config.host} without a cluster secret; set one or bind to 127.0.0.1")
+        super().__init__(identity, secret, config)
+        listener = _listen(config, port)
+        self.port: int = listener.getsockname()[1]
+        self._server = PeerServer(
+            listener,
+            identity,
+            secret,
+            name=f"kv-{self.name}-serve",
+            serve=self._serve,
+            max_peers=config.max_peers,
+            stall_timeout_s=config.stall_timeout_s,
+        )
+
+    @abstractmethod
+    def open_channel(self, session: Session, *, dialed: bool) -> Channel:
+        """After the announcement; both sides call it at the same point of the conversation, on the thread that serves the session."""
+
+    @abstractmethod
+    def port_of(self, endpoint: Endpoint) -> int:
+        """Where the peer listens for this backend; 0: nowhere."""
+
+    def close(self) -> None:
+        super().close()
+        self._server.close()
+
+    # --- source side, on the server's threads ---
+
+    def _serve(self, session: Session) -> None:
+        cards = tuple(RegionCard(region_id=r.region_id, num_blocks=r.num_blocks, layout=r.layout) for r in self._regions.values())
+        session.announce(Announcement(regions=cards))
+        channel = self.open_channel(session, dialed=False)
+        try:
+            while True:
+                request = wire.decode(session.receive_frame())
+                if not isinstance(request, PullRequest) or len(request.block_ids) != len(request.generations):
+                    raise MalformedFrame(f"expected a Pull with a generation a block, got {type(request).__name__}")
+                self._answer(session, channel, request)
+        finally:
+            channel.close()
+
+    def _answer(self, session: Session, channel: Channel, request: PullRequest) -> None:
+        region = self._regions.get(request.region_id)
+        block_ids = np.frombuffer(request.block_ids, dtype=np.uint32)
+        error: TransferError | None = None
+        if request.epoch != self._identity.epoch:
+            error = TransferError.STALE_EPOCH
+        elif region is None or not _can_be_sent(region, block_ids, channel.piece_bytes_max):
+            error = TransferError.REFUSED
+        elif first_stale(region, block_ids, np.frombuffer(request.generations, dtype=np.uint64)) is not None:
+            error = TransferError.STALE_GENERATION
+        if error is not None or region is None:
+            _send_trailer(session, request.ticket, array("Q"), error, _HEAD.pack(request.ticket, 0))
+            return
+        session.send([_HEAD.pack(request.ticket, len(block_ids) * region.layout.block_bytes)])
+        channel.send(region.blocks, _spans(region, block_ids, np.arange(len(block_ids)), source=True))
+        words = np.frombuffer(region.generations, dtype=np.uint64)
+        _send_trailer(session, request.ticket, array("Q", words[block_ids].tobytes()), None)
+
+    # --- target side, on a lane's thread ---
+
+    def connect(self, source: HandoffShard, pause: Pause) -> Link:
+        endpoint = source.endpoint
+        port = self.port_of(endpoint)
+        if not port:
+            raise PullFailed(TransferError.REFUSED, f"{source.worker_id} offers no {self.name} path")
+        session = Session(_dial(endpoint.host, port, self._config, pause), pause)
+        try:
+            session.handshake(self._identity, self._secret, dialed=True)
+            announcement, _ = session.receive_announcement(with_fds=False)
+            return _Conversation(session, announcement, self.open_channel(session, dialed=True))
+        except BaseException:
+            session.close()
+            raise
+
+    def copy(self, link: Link, pull: Pull) -> None:
+        assert isinstance(link, _Conversation)
+        source = pull.transfer.source
+        card = link.regions.get(source.region_id)
+        if card is None or card.layout != source.layout:
+            raise PullFailed(TransferError.REFUSED, f"region {source.region_id} is not there, or not of the layout offered")
+        size = source.layout.block_bytes
+        piece_bytes = min(self._config.max_inflight_bytes // _PIECES_AHEAD, link.channel.piece_bytes_max)
+        piece_blocks = max(1, min(_PIECE_BLOCKS_MAX, piece_bytes // size))
+        asked: deque[tuple[int, int, int]] = deque()
+        for start, end in _pieces(len(pull.source_block_ids), piece_blocks):
+            if len(asked) == _PIECES_AHEAD:
+                _receive_piece(link, pull, *asked.popleft())
+            pull.check()
+            asked.append((link.ask(source, pull.source_block_ids[start:end], pull.generations[start:end]), start, end))
+        while asked:
+            _receive_piece(link, pull, *asked.popleft())
+        link.in_step = True
+
+
+class _Conversation:
+    """A connection to one peer. In step exactly between two pulls that ended well."""
+
+    def __init__(self, session: Session, announcement: Announcement, channel: Channel) -> None:
+        self.session = session
+        self.channel = channel
+        self.regions = {card.region_id: card for card in announcement.regions}
+        self.in_step = True
+        self._last_ticket = 0
+
+    def ask(self, source: HandoffShard, block_ids: array[int], generations: array[int]) -> int:
+        self.in_step = False
+        self._last_ticket += 1
+        request = PullRequest(
+            ticket=self._last_ticket, epoch=source.epoch, region_id=source.region_id, block_ids=block_ids, generations=generations
+        )
+        self.session.send([wire.encode(request)])
+        return self._last_ticket
+
+    def close(self) -> None:
+        self.channel.close()
+        self.session.close()
+
+
+def _receive_piece(link: _Conversation, pull: Pull, ticket: int, start: int, end: int) -> None:
+    pull.check()
+    session, region = link.session, pull.target
+    size = region.layout.block_bytes
+    head = bytearray(_HEAD.size)
+    session.receive_into([memoryview(head)])
+    said_ticket, said_bytes = _HEAD.unpack(head)
+    if said_ticket != ticket or said_bytes not in (0, (end - start) * size):
+        raise MalformedFrame(f"asked for {(end - start) * size} bytes as {ticket}, announced are {said_bytes} as {said_ticket}")
+    if said_bytes:
+        targets = np.frombuffer(pull.transfer.target_block_ids, dtype=np.uint32)[start:end]
+        link.channel.receive(region.blocks, _spans(region, np.arange(end - start), targets, source=False))
+    trailer = wire.decode(session.receive_frame())
+    if not isinstance(trailer, PullTrailer) or trailer.ticket != ticket:
+        raise MalformedFrame(f"expected the trailer of {ticket}, got {type(trailer).__name__}")
+    if trailer.error:
+        raise PullFailed(_error_named(trailer.error), f"{session.peer.name} refused: {trailer.error}")
+    if not said_bytes:
+        raise MalformedFrame("nothing was sent, and the trailer does not say why")
+    if trailer.generations != pull.generations[start:end]:
+        raise PullFailed(TransferError.STALE_GENERATION, f"{session.peer.name} wrote blocks anew while they were sent")
+
+
+def _can_be_sent(region: Region, block_ids: npt.NDArray[np.uint32], piece_bytes_max: int) -> bool:
+    size_bytes = len(block_ids) * region.layout.block_bytes
+    return 0 < size_bytes <= piece_bytes_max and int(block_ids.max()) < region.num_blocks
+
+
+def _spans(region: Region, sources: npt.NDArray[Any], targets: npt.NDArray[Any], *, source: bool) -> Runs:
+    """(offset, size) in bytes of the runs on one side, in the order in which both sides send and receive them."""
+    runs = block_runs(sources, targets) * region.layout.block_bytes
+    return runs[:, [0 if source else 1, 2]]
+
+
+def _pieces(num_blocks: int, max_blocks: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + max_blocks, num_blocks)) for start in range(0, num_blocks, max_blocks))
+
+
+def _send_trailer(session: Session, ticket: int, generations: array[int], error: TransferError | None, head: bytes = b"") -> None:
+    trailer = PullTrailer(ticket=ticket, generations=generations, error=error.value if error else "")
+    session.send([head + wire.encode(trailer)])
+
+
+def _error_named(value: str) -> TransferError:
+    try:
+        return TransferError(value)
+    except ValueError:
+        raise MalformedFrame(f"{value!r} is not a TransferError") from None
+
+
+def _listen(config: TransportConfig, port: int) -> socket.socket:
+    address = socket.getaddrinfo(config.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listener = socket.socket(address[0], socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _tune(listener, config)  # accepted sockets inherit it
+        listener.bind(address[4])
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _dial(host: str, port: int, config: TransportConfig, pause: Pause) -> socket.socket:
+    address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(address[0], socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        _tune(sock, config)
+        code = sock.connect_ex(address[4])
+        if code == errno.EINPROGRESS:
+            pause(sock.fileno(), select.POLLOUT)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, f"{os.strerror(code)}: {host}:{port}")
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _tune(sock: socket.socket, config: TransportConfig) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, config.socket_buffer_bytes)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, config.socket_buffer_bytes)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in zip((socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT), _KEEPALIVE, strict=True):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
