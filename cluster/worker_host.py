@@ -75,7 +75,7 @@ SNAPSHOT_INTERVAL_S = 0.05  # at most one snapshot in this time while the core i
 SNAPSHOT_IDLE_INTERVAL_S = 0.5  # and at least one in this time when it is not
 GATEWAY_GRACE_S = 2.0
 MAX_KEPT_KV_EVENTS = 8192
-INLINE_OFFER_BYTES = 16 << 20  # above it digests would hold up the loop
+INLINE_OFFER_BYTES = 8 << 20  # read of an offer for its digests in 1 ms; more would hold up the loop
 
 
 @dataclass(slots=True)
@@ -211,8 +211,7 @@ class WorkerHost:
     def _offer(self, command: OfferKv) -> None:
         """Digests are read from the blocks: for a large offer on another thread, the blocks are leased and stay as they are."""
         handoff = command.handoff
-        size_bytes = sum(len(shard.block_ids) * shard.layout.block_bytes for shard in handoff.shards)
-        if size_bytes <= INLINE_OFFER_BYTES:
+        if self._endpoint.offer_read_bytes(handoff) <= INLINE_OFFER_BYTES:
             self._send(command.gateway, Offered(handoff=self._endpoint.fill_offer(handoff)))
             return
         assert self._loop is not None

@@ -39,6 +39,7 @@ class TransportConfig:
     socket_buffer_bytes: int = 512 << 10  # above 1 MiB loopback falls out of the cache and halves
     copy_slice_bytes: int = 4 << 20  # between two slices a copy looks for cancellation, deadline and the owner's death
     max_staging_bytes: int = 256 << 20  # blocks of another layout wait here while they are verified
+    fault_ahead_bytes: int = 64 << 20  # of the pool that are memory before they are asked for; 0: pages come when they are written
     max_peers: int = 64  # connections each way
     max_queued_pulls: int = 1024  # a peer
     max_queued_messages: int = 4096  # a peer: acknowledgements, renewals, drops
@@ -54,6 +55,7 @@ class TransportConfig:
             ("socket_buffer_bytes", 64 << 10),
             ("max_peers", 1),
             ("channel_bytes", 1),
+            ("fault_ahead_bytes", 0),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")

@@ -51,6 +51,13 @@ def digests_fit(num_blocks: int, mode: DigestMode, digests: bytes) -> bool:
     return len(digests) == (0 if mode is DigestMode.OFF else num_blocks * DIGEST_SIZE_BYTES)
 
 
+def read_bytes(layout: KVLayout, mode: DigestMode) -> int:
+    """Of one block, on average over many."""
+    if mode is DigestMode.OFF:
+        return 0
+    return layout.block_bytes if mode is DigestMode.FULL else layout.block_bytes // len(layer_spans(layout))
+
+
 def _digests(
     region: Region, block_ids: array[int], generations: array[int], places: range | array[int], mode: DigestMode, handoff_id: str
 ) -> bytes:

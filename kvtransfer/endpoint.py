@@ -22,6 +22,7 @@ from dataclasses import replace
 from kvtransfer import digest
 from kvtransfer.auto import PathReason, choose_path, host_proof, write_nonce
 from kvtransfer.config import TransportConfig
+from kvtransfer.fault_ahead import FaultAhead
 from kvtransfer.local import LocalExchange, LocalTransport
 from kvtransfer.peers import OnPeerMessage, PeerMessage, PeerPost
 from kvtransfer.pulls import Part, PullState, place_staged, plan_parts, release_staging, verify_parts
@@ -76,6 +77,7 @@ class KVEndpoint:
         self._tickets: dict[tuple[str, Ticket], tuple[PullState, Part]] = {}
         self._next_region_id = pool.region.region_id + 1
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="kv-verify")
+        self._fault_ahead: FaultAhead | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._host_nonce = ""
 
@@ -91,6 +93,8 @@ class KVEndpoint:
             self._open_transports()
             control = await self._post.start(unix_path=f"{self._stem}.ctl", tcp=self._config.crosses_hosts)
             self._host_nonce = write_nonce(f"{self._stem}.nonce")
+            if self._config.fault_ahead_bytes:
+                self._fault_ahead = FaultAhead(self._pool.region, self._config.fault_ahead_bytes)
         except BaseException:
             await self.close()
             raise
@@ -130,6 +134,11 @@ class KVEndpoint:
         )
         self.counters["offers"] += 1
         return replace(handoff, shards=(filled,))
+
+    def offer_read_bytes(self, handoff: KVHandoff) -> int:
+        """What `fill_offer` would read of the blocks."""
+        num_blocks = sum(len(shard.block_ids) for shard in handoff.shards)
+        return num_blocks * digest.read_bytes(self._pool.region.layout, self._config.offer_digest_mode)
 
     def start_pull(
         self,
@@ -186,6 +195,8 @@ class KVEndpoint:
     def raise_generations(self, block_ids: array[int], generations: array[int]) -> None:
         """The blocks are about to be written anew: from here on nobody reads them for what they were."""
         self._pool.raise_generations(block_ids, generations)
+        if self._fault_ahead is not None and block_ids:
+            self._fault_ahead.reached(max(block_ids))
 
     def send_to_source(self, handoff: KVHandoff, message: PeerMessage) -> None:
         """Say it to every process that holds a part of the offer. At most once: a lease covers what is lost."""
@@ -206,6 +217,8 @@ class KVEndpoint:
         while any(pull.checking for pull in self._pulls.values()):
             await asyncio.sleep(0.001)
         self._checker.shutdown()
+        if self._fault_ahead is not None:
+            self._fault_ahead.close()
         self._transports.clear()
         if self._host_nonce:
             os.unlink(f"{self._stem}.nonce")

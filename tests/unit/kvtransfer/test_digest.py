@@ -44,6 +44,13 @@ def test_layer_spans_tile_the_block() -> None:
     assert SIZE == 5120
 
 
+def test_what_a_digest_reads_is_known_beforehand() -> None:
+    """An offer is digested on the loop or beside it by this. Seen to fail with the block's size for SAMPLED."""
+    assert digest.read_bytes(LAYOUT, DigestMode.OFF) == 0
+    assert digest.read_bytes(LAYOUT, DigestMode.SAMPLED) == SIZE // NUM_LAYERS
+    assert digest.read_bytes(LAYOUT, DigestMode.FULL) == SIZE
+
+
 @pytest.mark.parametrize("mode", [DigestMode.SAMPLED, DigestMode.FULL])
 def test_a_digest_binds_content_and_generation(pool: PoolMemory, mode: DigestMode) -> None:
     ids, generations, places = array("I", [3, 9, 1]), array("Q", [5, 6, 7]), array("I", [0, 1, 2])

@@ -1,0 +1,48 @@
+"""A pool's memory is there before it is asked for, no more of it than was said, and its content stays."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+
+from kvtransfer.fault_ahead import PIECE_BYTES, FaultAhead
+from kvtransfer.region import PoolMemory
+from tests.sim_cluster import layout
+
+pytestmark = pytest.mark.pure
+
+AHEAD_BYTES = 2 * PIECE_BYTES
+
+
+def resident_bytes(pool: PoolMemory) -> int:
+    return os.fstat(pool.region.fd).st_blocks * 512
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 10.0
+    while not happened():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+
+
+def test_memory_stays_ahead_of_the_blocks_in_use() -> None:
+    """The system's count of the file's pages. Seen to fail with `reached` made to return at once."""
+    block_bytes = layout().block_bytes
+    pool = PoolMemory.create(layout(), 6 * PIECE_BYTES // block_bytes)
+    pool.region.blocks[5:8] = b"abc"
+    ahead = FaultAhead(pool.region, AHEAD_BYTES)
+    try:
+        wait_until(lambda: resident_bytes(pool) >= AHEAD_BYTES)
+        time.sleep(0.05)
+        assert resident_bytes(pool) < AHEAD_BYTES + PIECE_BYTES
+        ahead.reached(2 * PIECE_BYTES // block_bytes)
+        wait_until(lambda: resident_bytes(pool) >= 2 * PIECE_BYTES + AHEAD_BYTES)
+        ahead.reached(pool.region.num_blocks - 1)  # as far as it goes
+        wait_until(lambda: resident_bytes(pool) >= pool.region.size_bytes)
+    finally:
+        ahead.close()
+    assert bytes(pool.region.blocks[4:9]) == b"\0abc\0"
+    pool.close()
