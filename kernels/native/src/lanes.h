@@ -74,7 +74,16 @@ INLINE Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
-INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+// b where one of them is not a number.
+INLINE Floats maximum(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 INLINE Floats widen(Halves h) { return (Floats)(__builtin_convertvector(h, Words) << 16); }
 
@@ -110,20 +119,99 @@ INLINE Floats exponential(Floats x) {
   return y * (Floats)power;
 }
 
+// 2^x to about 2e-7 relative, for x <= 1 (Cephes exp2f); below -125 it stays at 2^-125.
+INLINE Floats power_of_two(Floats x) {
+  x = maximum(splat(-125.0f), x);
+  Floats shifted = x + splat(12582912.0f), r = x - (shifted - splat(12582912.0f));
+  Floats y = splat(1.535336188319500e-4f);
+  y = fma(y, r, splat(1.339887440266574e-3f));
+  y = fma(y, r, splat(9.618437357674640e-3f));
+  y = fma(y, r, splat(5.550332471162809e-2f));
+  y = fma(y, r, splat(2.402264791363012e-1f));
+  y = fma(y, r, splat(6.931472028550421e-1f));
+  y = fma(y, r, splat(1.0f));
+  return (Floats)((Words)y + ((Words)shifted << 23));
+}
+
 INLINE Floats silu_times(Floats gate, Floats up) { return gate / (splat(1.0f) + exponential(-gate)) * up; }
 
-// The first n of the lanes from p; zeros beyond.
+// The first n of the lanes from p; zeros beyond, where nothing is read.
 template <typename V, typename T>
 INLINE V load_part(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (V)_mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1), p);
+  else
+    return (V)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+#else
   T all[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) all[i] = p[i];
   return load(all);
+#endif
 }
 template <typename T, typename V>
 INLINE void store_part(T* p, V v, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_epi32(p, (__mmask16)((1u << n) - 1), (__m512i)v);
+  else
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)v);
+#else
   T all[kLanes];
   store(all, v);
   for (int64_t i = 0; i < n; ++i) p[i] = all[i];
+#endif
+}
+
+// The first n of the lanes, which may be all of them or, below 1, none.
+template <typename V, typename T>
+INLINE V load_up_to(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  return load_part<V>(p, n < 0 ? 0 : n < kLanes ? n : kLanes);
+#else
+  return n >= kLanes ? (V)load(p) : load_part<V>(p, n < 0 ? 0 : n);
+#endif
+}
+
+// The greatest lane.
+INLINE float greatest(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float x[kLanes];
+  store(x, v);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+  return x[0];
+#endif
+}
+
+// Two vectors of 16-bit values side by side: low and high have a's in the lower and b's in the upper halves of their words. Which word
+// lies where is the processor's choice; `restore` brings lanes computed from low and high into the order of a and b.
+INLINE void interleave(Words a, Words b, Words* low, Words* high) {
+#if defined(__AVX512F__)
+  *low = (Words)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b), *high = (Words)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  *low = (Words)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b), *high = (Words)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b);
+#else
+  Halves x[2], y[2];
+  memcpy(x, &a, sizeof x), memcpy(y, &b, sizeof y);
+  *low = __builtin_convertvector(x[0], Words) | __builtin_convertvector(y[0], Words) << 16;
+  *high = __builtin_convertvector(x[1], Words) | __builtin_convertvector(y[1], Words) << 16;
+#endif
+}
+INLINE void restore(Floats* low, Floats* high) {
+#if defined(__AVX512F__)
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const __m512 a = (__m512)*low, b = (__m512)*high;
+  *low = (Floats)_mm512_permutex2var_ps(a, first, b), *high = (Floats)_mm512_permutex2var_ps(a, second, b);
+#elif defined(__AVX2__)
+  const __m256 a = (__m256)*low, b = (__m256)*high;
+  *low = (Floats)_mm256_permute2f128_ps(a, b, 0x20), *high = (Floats)_mm256_permute2f128_ps(a, b, 0x31);
+#else
+  (void)low, (void)high;  // they are
+#endif
 }
 
 // Sixteen running sums on every path, so that a sum over lanes has one order whatever the width.

@@ -22,14 +22,17 @@ constexpr int kVectorsAlone = kPanel / kLanes < 8 ? kPanel / kLanes : 8;  // of 
 // 8 words 24, 16 words 18.
 constexpr int64_t kAheadWords = 4;
 
-// c[row][column] (+)= x[row] . panel[column] for R rows and V vectors of columns; fetches `Lines` of each 256 bytes from `ahead` on.
+constexpr float kAll[6] = {1, 1, 1, 1, 1, 1};
+
+// c[row][column] = kept[row] * c[row][column] + x[row] . panel[column] for R rows and V vectors of columns; kept null: c is not read.
+// Fetches `Lines` of each 256 bytes from `ahead` on.
 template <typename N, int R, int V, int Lines>
-INLINE void multiply(const uint32_t* const* x, const uint32_t* panel, int64_t num_words, float* c, bool add, const char* ahead) {
+INLINE void multiply(const uint32_t* const* x, const uint32_t* panel, int64_t num_words, float* c, const float* kept, const char* ahead) {
   Floats sum[R][V];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[r][v] = add ? load(c + r * kPanel + v * kLanes) : splat(0.0f);
+    for (int v = 0; v < V; ++v) sum[r][v] = kept ? load(c + r * kPanel + v * kLanes) * splat(kept[r]) : splat(0.0f);
   const uint32_t* rows[R];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) rows[r] = x[r];
@@ -54,26 +57,26 @@ INLINE void multiply(const uint32_t* const* x, const uint32_t* panel, int64_t nu
 }
 
 template <typename N, int R, int Lines>
-static void multiply_rows(const uint32_t* const* x, const uint32_t* panel, int64_t num_words, float* c, bool add, int columns, const char* ahead) {
+static void multiply_rows(const uint32_t* const* x, const uint32_t* panel, int64_t num_words, float* c, const float* kept, int columns, const char* ahead) {
   constexpr int V = R == 1 ? kVectorsAlone : kVectors;
   for (int j = 0; j < columns; j += V * kLanes) {
     if (j == 0)
-      multiply<N, R, V, Lines>(x, panel, num_words, c, add, ahead);
+      multiply<N, R, V, Lines>(x, panel, num_words, c, kept, ahead);
     else
-      multiply<N, R, V, 0>(x, panel + j, num_words, c + j, add, ahead);
+      multiply<N, R, V, 0>(x, panel + j, num_words, c + j, kept, ahead);
   }
 }
 
 template <typename N, int Lines>
-INLINE void multiply_some(int num_rows, const uint32_t* const* x, const uint32_t* panel, int64_t num_words, float* c, bool add, int columns, const char* ahead) {
+INLINE void multiply_some(int num_rows, const uint32_t* const* x, const uint32_t* panel, int64_t num_words, float* c, const float* kept, int columns, const char* ahead) {
   switch (num_rows) {
-    case 1: return multiply_rows<N, 1, Lines>(x, panel, num_words, c, add, columns, ahead);
-    case 2: return multiply_rows<N, 2, Lines>(x, panel, num_words, c, add, columns, ahead);
-    case 3: return multiply_rows<N, 3, Lines>(x, panel, num_words, c, add, columns, ahead);
-    case 4: return multiply_rows<N, 4, Lines>(x, panel, num_words, c, add, columns, ahead);
+    case 1: return multiply_rows<N, 1, Lines>(x, panel, num_words, c, kept, columns, ahead);
+    case 2: return multiply_rows<N, 2, Lines>(x, panel, num_words, c, kept, columns, ahead);
+    case 3: return multiply_rows<N, 3, Lines>(x, panel, num_words, c, kept, columns, ahead);
+    case 4: return multiply_rows<N, 4, Lines>(x, panel, num_words, c, kept, columns, ahead);
 #if defined(__AVX512F__)
-    case 5: return multiply_rows<N, 5, Lines>(x, panel, num_words, c, add, columns, ahead);
-    case 6: return multiply_rows<N, 6, Lines>(x, panel, num_words, c, add, columns, ahead);
+    case 5: return multiply_rows<N, 5, Lines>(x, panel, num_words, c, kept, columns, ahead);
+    case 6: return multiply_rows<N, 6, Lines>(x, panel, num_words, c, kept, columns, ahead);
 #endif
   }
 }
@@ -84,36 +87,21 @@ INLINE int next_group(int64_t rows_left) {
   return (int)((rows_left + groups - 1) / groups);
 }
 
-// c [num_rows][64] (+)= x . panel, all rows.
+// c [num_rows][64] = x . panel (+ c), all rows.
 template <typename N>
-static void multiply_all(const uint32_t* const* x, int64_t num_rows, const uint32_t* panel, int64_t num_words, float* c, bool add, int columns) {
+static void multiply_all(const uint32_t* const* x, int64_t num_rows, const uint32_t* panel, int64_t num_words, float* c, bool add) {
   for (int64_t r = 0; r < num_rows;) {
     int group = next_group(num_rows - r);
-    multiply_some<N, 0>(group, x + r, panel, num_words, c + r * kPanel, add, columns, nullptr);
+    multiply_some<N, 0>(group, x + r, panel, num_words, c + r * kPanel, add ? kAll : nullptr, kPanel, nullptr);
     r += group;
   }
 }
 
-// Asks for the keys and values of a tile to come, a few lines at a time: they lie in short runs that the processor does not see
-// coming, and asked for all at once they would hold up the tile at hand.
-struct Fetch {
-  const char* runs[2 * kKeyTile / kRun];
-  int num_runs = 0, run_lines = 0, run = 0, line = 0, lines_a_step = 0;
-
-  INLINE void step_of(Fetch& f) {
-    for (int i = 0; i < f.lines_a_step && f.run < f.num_runs; ++i) {
-      prefetch(f.runs[f.run] + 64 * f.line);
-      if (++f.line == f.run_lines) f.line = 0, ++f.run;
-    }
-  }
-};
-
 template <typename N>
-INLINE void pack_columns(uint32_t* panel, const void* const* rows, int64_t num_in, int columns, Fetch& fetch) {
+static void pack_panel(uint32_t* panel, const void* const* rows, int64_t num_in) {
   int64_t whole = num_in / N::kPerWord, tile_end = whole / kLanes * kLanes, num_words = (num_in + N::kPerWord - 1) / N::kPerWord;
-  for (int first = 0; first < columns; first += kLanes) {
+  for (int first = 0; first < kPanel; first += kLanes) {
     for (int64_t k = 0; k < tile_end; k += kLanes) {
-      Fetch::step_of(fetch);
       Words tile[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         const uint32_t* row = (const uint32_t*)rows[first + i];
@@ -132,12 +120,6 @@ INLINE void pack_columns(uint32_t* panel, const void* const* rows, int64_t num_i
       }
     }
   }
-}
-
-template <typename N>
-static void pack_panel(uint32_t* panel, const void* const* rows, int64_t num_in) {
-  Fetch nothing;
-  pack_columns<N>(panel, rows, num_in, kPanel, nothing);
 }
 
 template <typename N>
@@ -196,13 +178,13 @@ static void linear(const LinearTask& t, int64_t panel, int64_t first_row, int64_
       float* c = scratch + r * kPanel;
       const int lines = groups == 1 ? 4 : groups > 3 ? 1 : 2;
       if (lines_left == 0)
-        multiply_some<N, 0>(group, x, words, num_words, c, k != 0, kPanel, nullptr);
+        multiply_some<N, 0>(group, x, words, num_words, c, k ? kAll : nullptr, kPanel, nullptr);
       else if (lines == 4)
-        multiply_some<N, 4>(group, x, words, num_words, c, k != 0, kPanel, ahead);
+        multiply_some<N, 4>(group, x, words, num_words, c, k ? kAll : nullptr, kPanel, ahead);
       else if (lines == 2)
-        multiply_some<N, 2>(group, x, words, num_words, c, k != 0, kPanel, ahead);
+        multiply_some<N, 2>(group, x, words, num_words, c, k ? kAll : nullptr, kPanel, ahead);
       else
-        multiply_some<N, 1>(group, x, words, num_words, c, k != 0, kPanel, ahead);
+        multiply_some<N, 1>(group, x, words, num_words, c, k ? kAll : nullptr, kPanel, ahead);
       if (lines_left) lines_left -= lines, ahead += lines * 64;
       if (is_last) finish_rows<N>(t, panel, first_row + r, group, c);
       r += group;

@@ -18,6 +18,12 @@ struct Float32 {
   INLINE void write(float* p, Floats v) { store(p, v); }
   INLINE void write_part(float* p, Floats v, int64_t n) { store_part(p, v, n); }
   INLINE uint32_t last_word(const float*) { return 0; }
+  // Words of the values [d, d + 2 kLanes) of a row, of which `left` are there.
+  INLINE void pair(const float* row, const float*, int64_t d, int64_t left, Words* low, Words* high) {
+    const auto* words = (const uint32_t*)row + d;
+    *low = load_up_to<Words>(words, left), *high = load_up_to<Words>(words + kLanes, left - kLanes);
+  }
+  INLINE void restore_pair(Floats*, Floats*) {}
 };
 
 struct BFloat16 {
@@ -45,6 +51,12 @@ struct BFloat16 {
   INLINE void write(uint16_t* p, Floats v) { store(p, narrow(v)); }
   INLINE void write_part(uint16_t* p, Floats v, int64_t n) { store_part(p, narrow(v), n); }
   INLINE uint32_t last_word(const uint16_t* p) { return *p; }  // of an odd number of values: the last one and a zero
+  // Words of the values [d, d + 2 kLanes) of two rows, of which `left` are there (an even number), in the order of `interleave`.
+  INLINE void pair(const uint16_t* even, const uint16_t* odd, int64_t d, int64_t left, Words* low, Words* high) {
+    const auto *a = (const uint32_t*)(even + d), *b = (const uint32_t*)(odd + d);
+    interleave(load_up_to<Words>(a, left / 2), load_up_to<Words>(b, left / 2), low, high);
+  }
+  INLINE void restore_pair(Floats* low, Floats* high) { restore(low, high); }
 };
 
 }  // namespace

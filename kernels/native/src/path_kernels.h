@@ -17,7 +17,7 @@ static float peak(int64_t num_rounds) {
   const uint32_t* x[6];
   for (int i = 0; i < 6; ++i) x[i] = rows + i * kPeakWords;
   float c[6 * kPanel] = {};
-  for (int64_t i = 0; i < num_rounds; ++i) multiply_all<N>(x, 6, panel, kPeakWords, c, true, kPanel);
+  for (int64_t i = 0; i < num_rounds; ++i) multiply_all<N>(x, 6, panel, kPeakWords, c, true);
   float sum = 0;  // of all of them, or the compiler leaves out what nobody reads
   for (float v : c) sum += v;
   return sum;

@@ -10,7 +10,7 @@ constexpr int kKeyTile = 64;   // keys attended together; tiles start at multipl
 constexpr int kRun = 16;         // the block size is a multiple of it
 constexpr int kMaxHeadDim = 512;
 constexpr int kRowSlice = 192; // rows of a linear computed by one thread at a time
-constexpr int kTileRows = 48;  // rows (tokens x heads of a group) of one attention item
+constexpr int kTileRows = 96;  // rows (tokens x heads of a group) of one attention item
 constexpr int kKSlice = 2048;  // words of a panel passed over at once, so that it stays in the second-level cache
 
 // A *word* is 32 bits along the inputs: one float, or two neighbouring bfloat16. Packed weights of `num_out` x `num_in`:
@@ -116,9 +116,10 @@ struct Path {
 
 constexpr int64_t kPeakWords = 64;  // `peak` does num_rounds * kPeakWords * 6 * 64 word products
 
-// Floats one thread needs: result tiles of a linear, or keys, values, scores, weights and sums of an attention item.
+// Floats one thread needs: result tiles of a linear, or keys, values, scores and weights of eight rows and sums of an attention item.
 constexpr int64_t scratch_floats(int64_t head_dim) {
-  return kRowSlice * kPanel + (head_dim + kKeyTile * 4 + 64) * kPanel * 2 + kTileRows * (kKeyTile * 2 + head_dim + 192);
+  const int64_t dims = (head_dim + kPanel - 1) / kPanel * kPanel, attention = kPanel * (head_dim + dims + 16) + kTileRows * dims;
+  return attention > kRowSlice * kPanel ? attention : kRowSlice * kPanel;
 }
 
 const Path* path_avx512_bf16(bool bf16);
