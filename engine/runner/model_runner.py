@@ -21,6 +21,7 @@ from engine.runner.step_logits import StepLogits, with_most_likely
 from engine.runner.weights import TORCH_DTYPES, load_weights
 from kernels.linear.reference import depends_on_place
 from kernels.native.library import choose_kernels
+from kernels.sampling import Draw, draw_token
 from kvtransfer.transport import Region
 from protocol.errors import ModelError
 
@@ -55,6 +56,10 @@ class ModelRunner:
         )
         logit_rows = torch.tensor([inputs.last_rows[i] for i in sampled_entries], dtype=torch.int64, device=self._device)
         return with_most_likely(self._decoder(inputs.token_ids, self.pool.layers, inputs.attention, logit_rows))
+
+    def draw(self, made: StepLogits, rows: Sequence[int], draws: Sequence[Draw]) -> list[int]:
+        """One token for each of `draws` from its row of `made`."""
+        return [draw_token(made.logits[row], draw) for row, draw in zip(rows, draws, strict=True)]
 
 
 def load_model_runner(model_dir: Path, config: RunnerConfig, region: Region) -> ModelRunner | NativeRunner:

@@ -16,6 +16,7 @@ from engine.runner.step_logits import StepLogits
 from engine.runner.weights import TORCH_DTYPES
 from kernels.native.network import NO_LAYER, ExpertsShape, LinearPlace, NativeNetwork, NetworkShape, NormPlace, step_arrays
 from kernels.numerics import Kernels
+from kernels.sampling import Draw
 
 
 class NativeRunner:
@@ -34,6 +35,10 @@ class NativeRunner:
         step = step_arrays([e.start for e in entries], tokens, [e.block_table for e in entries], sampled_entries)
         logits, most_likely = self._network.forward(step)
         return StepLogits(logits=logits, most_likely=most_likely)
+
+    def draw(self, made: StepLogits, rows: Sequence[int], draws: Sequence[Draw]) -> list[int]:
+        """One token for each of `draws` from its row of `made`."""
+        return self._network.draw(made.logits, rows, draws)
 
 
 def build_native_runner(

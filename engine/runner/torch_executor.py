@@ -22,9 +22,8 @@ from engine.runner.config import RunnerConfig
 from engine.runner.model_runner import ModelRunner, load_model_runner
 from engine.runner.native_runner import NativeRunner
 from engine.runner.step_logits import NOT_FINITE, StepLogits
-from kernels.sampling import Draw, sample, takes_most_likely
+from kernels.sampling import Draw, logprobs_of, takes_most_likely
 from kvtransfer.transport import Region
-from protocol.request import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +35,7 @@ class _Sequence:
     """What the compute thread remembers of a sequence until a plan ends it."""
 
     token_ids: array[int]
-    num_prompt_tokens: int
-    choice: int
-    sampling: SamplingParams
+    draw: Draw  # over these very token_ids
     error: str | None  # why nothing can be sampled for it; None: it is well
 
 
@@ -111,7 +108,7 @@ class TorchExecutor:
         made = self._runner.forward(plan.entries, [self._tokens(e) for e in plan.entries], sampled_entries)
         row_of_entry = {entry: row for row, entry in enumerate(sampled_entries)}
         rows = [row_of_entry[s.entry_index] for s in plan.samples]
-        return tuple(self._sample(s.sequence_id, made, row) for s, row in zip(plan.samples, rows, strict=True))
+        return self._sample([s.sequence_id for s in plan.samples], made, rows)
 
     def _admit(self, start: SequenceStart) -> _Sequence:
         """A sequence with ids outside the vocabulary is computed as if they were 0, and never sampled."""
@@ -125,9 +122,7 @@ class TorchExecutor:
             error = f"logit_bias names token {highest}, outside the vocabulary of {vocab_size}"
         return _Sequence(
             token_ids=token_ids,
-            num_prompt_tokens=start.num_prompt_tokens,
-            choice=start.choice,
-            sampling=start.sampling,
+            draw=Draw(params=start.sampling, choice=start.choice, token_ids=token_ids, num_prompt_tokens=start.num_prompt_tokens),
             error=error,
         )
 
@@ -137,25 +132,29 @@ class TorchExecutor:
         assert end <= len(known), f"sequence {entry.sequence_id} has {len(known)} tokens, asked to compute up to {end}"
         return known[entry.start : end]
 
-    def _sample(self, sequence_id: int, made: StepLogits, row: int) -> SampledTokens:
+    def _sample(self, sequence_ids: list[int], made: StepLogits, rows: list[int]) -> tuple[SampledTokens, ...]:
+        """The next token of each sequence from its row; what takes more than the greatest logit is drawn in one call."""
+        tokens: dict[int, int] = {}  # by sequence
+        drawn: list[tuple[int, int, Draw]] = []  # sequence, row and draw
+        for sequence_id, row in zip(sequence_ids, rows, strict=True):
+            sequence = self._sequences[sequence_id]
+            if sequence.error is None and made.most_likely[row] == NOT_FINITE:
+                sequence.error = f"logits after token {len(sequence.token_ids)} are not finite"
+            if sequence.error is None:
+                tokens[sequence_id] = made.most_likely[row]
+                if not takes_most_likely(sequence.draw):
+                    drawn.append((sequence_id, row, sequence.draw))
+        if drawn:
+            made_of = self._runner.draw(made, [row for _, row, _ in drawn], [draw for _, _, draw in drawn])
+            tokens.update(zip((sequence_id for sequence_id, _, _ in drawn), made_of, strict=True))
+        return tuple(self._told(sequence_id, tokens, made.logits[row]) for sequence_id, row in zip(sequence_ids, rows, strict=True))
+
+    def _told(self, sequence_id: int, tokens: dict[int, int], logits: torch.Tensor) -> SampledTokens:
+        """Remember a sequence's token; with its logprobs where they were asked for."""
         sequence = self._sequences[sequence_id]
-        if sequence.error is None and made.most_likely[row] == NOT_FINITE:
-            sequence.error = f"logits after token {len(sequence.token_ids)} are not finite"
         if sequence.error is not None:
             return SampledTokens(sequence_id=sequence_id, token_ids=array("I"), error=sequence.error)
-        draw = Draw(
-            params=sequence.sampling,
-            choice=sequence.choice,
-            token_ids=sequence.token_ids,
-            num_prompt_tokens=sequence.num_prompt_tokens,
-        )
-        if takes_most_likely(draw):
-            sequence.token_ids.append(made.most_likely[row])
-            return SampledTokens(sequence_id=sequence_id, token_ids=sequence.token_ids[-1:])
-        chosen = sample(made.logits[row], draw)
-        sequence.token_ids.append(chosen.token_id)
-        return SampledTokens(
-            sequence_id=sequence_id,
-            token_ids=array("I", [chosen.token_id]),
-            logprobs=() if chosen.logprobs is None else (chosen.logprobs,),
-        )
+        token_id, num_logprobs = tokens[sequence_id], sequence.draw.params.num_logprobs
+        sequence.token_ids.append(token_id)
+        logprobs = () if num_logprobs is None else (logprobs_of(logits, token_id, num_logprobs),)
+        return SampledTokens(sequence_id=sequence_id, token_ids=sequence.token_ids[-1:], logprobs=logprobs)

@@ -49,6 +49,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # name: what it returns, what it ta
     "baton_network_set_embedding": (c_int, c_void_p, POINTER),
     "baton_network_set_pool": (c_int, c_void_p, POINTER, c_int64),
     "baton_network_forward": (c_int, c_void_p, POINTER),
+    "baton_network_draw": (c_int, c_void_p, POINTER, c_int64, c_char_p, POINTER),
     "baton_network_bytes": (c_int64, c_void_p),
     "baton_linear": (c_int, c_char_p, c_int, c_int, POINTER, c_int64, c_int64, POINTER, c_int64, POINTER, POINTER),
     "baton_rms_norm": (c_int, c_char_p, c_int, POINTER, POINTER, c_int64, c_int64, c_float, POINTER),
@@ -67,6 +68,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # name: what it returns, what it ta
     "baton_choose_experts": (c_int, c_char_p, POINTER, c_int64, c_int64, c_int64, c_int, POINTER, POINTER),
     "baton_greedy": (c_int, c_char_p, POINTER, c_int64, c_int64, POINTER),
     "baton_copy_runs": (None, POINTER, POINTER, POINTER, c_int64),
+    "baton_weigh": (c_int, c_char_p, POINTER, c_int64, c_float, POINTER),
+    "baton_draw": (c_int, c_char_p, POINTER, c_int64, c_int64, c_char_p, POINTER),
     "baton_measure_stream": (c_double, c_int, c_int64, c_int),
     "baton_measure_peak": (c_double, c_char_p, c_int, c_int, c_int64),
 }  # fmt: skip

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from kernels.native.library import NativeError, NativeLibrary, Shape, Step, load_library
+from kernels.sampling import Draw, pack_draws
 
 NO_LAYER = -1
 
@@ -191,6 +192,15 @@ class NativeNetwork:
         )
         self._library.check(self._calls.baton_network_forward(self._network, ctypes.byref(record)))
         return logits, most_likely.tolist()
+
+    def draw(self, logits: torch.Tensor, rows: Sequence[int], draws: Sequence[Draw]) -> list[int]:
+        """One token for each draw from its row of `logits` [num_rows, vocab_size] float32."""
+        packed = pack_draws(rows, draws)
+        token_ids = np.empty(len(draws), dtype=np.int64)
+        self._library.check(
+            self._calls.baton_network_draw(self._network, logits.data_ptr(), len(draws), packed.records, token_ids.ctypes.data)
+        )
+        return token_ids.tolist()
 
     def _taken(self, tensor: torch.Tensor) -> torch.Tensor:
         assert tensor.dtype == self._dtype, f"{tensor.dtype} in a network of {self._dtype}"

@@ -11,6 +11,7 @@ import torch
 
 from kernels.native.library import NativeLibrary, load_library
 from kernels.native.network import pointers_to
+from kernels.sampling import Draw, inverse_temperature, pack_draws
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +118,19 @@ class NativeOps:
         """Index of the first of each row's greatest; -1 where a logit is not finite."""
         ids = np.empty(len(logits), dtype=np.int64)
         self._call("greedy", logits.contiguous().data_ptr(), *logits.shape, ids.ctypes.data)
+        return ids.tolist()
+
+    def weigh(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+        """logits [size] float32 -> weights [size] float32, as drawing has them."""
+        weights = torch.empty_like(logits)
+        self._call("weigh", logits.data_ptr(), len(logits), inverse_temperature(temperature), weights.data_ptr())
+        return weights
+
+    def draw(self, logits: torch.Tensor, rows: Sequence[int], draws: Sequence[Draw]) -> list[int]:
+        """One token for each draw from its row of `logits` [num_rows, vocab_size] float32."""
+        logits, packed = logits.contiguous(), pack_draws(rows, draws)
+        ids = np.empty(len(draws), dtype=np.int64)
+        self._call("draw", logits.data_ptr(), logits.shape[1], len(draws), packed.records, ids.ctypes.data)
         return ids.tolist()
 
     @property

@@ -42,6 +42,25 @@ typedef struct {
   int64_t* greedy; /* [num_logits]: the most likely token, -1 where a logit is not finite; or null */
 } BatonStep;
 
+/* One token to be drawn: kernels/sampling/reference.py says how. */
+typedef struct {
+  int64_t row; /* of the logits */
+  uint64_t seed;
+  uint32_t choice;
+  int32_t top_k; /* 0: all */
+  double top_p;
+  float least_weight; /* of min_p, rounded up */
+  float inverse_temperature; /* 0: the first of the greatest */
+  double frequency_penalty, presence_penalty;
+  float repetition_penalty;
+  int32_t num_masked, num_biased;
+  const uint32_t* masked; /* tokens that may not come */
+  const uint32_t* biased;
+  const float* biases;
+  const uint32_t* token_ids; /* prompt and output so far */
+  int64_t num_tokens, num_prompt_tokens;
+} BatonDraw;
+
 const char* baton_paths(void); /* what this machine can run, best first, joined by commas */
 const char* baton_error(void); /* of this thread's last call */
 
@@ -56,6 +75,8 @@ int baton_network_set_norm(BatonNetwork*, int layer, int which, const float* wei
 int baton_network_set_embedding(BatonNetwork*, const void* table); /* borrowed: [vocab_size][hidden_size] */
 int baton_network_set_pool(BatonNetwork*, void* blocks, int64_t num_blocks); /* borrowed: [block][layer][2][kv_head][token][dim] */
 int baton_network_forward(BatonNetwork*, const BatonStep*);
+/* token_ids[i]: drawn as draws[i] says from `logits` [rows][vocab_size]. */
+int baton_network_draw(BatonNetwork*, const float* logits, int64_t num_draws, const BatonDraw* draws, int64_t* token_ids);
 int64_t baton_network_bytes(const BatonNetwork*); /* packed weights */
 
 /* Single operations, for tests and measurements. x and y float32; weights, KV and what a linear reads are in the dtype. */
@@ -68,6 +89,8 @@ int baton_attention(const char* path, int is_bf16, const void* q, int num_heads,
 int baton_experts(const char* path, int is_bf16, int num_threads, const void* x, int64_t num_rows, int64_t hidden, const void* router, int64_t num_experts, int64_t num_chosen, int normalize, int64_t inner, const void* const* gate, const void* const* up, const void* const* down, float* y);
 int baton_choose_experts(const char* path, const float* logits, int64_t num_rows, int64_t num_experts, int64_t num_chosen, int normalize, int32_t* experts, float* weights);
 int baton_greedy(const char* path, const float* logits, int64_t num_rows, int64_t vocab_size, int64_t* token_ids);
+int baton_weigh(const char* path, const float* logits, int64_t size, float inverse_temperature, float* weights); /* of drawing */
+int baton_draw(const char* path, const float* logits, int64_t vocab_size, int64_t num_draws, const BatonDraw* draws, int64_t* token_ids);
 
 /* runs[i] is {source offset, target offset, size} in bytes. Holds no lock and allocates nothing. */
 void baton_copy_runs(const char* source, char* target, const int64_t* runs, int64_t num_runs);

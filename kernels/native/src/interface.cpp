@@ -108,6 +108,9 @@ int baton_network_set_pool(BatonNetwork* network, void* blocks, int64_t num_bloc
 int baton_network_forward(BatonNetwork* network, const BatonStep* step) {
   return guarded([&] { network->forward(*step); });
 }
+int baton_network_draw(BatonNetwork* network, const float* logits, int64_t num_draws, const BatonDraw* draws, int64_t* token_ids) {
+  return guarded([&] { network->draw(logits, num_draws, draws, token_ids); });
+}
 int64_t baton_network_bytes(const BatonNetwork* network) { return network->bytes(); }
 
 int baton_linear(const char* path, int is_bf16, int num_threads, const void* x, int64_t num_rows, int64_t num_in, const void* weight, int64_t num_out, const float* bias, float* y) {
@@ -186,6 +189,22 @@ int baton_greedy(const char* path, const float* logits, int64_t num_rows, int64_
   return guarded([&] {
     const Path& kernels = find_path(path, false);
     for (int64_t i = 0; i < num_rows; ++i) token_ids[i] = kernels.greedy(logits + i * vocab_size, vocab_size);
+  });
+}
+
+int baton_weigh(const char* path, const float* logits, int64_t size, float inverse_temperature, float* weights) {
+  return guarded([&] {
+    const Path& kernels = find_path(path, false);
+    std::vector<double> masses((size + kMassBlock - 1) / kMassBlock);
+    kernels.weigh_logits(logits, size, kernels.greatest(logits, size), inverse_temperature, weights, masses.data());
+  });
+}
+
+int baton_draw(const char* path, const float* logits, int64_t vocab_size, int64_t num_draws, const BatonDraw* draws, int64_t* token_ids) {
+  return guarded([&] {
+    const Path& kernels = find_path(path, false);
+    DrawScratch scratch;
+    for (int64_t i = 0; i < num_draws; ++i) check_draw(draws[i], vocab_size), token_ids[i] = draw_token(kernels, logits + draws[i].row * vocab_size, vocab_size, draws[i], &scratch);
   });
 }
 

@@ -188,6 +188,14 @@ void Network::finish(const BatonStep& step) {
     threads_.each(step.num_logits, [&](int, int64_t i) { step.greedy[i] = path_.greedy(step.logits + i * shape_.vocab_size, shape_.vocab_size); });
 }
 
+void Network::draw(const float* logits, int64_t num_draws, const BatonDraw* draws, int64_t* token_ids) {
+  for (int64_t i = 0; i < num_draws; ++i) check_draw(draws[i], shape_.vocab_size);
+  draw_scratch_.resize(threads_.size());
+  threads_.each(num_draws, [&](int thread, int64_t i) {
+    token_ids[i] = draw_token(path_, logits + draws[i].row * shape_.vocab_size, shape_.vocab_size, draws[i], &draw_scratch_[thread]);
+  });
+}
+
 void Network::forward(const BatonStep& step) {
   lay_out(step);
   const int64_t num_rows = positions_.size();

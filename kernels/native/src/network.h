@@ -6,6 +6,7 @@
 #include "baton_native.h"
 #include "experts.h"
 #include "packed_linear.h"
+#include "sampling.h"
 #include "tasks.h"
 #include "threads.h"
 
@@ -23,6 +24,7 @@ class Network {
   void set_embedding(const void* table) { embedding_ = static_cast<const char*>(table); }
   void set_pool(void* blocks, int64_t num_blocks) { pool_ = static_cast<char*>(blocks), num_blocks_ = num_blocks; }
   void forward(const BatonStep& step);
+  void draw(const float* logits, int64_t num_draws, const BatonDraw* draws, int64_t* token_ids);
   int64_t bytes() const;
 
  private:
@@ -57,6 +59,7 @@ class Network {
   std::vector<int64_t> slots_, positions_, last_rows_;
   std::vector<AttentionItem> items_;
   Scratch scratch_;
+  std::vector<DrawScratch> draw_scratch_;  // of each thread
 };
 
 }  // namespace baton

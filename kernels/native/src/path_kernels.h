@@ -1,6 +1,7 @@
 // The kernels, compiled once for each instruction path (path_*.cpp).
 #pragma once
 #include "attention.h"
+#include "draws.h"
 #include "linear.h"
 #include "rows.h"
 
@@ -25,7 +26,8 @@ static float peak(int64_t num_rounds) {
 
 template <typename N>
 static Path make_path(const char* name) {
-  return Path{name, N::kPerWord == 2, pack_panel<N>, linear<N>, norm<N>, rotary<N>, attention<N>, widen_row<N>, silu_mul<N>, greedy, choose_experts, peak<N>};
+  return Path{name, N::kPerWord == 2, pack_panel<N>, linear<N>, norm<N>, rotary<N>, attention<N>, widen_row<N>, silu_mul<N>, greedy, choose_experts, peak<N>,
+              greatest, weigh_logits, above, gather, keep};
 }
 
 }  // namespace

@@ -11,6 +11,9 @@ constexpr int kRun = 16;         // the block size is a multiple of it
 constexpr int kMaxHeadDim = 512;
 constexpr int kRowSlice = 192; // rows of a linear computed by one thread at a time
 constexpr int kTileRows = 96;  // rows (tokens x heads of a group) of one attention item
+constexpr int kLanesMax = 16;
+constexpr int kMassBlock = 512;  // neighbouring tokens whose weights are summed together, to find one among them sooner
+constexpr double kWeightUnit = 0x1p-34;  // of weights up to 1: their sums are exact in double up to 2^19 tokens
 constexpr int kKSlice = 2048;  // words of a panel passed over at once, so that it stays in the second-level cache
 
 // A *word* is 32 bits along the inputs: one float, or two neighbouring bfloat16. Packed weights of `num_out` x `num_in`:
@@ -97,6 +100,13 @@ struct AttentionTask {
   int64_t out_stride;
 };
 
+struct Above {  // of the logits above a limit
+  int64_t count;
+  double mass;           // sum of their weights
+  float least;           // infinity: none
+  float greatest_other;  // of those that are not above; -infinity: none
+};
+
 struct Path {
   const char* name;
   bool is_bf16;
@@ -112,6 +122,12 @@ struct Path {
   int64_t (*greedy)(const float* x, int64_t size);
   void (*choose_experts)(const ChoiceTask&, int64_t row, float* scratch);  // scratch: [num_experts]
   float (*peak)(int64_t num_rounds);  // multiply-adds from the first-level cache, for measuring
+  // Drawing (draws.h).
+  float (*greatest)(const float* x, int64_t size);
+  double (*weigh_logits)(const float* logits, int64_t size, float top, float inverse_temperature, float* weights, double* masses);
+  Above (*above)(const float* logits, const float* weights, int64_t size, float limit);
+  int64_t (*gather)(const float* logits, const float* weights, int64_t size, float low, float high, float* to_logits, float* to_weights);
+  int64_t (*keep)(const float* logits, float* weights, int64_t size, float least_logit, float least_weight, double* masses);
 };
 
 constexpr int64_t kPeakWords = 64;  // `peak` does num_rounds * kPeakWords * 6 * 64 word products
