@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.worker_host import WorkerHost
@@ -30,7 +30,7 @@ class WorkerSpec:
     directory_host: str
     directory_port: int
     secret: bytes
-    run_dir: Path  # 0700, for this run's Unix sockets
+    run_dir: Path  # 0700, for this run's Unix sockets and what its workers tell each other of packed weights
 
 
 def build_worker(spec: WorkerSpec) -> WorkerHost:
@@ -60,9 +60,10 @@ def build_worker(spec: WorkerSpec) -> WorkerHost:
         max_num_seqs=plan.core.scheduler.max_num_seqs,
         max_num_batched_tokens=plan.core.scheduler.max_num_batched_tokens,
     )
+    executor, held = _make_executor(spec, plan, pool.region)
     return WorkerHost(
         core=compose_worker_core(plan, worker_id=spec.worker_id, epoch=epoch, role=spec.role),
-        executor=_make_executor(spec, plan, pool.region),
+        executor=executor,
         make_endpoint=lambda on_peer_message: KVEndpoint(
             spec.config.transport,
             pool,
@@ -77,17 +78,33 @@ def build_worker(spec: WorkerSpec) -> WorkerHost:
         secret=spec.secret,
         directory_host=spec.directory_host,
         directory_port=spec.directory_port,
-        notes=(plan.kernels.note,) if plan.kernels.note and spec.config.workers.executor == "torch" else (),
+        counters=held.counters,
+        notes=held.notes,
     )
 
 
-def _make_executor(spec: WorkerSpec, plan: WorkerPlan, region: Region) -> Executor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """What a worker says of its executor besides the steps."""
+
+    counters: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def _make_executor(spec: WorkerSpec, plan: WorkerPlan, region: Region) -> tuple[Executor, _Held]:
     """Only what is used is imported: a paced worker needs no torch and starts in a tenth of the time."""
     if spec.config.workers.executor == "paced":
         from engine.paced import PacedExecutor
 
         assert plan.step_time is not None, "control.compose gives a paced worker its pace"
-        return PacedExecutor(region, plan.step_time, vocab_size=plan.model.vocab_size, eos_period=spec.config.paced.eos_period)
+        return PacedExecutor(region, plan.step_time, vocab_size=plan.model.vocab_size, eos_period=spec.config.paced.eos_period), _Held()
     from engine.runner.torch_executor import TorchExecutor
 
-    return TorchExecutor(spec.model_dir, plan.runner, region)
+    executor = TorchExecutor(spec.model_dir, plan.runner, region, packed_dir=spec.run_dir / "packed")
+    notes = [plan.kernels.note]
+    counters = {}
+    if (packed := executor.packed) is not None:
+        notes.append(packed.note)
+        counters["weights_bytes_packed"] = packed.size_bytes if packed.was_packed_here else 0
+        counters["weights_bytes_shared"] = packed.size_bytes if packed.is_shared else 0
+    return executor, _Held(counters=counters, notes=tuple(filter(None, notes)))

@@ -14,9 +14,10 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from engine.core.events import (
@@ -97,12 +98,14 @@ class WorkerHost:
         secret: bytes,
         directory_host: str,
         directory_port: int,
+        counters: Mapping[str, int] = MappingProxyType({}),
         notes: tuple[str, ...] = (),
     ) -> None:
         self._core = core
         self._executor = executor
         self._endpoint = make_endpoint(self._receive_from_peer)
         self._address = address
+        self._counters = dict(counters)
         self._notes = notes
         identity = Identity(name=address.worker_id, kind="worker", epoch=address.epoch, fingerprint=address.fingerprint)
         self._listener = Listener(identity, secret, self._accept)
@@ -159,7 +162,7 @@ class WorkerHost:
 
     def snapshot(self) -> WorkerSnapshot:
         core = self._core.snapshot(self._now())
-        return replace(core, counters=core.counters | self._endpoint.counters, notes=core.notes + self._notes)
+        return replace(core, counters=core.counters | self._endpoint.counters | self._counters, notes=core.notes + self._notes)
 
     # --- the turn: one event in, commands out ---
 

@@ -19,7 +19,7 @@ from engine.models.memory import memory_plan
 from engine.runner.config import RunnerConfig
 from engine.step_time import LinearStepTime, StepTimeModel
 from kernels.native.library import ChosenKernels, choose_kernels
-from kernels.numerics import Numerics
+from kernels.numerics import Kernels, Numerics
 from prefill_workers.policy import ChunkedPrefill
 from protocol.errors import ConfigError
 from protocol.kv import KVLayout, ModelFingerprint
@@ -72,7 +72,7 @@ def plan_worker(
 ) -> WorkerPlan:
     """`compose_worker` without files."""
     layout = model.kv_layout(config.workers.block_size)
-    num_kv_blocks, max_model_len = _pool_and_length(config, model, layout, memory_bytes, is_packed=kernels.name != "torch")
+    num_kv_blocks, max_model_len = _pool_and_length(config, model, layout, memory_bytes, kernels=kernels.name)
     return WorkerPlan(
         model=model,
         fingerprint=fingerprint,
@@ -193,7 +193,7 @@ def step_time(config: ClusterConfig) -> StepTimeModel | None:
 
 
 def _pool_and_length(
-    config: ClusterConfig, model: ModelConfig, layout: KVLayout, memory_bytes: int | None, *, is_packed: bool
+    config: ClusterConfig, model: ModelConfig, layout: KVLayout, memory_bytes: int | None, *, kernels: Kernels
 ) -> tuple[int, int]:
     """(blocks of one worker, most tokens of one sequence); what the user did not say follows from the model and the memory."""
     asked_len, size = config.model.max_model_len, layout.block_size_tokens
@@ -210,13 +210,13 @@ def _pool_and_length(
             )
         length = asked_len or min(model.max_model_len, blocks * size)
     else:
-        most = None if memory_bytes is None else _blocks_that_fit(config, model, memory_bytes, asked_len or size, None, is_packed=is_packed)
+        most = None if memory_bytes is None else _blocks_that_fit(config, model, memory_bytes, asked_len or size, None, kernels=kernels)
         length = asked_len or min(model.max_model_len, model.max_model_len if most is None else most * size)
         kept = config.workers.max_num_seqs * div_ceil(min(length, KEPT_TOKENS_PER_SEQUENCE), size)
         wanted = max(kept, div_ceil(length, size))
         blocks = wanted if most is None else min(wanted, most)
     if memory_bytes is not None:
-        _blocks_that_fit(config, model, memory_bytes, length, blocks, is_packed=is_packed)
+        _blocks_that_fit(config, model, memory_bytes, length, blocks, kernels=kernels)
     return blocks, length
 
 
@@ -234,7 +234,7 @@ def _asked_blocks(config: ClusterConfig, layout: KVLayout) -> int | None:
 
 
 def _blocks_that_fit(
-    config: ClusterConfig, model: ModelConfig, memory_bytes: int, length: int, blocks: int | None, *, is_packed: bool
+    config: ClusterConfig, model: ModelConfig, memory_bytes: int, length: int, blocks: int | None, *, kernels: Kernels
 ) -> int:
     plan = memory_plan(
         model,
@@ -243,7 +243,7 @@ def _blocks_that_fit(
         block_size_tokens=config.workers.block_size,
         max_model_len=length,
         num_blocks=blocks,
-        is_packed=is_packed,
+        kernels=kernels,
     )
     return plan.num_blocks
 

@@ -52,6 +52,10 @@ class Checkpoint:
     def size_bytes(self) -> int:
         return sum(place.size_bytes for place in self.tensors.values())
 
+    @property
+    def files(self) -> list[Path]:
+        return sorted({place.path for place in self.tensors.values()})
+
 
 def open_checkpoint(model_dir: Path, config: ModelConfig) -> Checkpoint:
     """Find every tensor `config` expects, with the shape it expects.
@@ -88,7 +92,7 @@ def fingerprint(checkpoint: Checkpoint, config: ModelConfig, numerics: Numerics,
     are equal only where all workers of a cluster have the same; fast numerics promise no bits and mix.
     """
     weights = hashlib.blake2b(digest_size=16)
-    files = {path: path.open("rb") for path in {place.path for place in checkpoint.tensors.values()}}
+    files = {path: path.open("rb") for path in checkpoint.files}
     try:
         for name, place in sorted(checkpoint.tensors.items()):
             weights.update(f"{name}\0{place.dtype}\0{place.shape}\0".encode())

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.models.config import ModelConfig
+from engine.models.native import network_shape
 from engine.models.tensors import weights_size_bytes
+from kernels.native.shape import arena_bytes
+from kernels.numerics import Kernels
 from protocol.errors import ModelDoesNotFit
+from protocol.kv import DTYPE_SIZE_BYTES
 
 PROCESS_BYTES = 400 * 1024 * 1024  # resident size of a worker with torch loaded and no model, rounded up
 GIB = 1024**3
@@ -49,21 +53,22 @@ def memory_plan(
     block_size_tokens: int,
     max_model_len: int,
     num_blocks: int | None = None,
-    is_packed: bool = False,
+    kernels: Kernels = "torch",
 ) -> MemoryPlan:
     """How `num_workers` workers share `memory_bytes` of one machine.
 
-    Weights that torch serves in the checkpoint's own dtype are mapped from the file, one copy a machine; others are converted, and
-    those of the native kernels packed (`is_packed`), one copy a worker. `num_blocks` per worker; None: all that fit, at least one
-    sequence of `max_model_len` tokens.
+    Weights that native `kernels` pack are one copy a machine (engine/runner/packed_weights.py), and so are those that torch maps from the
+    file in the checkpoint's own dtype; what torch converts is one copy a worker. `num_blocks` per worker; None: all that fit, at least
+    one sequence of `max_model_len` tokens.
 
     Raises:
         ModelDoesNotFit: the least pool, or the one asked for, does not fit; the text shows the sum and what to change.
     """
     least_blocks = -(-max_model_len // block_size_tokens)  # rounds up
+    is_converted = kernels == "torch" and config.dtype != config.checkpoint_dtype
     asked = MemoryPlan(
-        weights_bytes=weights_size_bytes(config),
-        num_weight_copies=1 if config.dtype == config.checkpoint_dtype and not is_packed else num_workers,
+        weights_bytes=weights_size_bytes(config) if kernels == "torch" else native_weights_bytes(config, kernels, block_size_tokens),
+        num_weight_copies=num_workers if is_converted else 1,
         num_workers=num_workers,
         process_bytes=PROCESS_BYTES,
         block_bytes=config.kv_layout(block_size_tokens).block_bytes,
@@ -84,6 +89,16 @@ def memory_plan(
         block_bytes=asked.block_bytes,
         num_blocks=least_blocks + spare_blocks,
     )
+
+
+def native_weights_bytes(config: ModelConfig, kernels: Kernels, block_size_tokens: int) -> int:
+    """What the workers of one machine hold together: the packed weights, and the embedding where it stays in the file's pages.
+
+    A tied table counts twice: its rows are looked up in the file, and as the head it is packed.
+    """
+    shape = network_shape(config, block_size_tokens=block_size_tokens)
+    mapped_bytes = 0 if shape.has_embedding else config.vocab_size * config.hidden_size * DTYPE_SIZE_BYTES[config.dtype]
+    return arena_bytes(shape, kernels) + mapped_bytes
 
 
 def _gib(size_bytes: int) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from engine.checkpoint import open_checkpoint
+from engine.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from engine.core.executor import PlanEntry
 from engine.models.config import ModelConfig, load_model_config
 from engine.models.decoder import Decoder, build_decoder
@@ -18,9 +19,10 @@ from engine.runner.inputs import make_inputs
 from engine.runner.kv_pool import KVPool
 from engine.runner.native_runner import NativeRunner, build_native_runner
 from engine.runner.step_logits import StepLogits, with_most_likely
-from engine.runner.weights import TORCH_DTYPES, load_weights
+from engine.runner.weights import TORCH_DTYPES, MappedWeights, load_weights
 from kernels.linear.reference import depends_on_place
-from kernels.native.library import choose_kernels
+from kernels.native.library import NativeLibrary, choose_kernels, load_library
+from kernels.numerics import Kernels, Numerics
 from kernels.sampling import Draw, draw_token
 from kvtransfer.transport import Region
 from protocol.errors import ModelError
@@ -62,8 +64,12 @@ class ModelRunner:
         return [draw_token(made.logits[row], draw) for row, draw in zip(rows, draws, strict=True)]
 
 
-def load_model_runner(model_dir: Path, config: RunnerConfig, region: Region) -> ModelRunner | NativeRunner:
+def load_model_runner(
+    model_dir: Path, config: RunnerConfig, region: Region, *, packed_dir: Path | None = None
+) -> ModelRunner | NativeRunner:
     """Load the checkpoint in `model_dir` onto a pool: into the native kernels where they are, else into torch.
+
+    packed_dir: of the run on this machine, where its workers find weights that one of them has packed; None: packed for this one alone.
 
     Raises:
         ModelError: the checkpoint cannot be served (see engine/checkpoint.py), or reference numerics are asked for where
@@ -73,14 +79,31 @@ def load_model_runner(model_dir: Path, config: RunnerConfig, region: Region) -> 
     layout = model.kv_layout(region.layout.block_size_tokens)
     assert region.layout == layout, f"the pool is laid out for {region.layout}, the model needs {layout}"
     pool = KVPool(region)
-    weights = load_weights(open_checkpoint(model_dir, model), dtype=model.dtype, device="cpu")
+    checkpoint = open_checkpoint(model_dir, model)
     chosen = choose_kernels(config.kernels, dtype=model.dtype)
     if chosen.name != "torch":
-        return build_native_runner(model, weights, pool, path=chosen.name, num_threads=config.num_threads)
-    decoder = build_decoder(model, weights, config.numerics)
+        return build_native_runner(
+            model,
+            MappedWeights(checkpoint, dtype=model.dtype),
+            pool,
+            path=chosen.name,
+            num_threads=config.num_threads,
+            key=packing_key(checkpoint, model, config.numerics, chosen.name),
+            packed_dir=packed_dir,
+        )
+    decoder = build_decoder(model, load_weights(checkpoint, dtype=model.dtype, device="cpu"), config.numerics)
     if config.numerics == "reference":
         _check_row_independence(decoder)
     return ModelRunner(model, decoder, config, pool)
+
+
+def packing_key(checkpoint: Checkpoint, model: ModelConfig, numerics: Numerics, path: Kernels) -> str:
+    """Names packed weights by all that their bytes depend on: the files as they are now, what is made of them, and by which library."""
+    library = load_library()
+    assert isinstance(library, NativeLibrary), library
+    files = [(str(f), s.st_size, s.st_mtime_ns, s.st_ino) for f in checkpoint.files for s in (f.stat(),)]
+    told = fingerprint(checkpoint, model, numerics)
+    return hashlib.blake2b(repr((library.digest, path, told, files)).encode(), digest_size=16).hexdigest()
 
 
 def _check_row_independence(decoder: Decoder) -> None:

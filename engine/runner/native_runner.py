@@ -4,27 +4,42 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from engine.core.executor import PlanEntry
 from engine.models.config import ExpertsConfig, ModelConfig
+from engine.models.native import network_shape
 from engine.models.rope import RotaryFrequencies
 from engine.models.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
 from engine.runner.kv_pool import KVPool
+from engine.runner.packed_weights import Packed, packed_weights
 from engine.runner.step_logits import StepLogits
-from engine.runner.weights import TORCH_DTYPES
-from kernels.native.network import NO_LAYER, ExpertsShape, LinearPlace, NativeNetwork, NetworkShape, NormPlace, step_arrays
+from engine.runner.weights import MappedWeights
+from kernels.native.network import NO_LAYER, LinearPlace, NativeNetwork, NormPlace, step_arrays
 from kernels.numerics import Kernels
 from kernels.sampling import Draw
+
+ATTENTION = {
+    LinearPlace.QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    LinearPlace.OUTPUT: ("self_attn.o_proj",),
+}
+MLP = {
+    LinearPlace.GATE_UP: ("mlp.gate_proj", "mlp.up_proj"),
+    LinearPlace.DOWN: ("mlp.down_proj",),
+}
+NORMS = {NormPlace.ATTENTION: "input_layernorm", NormPlace.MLP: "post_attention_layernorm"}
+HEAD_NORMS = {NormPlace.Q: "self_attn.q_norm", NormPlace.K: "self_attn.k_norm"}
 
 
 class NativeRunner:
     """Runs forward passes. Not thread-safe: one thread calls it."""
 
-    def __init__(self, model: ModelConfig, network: NativeNetwork, pool: KVPool) -> None:
+    def __init__(self, model: ModelConfig, network: NativeNetwork, pool: KVPool, packed: Packed) -> None:
         self.model = model
         self.pool = pool
+        self.packed = packed
         self._network = network
 
     def forward(self, entries: Sequence[PlanEntry], tokens: Sequence[array[int]], sampled_entries: Sequence[int]) -> StepLogits:
@@ -42,73 +57,53 @@ class NativeRunner:
 
 
 def build_native_runner(
-    model: ModelConfig, weights: dict[str, torch.Tensor], pool: KVPool, *, path: Kernels, num_threads: int
+    model: ModelConfig, weights: MappedWeights, pool: KVPool, *, path: Kernels, num_threads: int, key: str, packed_dir: Path | None
 ) -> NativeRunner:
-    """Pack `weights` and take each out of the dictionary once it is packed, so that a model is in memory about once."""
+    """Put `weights` into the native kernels: packed here, or mapped from another worker that has them under `key` in `packed_dir`.
+
+    The embedding stays in the file's pages where it has the dtype that is served; the head is packed, tied or not.
+    """
     rope = RotaryFrequencies(model.rope, model.head_dim, device="cpu")
-    network = NativeNetwork(
-        NetworkShape(
-            num_layers=model.num_layers,
-            hidden_size=model.hidden_size,
-            num_heads=model.num_heads,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            intermediate_size=model.intermediate_size,
-            vocab_size=model.vocab_size,
-            dtype=TORCH_DTYPES[model.dtype],
-            block_size=pool.block_size_tokens,
-            norm_eps=model.rms_norm_eps,
-            rotary_scale=rope.scale,
-            frequencies=rope.frequencies,
-            windows=model.layer_windows,
-            experts=None if model.experts is None else _experts_shape(model.experts),
-        ),
-        path=path,
-        num_threads=num_threads,
-    )
+    shape = network_shape(model, block_size_tokens=pool.block_size_tokens, has_embedding=not weights.is_view(EMBEDDING))
+    network = NativeNetwork(shape, path=path, num_threads=num_threads, frequencies=rope.frequencies, rotary_scale=rope.scale)
+
+    def fill(base: int) -> None:
+        network.set_arena(base)
+        _pack(network, model, weights)
+
+    packed = packed_weights(key, network.arena_bytes, fill, directory=packed_dir)
+    network.set_arena(packed.base, owner=packed)
+    if not shape.has_embedding:
+        network.set_embedding(weights[EMBEDDING])
     network.set_pool(pool.blocks)
-    network.set_linear(NO_LAYER, LinearPlace.HEAD, [weights[EMBEDDING] if model.tie_embeddings else weights.pop(LM_HEAD)], [None])
-    network.set_embedding(weights.pop(EMBEDDING))
-    network.set_norm(NO_LAYER, NormPlace.FINAL, weights.pop(FINAL_NORM))
+    _set_norms(network, model, weights)
+    weights.let_go()
+    return NativeRunner(model, network, pool, packed.packed)
+
+
+def _pack(network: NativeNetwork, model: ModelConfig, weights: MappedWeights) -> None:
+    network.set_linear(NO_LAYER, LinearPlace.HEAD, [weights[EMBEDDING if model.tie_embeddings else LM_HEAD]], [None])
+    if not weights.is_view(EMBEDDING):
+        network.set_embedding(weights[EMBEDDING])
     for layer in range(model.num_layers):
-        _set_layer(network, layer, weights, model)
-    return NativeRunner(model, network, pool)
+        at = f"model.layers.{layer}"
+        experts = model.experts if model.experts is not None and model.experts.layers[layer] else None
+        linears = ATTENTION | (MLP if experts is None else {LinearPlace.ROUTER: (experts.names.router,)})
+        for which, parts in linears.items():
+            biases = [weights.get(f"{at}.{part}.bias") for part in parts]
+            network.set_linear(layer, which, [weights[f"{at}.{part}.weight"] for part in parts], biases)
+        if experts is not None:
+            names = experts.names
+            network.set_experts(layer, *(_of_each(experts, name, at, weights) for name in (names.gate, names.up, names.down)))
 
 
-def _experts_shape(config: ExpertsConfig) -> ExpertsShape:
-    return ExpertsShape(
-        num_experts=config.num_experts,
-        num_chosen=config.num_chosen,
-        intermediate_size=config.intermediate_size,
-        normalize=config.normalize,
-    )
+def _of_each(experts: ExpertsConfig, name: str, at: str, weights: MappedWeights) -> list[torch.Tensor]:
+    return [weights[f"{at}.{experts.names.linear(expert, name)}.weight"] for expert in range(experts.num_experts)]
 
 
-def _set_layer(network: NativeNetwork, layer: int, weights: dict[str, torch.Tensor], model: ModelConfig) -> None:
-    at = f"model.layers.{layer}"
-
-    def set_linear(which: LinearPlace, *names: str) -> None:
-        parts = [weights.pop(f"{at}.{name}.weight") for name in names]
-        network.set_linear(layer, which, parts, [weights.pop(f"{at}.{name}.bias", None) for name in names])
-
-    set_linear(LinearPlace.QKV, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    set_linear(LinearPlace.OUTPUT, "self_attn.o_proj")
-    if (experts := model.experts) is not None and experts.layers[layer]:
-        set_linear(LinearPlace.ROUTER, experts.names.router)
-        _set_experts(network, layer, weights, experts)
-    else:
-        set_linear(LinearPlace.GATE_UP, "mlp.gate_proj", "mlp.up_proj")
-        set_linear(LinearPlace.DOWN, "mlp.down_proj")
-    network.set_norm(layer, NormPlace.ATTENTION, weights.pop(f"{at}.input_layernorm.weight"))
-    network.set_norm(layer, NormPlace.MLP, weights.pop(f"{at}.post_attention_layernorm.weight"))
-    if model.qk_norm:
-        network.set_norm(layer, NormPlace.Q, weights.pop(f"{at}.self_attn.q_norm.weight"))
-        network.set_norm(layer, NormPlace.K, weights.pop(f"{at}.self_attn.k_norm.weight"))
-
-
-def _set_experts(network: NativeNetwork, layer: int, weights: dict[str, torch.Tensor], config: ExpertsConfig) -> None:
-    def of_each(name: str) -> list[torch.Tensor]:
-        linears = (config.names.linear(expert, name) for expert in range(config.num_experts))
-        return [weights.pop(f"model.layers.{layer}.{linear}.weight") for linear in linears]
-
-    network.set_experts(layer, of_each(config.names.gate), of_each(config.names.up), of_each(config.names.down))
+def _set_norms(network: NativeNetwork, model: ModelConfig, weights: MappedWeights) -> None:
+    """Small: each worker has its own."""
+    network.set_norm(NO_LAYER, NormPlace.FINAL, weights[FINAL_NORM])
+    for layer in range(model.num_layers):
+        for which, name in (NORMS | HEAD_NORMS if model.qk_norm else NORMS).items():
+            network.set_norm(layer, which, weights[f"model.layers.{layer}.{name}.weight"])

@@ -21,6 +21,7 @@ from engine.core.executor import BatchPlan, PlanEntry, SampledTokens, SequenceSt
 from engine.runner.config import RunnerConfig
 from engine.runner.model_runner import ModelRunner, load_model_runner
 from engine.runner.native_runner import NativeRunner
+from engine.runner.packed_weights import Packed
 from engine.runner.step_logits import NOT_FINITE, StepLogits
 from kernels.sampling import Draw, logprobs_of, takes_most_likely
 from kvtransfer.transport import Region
@@ -43,16 +44,22 @@ class TorchExecutor:
     """Implements engine.core.executor.Executor over a checkpoint and a pool.
 
     The constructor loads the weights, which takes as long as it takes; `on_done` is called on the compute thread.
+    packed_dir: see load_model_runner.
     """
 
-    def __init__(self, model_dir: Path, config: RunnerConfig, region: Region) -> None:
+    def __init__(self, model_dir: Path, config: RunnerConfig, region: Region, *, packed_dir: Path | None = None) -> None:
         self._num_threads = config.num_threads
-        self._runner: ModelRunner | NativeRunner = load_model_runner(model_dir, config, region)
+        self._runner: ModelRunner | NativeRunner = load_model_runner(model_dir, config, region, packed_dir=packed_dir)
         self._sequences: dict[int, _Sequence] = {}
         self._plans: queue.Queue[BatchPlan | None] = queue.Queue(maxsize=config.max_inflight_steps + 1)  # + 1: the end mark
         self._thread: threading.Thread | None = None
         self._on_done: OnDone | None = None
         self._closing = False
+
+    @property
+    def packed(self) -> Packed | None:
+        """How the weights are held; None: torch reads them where the files are mapped."""
+        return self._runner.packed if isinstance(self._runner, NativeRunner) else None
 
     def start(self, on_done: OnDone) -> None:
         assert self._thread is None, "started once"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +25,8 @@ class Shape(ctypes.Structure):
     _fields_ = (
         ("num_layers", c_int32), ("hidden_size", c_int32), ("num_heads", c_int32), ("num_kv_heads", c_int32), ("head_dim", c_int32),
         ("intermediate_size", c_int32), ("vocab_size", c_int32), ("is_bf16", c_int32), ("block_size", c_int32), ("num_threads", c_int32),
-        ("norm_eps", c_float), ("rotary_scale", c_float), ("frequencies", POINTER), ("windows", POINTER),
+        ("has_qkv_bias", c_int32), ("has_output_bias", c_int32), ("has_mlp_bias", c_int32), ("has_embedding", c_int32),
+        ("norm_eps", c_float), ("rotary_scale", c_float), ("frequencies", POINTER), ("windows", POINTER), ("has_experts", POINTER),
         ("num_experts", c_int32), ("num_experts_chosen", c_int32), ("expert_intermediate_size", c_int32), ("normalize_experts", c_int32),
     )  # fmt: skip
 
@@ -50,7 +52,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # name: what it returns, what it ta
     "baton_network_set_pool": (c_int, c_void_p, POINTER, c_int64),
     "baton_network_forward": (c_int, c_void_p, POINTER),
     "baton_network_draw": (c_int, c_void_p, POINTER, c_int64, c_char_p, POINTER),
-    "baton_network_bytes": (c_int64, c_void_p),
+    "baton_network_arena_bytes": (c_int64, c_void_p),
+    "baton_network_set_arena": (c_int, c_void_p, POINTER),
+    "baton_map": (c_void_p, c_int, c_int64, c_int),
+    "baton_unmap": (None, POINTER, c_int64),
     "baton_linear": (c_int, c_char_p, c_int, c_int, POINTER, c_int64, c_int64, POINTER, c_int64, POINTER, POINTER),
     "baton_rms_norm": (c_int, c_char_p, c_int, POINTER, POINTER, c_int64, c_int64, c_float, POINTER),
     "baton_silu_mul": (c_int, c_char_p, c_int, POINTER, POINTER, c_int64, POINTER),
@@ -85,6 +90,7 @@ class NativeLibrary:
 
     calls: ctypes.CDLL
     paths: tuple[Kernels, ...]  # that this machine can run, best first
+    digest: str  # of the library's file: equal ones pack weights alike
 
     def check(self, status: int) -> None:
         """Raises NativeError where a call returned other than 0."""
@@ -97,6 +103,7 @@ def load_library(path: Path = LIBRARY) -> NativeLibrary | str:
     """The library, or why there is none in one clause."""
     try:
         calls = ctypes.CDLL(str(path))
+        digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
         for name, (result, *arguments) in _SIGNATURES.items():
             function = getattr(calls, name)
             function.restype, function.argtypes = result, arguments
@@ -106,7 +113,7 @@ def load_library(path: Path = LIBRARY) -> NativeLibrary | str:
             if not path.exists()
             else f"the native kernels cannot be loaded ({error})"
         )
-    return NativeLibrary(calls=calls, paths=tuple(calls.baton_paths().decode().split(",")))
+    return NativeLibrary(calls=calls, paths=tuple(calls.baton_paths().decode().split(",")), digest=digest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

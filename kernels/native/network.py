@@ -1,6 +1,6 @@
 """A decoder inside the library: weights packed once, then one call a forward pass.
 
-The network borrows the embedding table and the pool's blocks; whoever made it keeps both alive (`keep`). Packed weights are its own.
+The network borrows the arena of its packed weights, the pool's blocks and, as a rule, the embedding table.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.native.library import NativeError, NativeLibrary, Shape, Step, load_library
+from kernels.native.library import NativeError, Step
+from kernels.native.shape import NetworkHandle, NetworkShape
+from kernels.numerics import Kernels
 from kernels.sampling import Draw, pack_draws
 
 NO_LAYER = -1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class LinearPlace(IntEnum):
@@ -46,36 +49,6 @@ Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertsShape:
-    """The mixture of experts of the layers that have one."""
-
-    num_experts: int
-    num_chosen: int  # of them, by each token
-    intermediate_size: int  # of one expert
-    normalize: bool  # the weights of a token's experts sum to one
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkShape:
-    """Sizes of a decoder as src/baton_native.h names them."""
-
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    dtype: torch.dtype  # float32 or bfloat16
-    block_size: int  # tokens
-    norm_eps: float
-    rotary_scale: float
-    frequencies: torch.Tensor  # [head_dim / 2] float32
-    windows: tuple[int | None, ...]  # per layer
-    experts: ExpertsShape | None = None  # None: every layer is dense
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepArrays:
     """One forward pass. Entry i computes positions [starts[i], starts[i] + sizes[i]) of its sequence."""
 
@@ -88,53 +61,39 @@ class StepArrays:
 
 
 class NativeNetwork:
-    """Not thread-safe: one thread calls it."""
+    """Not thread-safe: one thread calls it.
 
-    def __init__(self, shape: NetworkShape, *, path: str, num_threads: int) -> None:
-        library = load_library()
-        assert isinstance(library, NativeLibrary), library
-        self._library = library
-        self._calls = library.calls
+    Made, it knows how much memory its packed weights take (`arena_bytes`). They are packed once into memory of that size (`set_arena`,
+    then `set_linear` for each); or the memory was packed by a network of the same shape and path, perhaps in another process.
+    """
+
+    def __init__(self, shape: NetworkShape, *, path: Kernels, num_threads: int, frequencies: torch.Tensor, rotary_scale: float) -> None:
+        """frequencies: [head_dim / 2], radians a token.
+
+        Raises:
+            NativeError: this machine has no such path, or the library cannot compute such a shape.
+        """
+        angles = frequencies.to(dtype=torch.float32, device="cpu").contiguous().numpy()
+        self._handle = NetworkHandle(shape, path=path, num_threads=num_threads, frequencies=angles, rotary_scale=rotary_scale)
+        self._network = self._handle.pointer
+        self._library = self._handle.library
+        self._calls = self._library.calls
         self._vocab_size = shape.vocab_size
-        self._dtype = shape.dtype
-        frequencies = shape.frequencies.to(dtype=torch.float32, device="cpu").contiguous()
-        windows = np.array([window or 0 for window in shape.windows], dtype=np.int64)
-        record = Shape(
-            num_layers=shape.num_layers,
-            hidden_size=shape.hidden_size,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            intermediate_size=shape.intermediate_size,
-            vocab_size=shape.vocab_size,
-            is_bf16=shape.dtype == torch.bfloat16,
-            block_size=shape.block_size,
-            num_threads=num_threads,
-            norm_eps=shape.norm_eps,
-            rotary_scale=shape.rotary_scale,
-            frequencies=frequencies.data_ptr(),
-            windows=windows.ctypes.data,
-        )
-        if (experts := shape.experts) is not None:
-            record.num_experts, record.num_experts_chosen = experts.num_experts, experts.num_chosen
-            record.expert_intermediate_size, record.normalize_experts = experts.intermediate_size, experts.normalize
-        self._network: int | None = self._calls.baton_network_new(ctypes.byref(record), path.encode())
-        if self._network is None:
-            raise NativeError(self._calls.baton_error().decode())
-        self._kept: list[object] = []
+        self._dtype = DTYPES[shape.dtype]
+        self._kept: dict[str, object] = {}
         self._logits = torch.empty((1, self._vocab_size), dtype=torch.float32)
 
-    def __del__(self) -> None:
-        if getattr(self, "_network", None) is not None:
-            self._calls.baton_network_free(self._network)
-            self._network = None
-
     @property
-    def packed_bytes(self) -> int:
-        return int(self._calls.baton_network_bytes(self._network))
+    def arena_bytes(self) -> int:
+        return self._handle.arena_bytes
+
+    def set_arena(self, base: int, *, owner: object = None) -> None:
+        """`base`: address of `arena_bytes` that begin a page, zeroed or packed; `owner` is kept alive as long as this network."""
+        self._kept["arena"] = owner
+        self._library.check(self._calls.baton_network_set_arena(self._network, base))
 
     def set_linear(self, layer: int, which: LinearPlace, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
-        """Pack `weights` ([rows, inputs] each, below each other) as one linear; they are not needed afterwards."""
+        """Pack `weights` ([rows, inputs] each, below each other) as one linear into the arena; they are not needed afterwards."""
         parts = [self._taken(weight) for weight in weights]
         wide = [None if bias is None else bias.detach().float().contiguous() for bias in biases]
         rows = np.array([len(part) for part in parts], dtype=np.int64)
@@ -155,15 +114,16 @@ class NativeNetwork:
         self._library.check(self._calls.baton_network_set_norm(self._network, layer, which, wide.data_ptr()))
 
     def set_embedding(self, table: torch.Tensor) -> None:
-        """Borrowed: a mapped table stays in the file's pages, of which a step touches one row a token."""
+        """Borrowed, so that a mapped table stays in the file's pages, of which a step touches one row a token; or copied into the arena,
+        where the shape says so."""
         table = self._taken(table)
-        self._kept.append(table)
+        self._kept["embedding"] = table
         self._library.check(self._calls.baton_network_set_embedding(self._network, table.data_ptr()))
 
     def set_pool(self, blocks: torch.Tensor) -> None:
         """Borrowed: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], contiguous."""
         assert blocks.is_contiguous() and blocks.dtype == self._dtype
-        self._kept.append(blocks)
+        self._kept["pool"] = blocks
         self._library.check(self._calls.baton_network_set_pool(self._network, blocks.data_ptr(), blocks.shape[0]))
 
     def forward(self, step: StepArrays) -> tuple[torch.Tensor, list[int]]:
@@ -232,7 +192,6 @@ def _joined(arrays: Sequence[array[int]]) -> npt.NDArray[np.uint32]:
 
 __all__ = [
     "NO_LAYER",
-    "ExpertsShape",
     "LinearPlace",
     "NativeError",
     "NativeNetwork",

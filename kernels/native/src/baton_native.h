@@ -16,10 +16,13 @@ typedef struct {
   int32_t is_bf16; /* of weights, KV and embedding; else float32 */
   int32_t block_size; /* tokens; a multiple of 16 */
   int32_t num_threads;
+  int32_t has_qkv_bias, has_output_bias, has_mlp_bias;
+  int32_t has_embedding; /* in the arena; else it is borrowed */
   float norm_eps;
   float rotary_scale; /* of cosines and sines */
   const float* frequencies; /* [head_dim / 2] */
   const int64_t* windows; /* [num_layers] tokens a query sees, 0: all */
+  const int64_t* has_experts; /* [num_layers] 1: it has, in place of the MLP; read where num_experts is not 0 */
   int32_t num_experts; /* of the layers that have them; 0: none has */
   int32_t num_experts_chosen, expert_intermediate_size;
   int32_t normalize_experts; /* the weights of a token's experts sum to one */
@@ -66,18 +69,23 @@ const char* baton_error(void); /* of this thread's last call */
 
 BatonNetwork* baton_network_new(const BatonShape* shape, const char* path); /* null: see baton_error() */
 void baton_network_free(BatonNetwork*);
-/* weights[i] is [rows[i]][inputs] in the network's dtype, biases[i] [rows[i]] float32 or null; copied. layer is -1 for the head. */
+/* Packed weights lie in an arena: memory that the caller owns, maps where and as it likes and keeps alive. It is set before weights are
+ * packed into it; or it was packed by a network of the same shape and path, in this process or another, and is only read. */
+int64_t baton_network_arena_bytes(const BatonNetwork*);
+int baton_network_set_arena(BatonNetwork*, void* base); /* zeroed or packed; begins a page */
+void* baton_map(int fd, int64_t bytes, int is_writable); /* a file's memory, or private (fd -1), in huge pages where it can be; null: baton_error() */
+void baton_unmap(void* data, int64_t bytes);
+/* weights[i] is [rows[i]][inputs] in the network's dtype, biases[i] [rows[i]] float32 or null; packed into the arena. layer is -1 for the head. */
 int baton_network_set_linear(BatonNetwork*, int layer, int which, int num_parts, const void* const* weights, const int64_t* rows, const float* const* biases);
-/* One pointer an expert, all in the network's dtype: gate and up [expert_intermediate_size][hidden_size], down the other way round; copied.
- * The layer then computes these, by the choice of its router, and no dense gate_up and down. */
+/* One pointer an expert, all in the network's dtype: gate and up [expert_intermediate_size][hidden_size], down the other way round; packed into
+ * the arena. */
 int baton_network_set_experts(BatonNetwork*, int layer, const void* const* gate, const void* const* up, const void* const* down);
 int baton_network_set_norm(BatonNetwork*, int layer, int which, const float* weight); /* copied */
-int baton_network_set_embedding(BatonNetwork*, const void* table); /* borrowed: [vocab_size][hidden_size] */
+int baton_network_set_embedding(BatonNetwork*, void* table); /* [vocab_size][hidden_size]; borrowed, or copied into the arena */
 int baton_network_set_pool(BatonNetwork*, void* blocks, int64_t num_blocks); /* borrowed: [block][layer][2][kv_head][token][dim] */
 int baton_network_forward(BatonNetwork*, const BatonStep*);
 /* token_ids[i]: drawn as draws[i] says from `logits` [rows][vocab_size]. */
 int baton_network_draw(BatonNetwork*, const float* logits, int64_t num_draws, const BatonDraw* draws, int64_t* token_ids);
-int64_t baton_network_bytes(const BatonNetwork*); /* packed weights */
 
 /* Single operations, for tests and measurements. x and y float32; weights, KV and what a linear reads are in the dtype. */
 int baton_linear(const char* path, int is_bf16, int num_threads, const void* x, int64_t num_rows, int64_t num_in, const void* weight, int64_t num_out, const float* bias, float* y);

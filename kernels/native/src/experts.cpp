@@ -23,12 +23,17 @@ Mixture::Mixture(const MixtureShape& shape, const Path& path, Threads& threads)
     throw std::runtime_error("a mixture has 1 to 4096 experts, of which a row chooses at least one");
 }
 
-void Mixture::pack(PackedExperts* to, const void* const* gate, const void* const* up, const void* const* down) {
+void Mixture::place(PackedExperts* experts, Arena& arena) const {
+  baton::place(&experts->router, arena, path_, shape_.num_experts, shape_.hidden_size);
+  arena.take(sizeof(uint32_t) * shape_.num_experts * gate_up_panels_ * words(shape_.hidden_size) * kPanel, &experts->gate_up);
+  arena.take(sizeof(uint32_t) * shape_.num_experts * down_panels_ * words(shape_.intermediate_size) * kPanel, &experts->down);
+}
+
+void Mixture::pack(const PackedExperts& to, const void* const* gate, const void* const* up, const void* const* down) {
   const int64_t hidden = shape_.hidden_size, inner = shape_.intermediate_size, value_bytes = path_.is_bf16 ? 2 : 4;
   auto row_of = [&](const void* weight, int64_t row, int64_t num_rows, int64_t num_in) -> const void* {
     return row < num_rows ? static_cast<const char*>(weight) + row * num_in * value_bytes : nullptr;
   };
-  to->gate_up.reserve(sizeof(uint32_t) * shape_.num_experts * gate_up_panels_ * words(hidden) * kPanel);
   threads_.each(shape_.num_experts * gate_up_panels_, [&](int, int64_t i) {
     const int64_t expert = i / gate_up_panels_, first = i % gate_up_panels_ * kHalfPanel;
     const void* rows[kPanel];
@@ -36,14 +41,13 @@ void Mixture::pack(PackedExperts* to, const void* const* gate, const void* const
       rows[column] = row_of(gate[expert], first + column, inner, hidden);
       rows[kHalfPanel + column] = row_of(up[expert], first + column, inner, hidden);
     }
-    path_.pack_panel(to->gate_up.as<uint32_t>() + i * words(hidden) * kPanel, rows, hidden);
+    path_.pack_panel(to.gate_up + i * words(hidden) * kPanel, rows, hidden);
   });
-  to->down.reserve(sizeof(uint32_t) * shape_.num_experts * down_panels_ * words(inner) * kPanel);
   threads_.each(down_panels_ * shape_.num_experts, [&](int, int64_t i) {
     const int64_t expert = i % shape_.num_experts, first = i / shape_.num_experts * kPanel;
     const void* rows[kPanel];
     for (int64_t column = 0; column < kPanel; ++column) rows[column] = row_of(down[expert], first + column, hidden, inner);
-    path_.pack_panel(to->down.as<uint32_t>() + i * words(inner) * kPanel, rows, inner);
+    path_.pack_panel(to.down + i * words(inner) * kPanel, rows, inner);
   });
 }
 
@@ -100,7 +104,7 @@ void Mixture::multiply(const PackedExperts& experts, const uint32_t* x, float* y
   threads_.each(groups_.size() * gate_up_panels_, [&](int thread, int64_t i) {
     const Group& group = groups_[i / gate_up_panels_];
     Linear gate_up;
-    gate_up.words = experts.gate_up.as<uint32_t>() + group.expert * gate_up_panels_ * hidden_words * kPanel;
+    gate_up.words = experts.gate_up + group.expert * gate_up_panels_ * hidden_words * kPanel;
     gate_up.num_words = hidden_words, gate_up.num_panels = gate_up_panels_, gate_up.num_out = 2 * shape_.intermediate_size;
     LinearTask task{};
     task.linear = &gate_up;
@@ -112,7 +116,7 @@ void Mixture::multiply(const PackedExperts& experts, const uint32_t* x, float* y
   threads_.each(down_panels_, [&](int thread, int64_t panel) {
     for (const Group& group : groups_) {
       Linear down;
-      down.words = experts.down.as<uint32_t>() + (panel * shape_.num_experts + group.expert) * inner_words * kPanel;
+      down.words = experts.down + (panel * shape_.num_experts + group.expert) * inner_words * kPanel;
       down.num_words = inner_words, down.num_panels = 1, down.num_out = std::min<int64_t>(kPanel, hidden - panel * kPanel);
       LinearTask task{};
       task.linear = &down;

@@ -13,10 +13,8 @@ namespace baton {
 
 struct PackedExperts {
   PackedLinear router;
-  Memory gate_up;  // [expert][panel][word][64]: the panels of an expert follow each other, each 32 outputs of gate and 32 of up
-  Memory down;     // [panel][expert][word][64]: what one thread adds to the same outputs, expert after expert
-
-  int64_t bytes() const { return router.memory.bytes() + gate_up.bytes() + down.bytes(); }
+  uint32_t* gate_up = nullptr;  // [expert][panel][word][64]: the panels of an expert follow each other, each 32 outputs of gate and 32 of up
+  uint32_t* down = nullptr;     // [panel][expert][word][64]: what one thread adds to the same outputs, expert after expert
 };
 
 struct MixtureShape {
@@ -29,8 +27,9 @@ class Mixture {
  public:
   Mixture(const MixtureShape& shape, const Path& path, Threads& threads);
 
+  void place(PackedExperts* experts, Arena& arena) const;
   // One pointer an expert: gate and up [intermediate_size][hidden_size], down [hidden_size][intermediate_size], in the path's dtype.
-  void pack(PackedExperts* to, const void* const* gate, const void* const* up, const void* const* down);
+  void pack(const PackedExperts& to, const void* const* gate, const void* const* up, const void* const* down);
 
   // y [num_rows][hidden_size] += each row's experts of x (rows of words), by their weights and in ascending order of id, so that a
   // row's sum does not depend on who else chose them. Two threaded loops, and where there are many rows some for the choice.

@@ -99,8 +99,8 @@ int baton_network_set_experts(BatonNetwork* network, int layer, const void* cons
 int baton_network_set_norm(BatonNetwork* network, int layer, int which, const float* weight) {
   return guarded([&] { network->set_norm(layer, which, weight); });
 }
-int baton_network_set_embedding(BatonNetwork* network, const void* table) {
-  return guarded([&] { network->set_embedding(table); });
+int baton_network_set_embedding(BatonNetwork* network, void* table) {
+  return guarded([&] { network->set_embedding(static_cast<char*>(table)); });
 }
 int baton_network_set_pool(BatonNetwork* network, void* blocks, int64_t num_blocks) {
   return guarded([&] { network->set_pool(blocks, num_blocks); });
@@ -111,14 +111,28 @@ int baton_network_forward(BatonNetwork* network, const BatonStep* step) {
 int baton_network_draw(BatonNetwork* network, const float* logits, int64_t num_draws, const BatonDraw* draws, int64_t* token_ids) {
   return guarded([&] { network->draw(logits, num_draws, draws, token_ids); });
 }
-int64_t baton_network_bytes(const BatonNetwork* network) { return network->bytes(); }
+int64_t baton_network_arena_bytes(const BatonNetwork* network) { return network->arena_bytes(); }
+int baton_network_set_arena(BatonNetwork* network, void* base) {
+  return guarded([&] { network->set_arena(base); });
+}
+
+void* baton_map(int fd, int64_t bytes, int is_writable) {
+  void* data = nullptr;
+  guarded([&] { data = map_memory(fd, bytes, is_writable); });
+  return data;
+}
+void baton_unmap(void* data, int64_t bytes) { unmap_memory(data, bytes); }
 
 int baton_linear(const char* path, int is_bf16, int num_threads, const void* x, int64_t num_rows, int64_t num_in, const void* weight, int64_t num_out, const float* bias, float* y) {
   return guarded([&] {
     const Path& kernels = find_path(path, is_bf16);
     Threads threads(num_threads);
     PackedLinear packed;
-    pack(&packed, kernels, threads, 1, &weight, &num_out, &bias, num_in, false);
+    Arena arena;
+    place(&packed, arena, kernels, num_out, num_in, false, bias != nullptr);
+    const Memory memory(arena.bytes());
+    arena.put(memory.as<void>());
+    pack(packed, kernels, threads, 1, &weight, &num_out, &bias);
     const Memory words = rows_of_words(x, num_rows, num_in, is_bf16);
     LinearTask task{};
     task.linear = &packed, task.x = words.as<uint32_t>(), task.x_stride = packed.num_words, task.num_rows = num_rows;
@@ -133,8 +147,12 @@ int baton_experts(const char* path, int is_bf16, int num_threads, const void* x,
     Threads threads(num_threads);
     Mixture mixture({hidden, num_experts, num_chosen, inner, normalize != 0}, kernels, threads);
     PackedExperts packed;
-    pack(&packed.router, kernels, threads, 1, &router, &num_experts, nullptr, hidden, false);
-    mixture.pack(&packed, gate, up, down);
+    Arena arena;
+    mixture.place(&packed, arena);
+    const Memory memory(arena.bytes());
+    arena.put(memory.as<void>());
+    pack(packed.router, kernels, threads, 1, &router, &num_experts, nullptr);
+    mixture.pack(packed, gate, up, down);
     mixture.add(packed, rows_of_words(x, num_rows, hidden, is_bf16).as<uint32_t>(), num_rows, y, Scratch(scratch_floats(64), num_threads));
   });
 }

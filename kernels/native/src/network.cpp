@@ -30,28 +30,52 @@ Network::Network(const BatonShape& shape, const char* path)
   qkv_size_ = q_size_ + int64_t{2} * shape.num_kv_heads * shape.head_dim;
   if (shape.num_experts)
     mixture_.reset(new Mixture({shape.hidden_size, shape.num_experts, shape.num_experts_chosen, shape.expert_intermediate_size, shape.normalize_experts != 0}, path_, threads_));
+  place_weights();
+}
+
+void Network::place_weights() {
+  const int64_t hidden = shape_.hidden_size, inner = shape_.intermediate_size;
+  for (int i = 0; i < shape_.num_layers; ++i) {
+    Layer& layer = layers_[i];
+    place(&layer.qkv, arena_, path_, qkv_size_, hidden, false, shape_.has_qkv_bias);
+    place(&layer.output, arena_, path_, hidden, q_size_, false, shape_.has_output_bias);
+    if (mixture_ && shape_.has_experts[i]) {
+      mixture_->place(&layer.experts, arena_);
+    } else {
+      place(&layer.gate_up, arena_, path_, 2 * inner, hidden, true, shape_.has_mlp_bias);
+      place(&layer.down, arena_, path_, hidden, inner, false, shape_.has_mlp_bias);
+    }
+  }
+  place(&head_, arena_, path_, shape_.vocab_size, hidden);
+  if (shape_.has_embedding) arena_.take(int64_t{shape_.vocab_size} * hidden * value_bytes(), &embedding_);
+  shape_.has_experts = nullptr, shape_.windows = nullptr, shape_.frequencies = nullptr;  // the caller's
+}
+
+void Network::set_embedding(char* table) {
+  if (shape_.has_embedding)
+    memcpy(embedding_, table, int64_t{shape_.vocab_size} * shape_.hidden_size * value_bytes());
+  else
+    embedding_ = table;
 }
 
 void Network::set_linear(int layer, int which, int num_parts, const void* const* weights, const int64_t* rows, const float* const* biases) {
   require(which == BATON_HEAD || (layer >= 0 && layer < shape_.num_layers), "no such layer");
-  PackedLinear* to = &head_;
-  int64_t num_in = shape_.hidden_size, num_out = shape_.hidden_size;
+  const PackedLinear* to = &head_;
   switch (which) {
-    case BATON_QKV: to = &layers_[layer].qkv, num_out = qkv_size_; break;
-    case BATON_OUTPUT: to = &layers_[layer].output, num_in = q_size_; break;
-    case BATON_GATE_UP: to = &layers_[layer].gate_up, num_out = 2 * int64_t{shape_.intermediate_size}; break;
-    case BATON_DOWN: to = &layers_[layer].down, num_in = shape_.intermediate_size; break;
-    case BATON_HEAD: num_out = shape_.vocab_size; break;
-    case BATON_ROUTER: to = &layers_[layer].experts.router, num_out = shape_.num_experts; break;
+    case BATON_QKV: to = &layers_[layer].qkv; break;
+    case BATON_OUTPUT: to = &layers_[layer].output; break;
+    case BATON_GATE_UP: to = &layers_[layer].gate_up; break;
+    case BATON_DOWN: to = &layers_[layer].down; break;
+    case BATON_HEAD: break;
+    case BATON_ROUTER: to = &layers_[layer].experts.router; break;
     default: require(false, "no such linear");
   }
-  pack(to, path_, threads_, num_parts, weights, rows, biases, num_in, which == BATON_GATE_UP);
-  require(to->num_out == num_out, "a linear has another number of outputs than the shape says");
+  pack(*to, path_, threads_, num_parts, weights, rows, biases);
 }
 
 void Network::set_experts(int layer, const void* const* gate, const void* const* up, const void* const* down) {
-  require(mixture_ && layer >= 0 && layer < shape_.num_layers, "no such layer with experts");
-  mixture_->pack(&layers_[layer].experts, gate, up, down);
+  require(layer >= 0 && layer < shape_.num_layers && layers_[layer].experts.gate_up, "no such layer with experts, or no arena yet");
+  mixture_->pack(layers_[layer].experts, gate, up, down);
 }
 
 void Network::set_norm(int layer, int which, const float* weight) {
@@ -69,18 +93,9 @@ void Network::set_norm(int layer, int which, const float* weight) {
   to->assign(weight, weight + size);
 }
 
-int64_t Network::bytes() const {
-  int64_t bytes = head_.memory.bytes();
-  for (const Layer& layer : layers_) {
-    for (const PackedLinear* linear : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) bytes += linear->memory.bytes();
-    bytes += layer.experts.bytes();
-  }
-  return bytes;
-}
-
 // Rows of the step: where each token's KV goes, its angles; and the attention items.
 void Network::lay_out(const BatonStep& step) {
-  require(embedding_ && pool_, "a network needs an embedding and a pool");
+  require(embedding_ && pool_ && head_.words, "a network needs an embedding, a pool and an arena");
   const int group_tokens = std::max(1, kTileRows / (shape_.num_heads / shape_.num_kv_heads));
   slots_.clear(), positions_.clear(), last_rows_.clear(), items_.clear();
   int64_t first_block = 0;

@@ -18,14 +18,15 @@ const char* supported_paths();
 class Network {
  public:
   Network(const BatonShape& shape, const char* path);
+  int64_t arena_bytes() const { return arena_.bytes(); }
+  void set_arena(void* base) { arena_.put(base); }
   void set_linear(int layer, int which, int num_parts, const void* const* weights, const int64_t* rows, const float* const* biases);
   void set_experts(int layer, const void* const* gate, const void* const* up, const void* const* down);
   void set_norm(int layer, int which, const float* weight);
-  void set_embedding(const void* table) { embedding_ = static_cast<const char*>(table); }
+  void set_embedding(char* table);
   void set_pool(void* blocks, int64_t num_blocks) { pool_ = static_cast<char*>(blocks), num_blocks_ = num_blocks; }
   void forward(const BatonStep& step);
   void draw(const float* logits, int64_t num_draws, const BatonDraw* draws, int64_t* token_ids);
-  int64_t bytes() const;
 
  private:
   struct Layer {
@@ -34,6 +35,7 @@ class Network {
     std::vector<float> attention_norm, mlp_norm, q_norm, k_norm;
     int64_t window = 0;
   };
+  void place_weights();
   void lay_out(const BatonStep& step);
   void embed(const BatonStep& step, int64_t num_rows);
   void run_layer(int index, int64_t num_rows);
@@ -49,8 +51,9 @@ class Network {
   std::vector<Layer> layers_;
   std::vector<float> final_norm_, frequencies_;
   PackedLinear head_;
+  Arena arena_;
   std::unique_ptr<Mixture> mixture_;  // null: no layer has experts
-  const char* embedding_ = nullptr;
+  char* embedding_ = nullptr;
   char* pool_ = nullptr;
   int64_t num_blocks_ = 0;
   int64_t qkv_size_, q_size_;

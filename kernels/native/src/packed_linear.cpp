@@ -1,48 +1,42 @@
 #include "packed_linear.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <new>
+#include <stdexcept>
 
 namespace baton {
 
-Memory::~Memory() {
-  if (data_) munmap(data_, bytes_);
+static void require(bool holds, const char* what) {
+  if (!holds) throw std::runtime_error(what);
 }
 
-void Memory::reserve(size_t bytes) {
-  if (bytes <= bytes_) return;
-  constexpr size_t kHuge = size_t{2} << 20;
-  if (bytes >= kHuge) bytes = (bytes + kHuge - 1) / kHuge * kHuge;
-  if (data_) munmap(data_, bytes_);
-  data_ = nullptr, bytes_ = 0;
-  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (data == MAP_FAILED) throw std::bad_alloc();
-  if (bytes >= kHuge) madvise(data, bytes, MADV_HUGEPAGE);
-  data_ = data, bytes_ = bytes;
+void Arena::put(void* base) {
+  for (const Piece& piece : pieces_) piece.point(piece.slot, static_cast<char*>(base) + piece.at);
 }
 
-void pack(PackedLinear* to, const Path& path, Threads& threads, int num_parts, const void* const* weights, const int64_t* rows,
-          const float* const* biases, int64_t num_in, bool halves) {
+void place(PackedLinear* linear, Arena& arena, const Path& path, int64_t num_out, int64_t num_in, bool halves, bool has_bias) {
+  linear->num_in = num_in, linear->halves = halves;
+  linear->num_out = num_out;
+  linear->num_words = path.is_bf16 ? (num_in + 1) / 2 : num_in;
+  linear->num_panels = halves ? (num_out / 2 + kPanel / 2 - 1) / (kPanel / 2) : (num_out + kPanel - 1) / kPanel;
+  arena.take(sizeof(uint32_t) * linear->num_panels * linear->num_words * kPanel, &linear->words);
+  if (has_bias) arena.take(sizeof(float) * linear->num_panels * kPanel, &linear->bias);
+}
+
+void pack(const PackedLinear& to, const Path& path, Threads& threads, int num_parts, const void* const* weights, const int64_t* rows,
+          const float* const* biases) {
+  require(to.words, "there is no such linear, or no arena yet to pack it into");
   int64_t num_out = 0;
-  bool has_bias = false;
-  for (int i = 0; i < num_parts; ++i) num_out += rows[i], has_bias |= biases && biases[i];
-  const int64_t half = num_out / 2, value_bytes = path.is_bf16 ? 2 : 4;
-  to->num_out = num_out;
-  to->num_words = path.is_bf16 ? (num_in + 1) / 2 : num_in;
-  to->num_panels = halves ? (half + kPanel / 2 - 1) / (kPanel / 2) : (num_out + kPanel - 1) / kPanel;
-  to->memory.reserve(sizeof(uint32_t) * to->num_panels * to->num_words * kPanel);
-  to->words = to->memory.as<uint32_t>();
-  if (has_bias) {
-    to->bias_memory.reserve(sizeof(float) * to->num_panels * kPanel);
-    to->bias = to->bias_memory.as<float>();
+  for (int i = 0; i < num_parts; ++i) {
+    num_out += rows[i];
+    require(to.bias || !biases || !biases[i], "a linear without a bias was given one");
   }
-  threads.each(to->num_panels, [&](int, int64_t panel) {
+  require(num_out == to.num_out, "a linear has another number of outputs than the shape says");
+  const int64_t half = num_out / 2, value_bytes = path.is_bf16 ? 2 : 4;
+  threads.each(to.num_panels, [&](int, int64_t panel) {
     const void* panel_rows[kPanel];
     for (int64_t column = 0; column < kPanel; ++column) {
       int64_t row = panel * kPanel + column;
-      if (halves) {
+      if (to.halves) {
         row = panel * (kPanel / 2) + column % (kPanel / 2);
         row = row >= half ? num_out : column < kPanel / 2 ? row : row + half;
       }
@@ -50,10 +44,10 @@ void pack(PackedLinear* to, const Path& path, Threads& threads, int num_parts, c
       int part = 0;
       for (; part < num_parts && row >= rows[part]; ++part) row -= rows[part];
       if (part == num_parts) continue;
-      panel_rows[column] = static_cast<const char*>(weights[part]) + row * num_in * value_bytes;
-      if (has_bias && biases[part]) to->bias[panel * kPanel + column] = biases[part][row];
+      panel_rows[column] = static_cast<const char*>(weights[part]) + row * to.num_in * value_bytes;
+      if (biases && biases[part]) to.bias[panel * kPanel + column] = biases[part][row];
     }
-    path.pack_panel(to->words + panel * to->num_words * kPanel, panel_rows, num_in);
+    path.pack_panel(to.words + panel * to.num_words * kPanel, panel_rows, to.num_in);
   });
 }
 
