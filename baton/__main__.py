@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from baton.bench.engine_command import engine
 from baton.bench.serve import bench_serve
 from baton.chat import chat
 from baton.serve import serve_command
@@ -26,7 +27,8 @@ app.command("serve")(serve_command())
 app.command("chat")(chat)
 app.command("status")(status)
 
-bench = typer.Typer(name="bench", help="Measure: latency under load.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(name="bench", help="Measure: the engine, latency under load.", no_args_is_help=True, rich_markup_mode=None)
+bench.command("engine")(engine)
 bench.command("serve")(bench_serve)
 app.add_typer(bench)
 

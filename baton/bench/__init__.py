@@ -1,8 +1,14 @@
 """`baton bench`: what Baton measures of itself, and of others beside it.
 
-    serve.py        `baton bench serve`: an endpoint under open-loop load
-    load.py         the load: arrivals, and the client that times every delivery
-    report.py       what every benchmark prints: machine, commit, seed, rows; the one definition of a paired ratio
+    report.py            what every benchmark prints: machine, commit, seed, rows; the one definition of a paired ratio
+    serve.py             `baton bench serve`: an endpoint under open-loop load
+    load.py              the load: arrivals, and the client that times every delivery
+    engine_command.py    `baton bench engine` and the table it prints
+    engine_run.py        loading, checking, taking turns          engine_rows.py      from samples to rows, targets, verdicts
+    workloads.py         which requests, which figures            models.py           random checkpoints, bytes and FLOPs of a token
+    conversation.py      an engine in a process of its own        spoken.py           the words it answers in (standard library only)
+    subject.py           our engine, answering                    peers.py            where others are
+    processor_time.py    what other processes used meanwhile
 
-What does not belong here: figures themselves (benchmarks/results), and the peers, whose packages are not ours (benchmarks/peers).
+What does not belong here: figures themselves (benchmarks/results), and the scripts that drive peers (benchmarks/peers).
 """
