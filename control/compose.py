@@ -55,9 +55,10 @@ def compose_worker(config: ClusterConfig, model_dir: Path, *, memory_bytes: int 
     Raises:
         ModelDoesNotFit: with the arithmetic. ModelError: the checkpoint cannot be served. ConfigError: lengths and blocks contradict.
     """
-    numerics = numerics_of(config, load_model_config(model_dir, dtype=config.model.dtype).dtype)
+    served = load_model_config(model_dir, dtype=config.model.dtype)
+    numerics = numerics_of(config, served.dtype, _kernels_of(config, served))
     model = load_model_config(model_dir, dtype=config.model.dtype, numerics=numerics)
-    kernels = choose_kernels(config.model.kernels, dtype=model.dtype)
+    kernels = _kernels_of(config, model)
     told = fingerprint_of(open_checkpoint(model_dir, model), model, numerics, kernels.bits)
     return plan_worker(config, model, fingerprint=told, kernels=kernels, memory_bytes=memory_bytes)
 
@@ -82,7 +83,7 @@ def plan_worker(
         core=core_config(config),
         prefill=prefill_policy(config),
         decode=config.decode,
-        runner=runner_config(config, numerics_of(config, model.dtype), kernels),
+        runner=runner_config(config, numerics_of(config, model.dtype, kernels), kernels),
         kernels=kernels,
         step_time=step_time(config),
     )
@@ -114,6 +115,10 @@ def compose_worker_core(plan: WorkerPlan, *, worker_id: WorkerId, epoch: int, ro
     )
 
 
+def _kernels_of(config: ClusterConfig, model: ModelConfig) -> ChosenKernels:
+    return choose_kernels(config.model.kernels, dtype=model.dtype, head_dim=model.head_dim, group=model.heads_per_kv_head)
+
+
 # --- sections of the configuration as the rooms below want them -------------------------------------------------------
 
 
@@ -123,14 +128,16 @@ def pool_sizes(config: ClusterConfig) -> dict[Role, int]:
     return {Role.PREFILL: workers.prefill_workers, Role.DECODE: workers.decode_workers, Role.BOTH: workers.mixed_workers}
 
 
-def numerics_of(config: ClusterConfig, dtype: str) -> Numerics:
-    """auto: reference (exact, float32, one thread) for a model served in float32, unless something is asked for that only fast ones have.
+def numerics_of(config: ClusterConfig, dtype: str, kernels: ChosenKernels = TORCH) -> Numerics:
+    """auto: reference (exact, float32) for a model served in float32, unless something is asked for that only fast ones have: a GPU,
+    or more than one thread in torch.
 
     dtype: what the model would be served in by its checkpoint and --dtype; a bfloat16 checkpoint is not blown up to be exact.
     """
     if config.model.numerics != "auto":
         return config.model.numerics
-    is_exact = dtype == "float32" and config.workers.threads == 1 and config.workers.device != "cuda"
+    has_threads = config.workers.threads == 1 or kernels.name != "torch"
+    is_exact = dtype == "float32" and has_threads and config.workers.device != "cuda"
     return "reference" if is_exact else "fast"
 
 

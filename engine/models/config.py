@@ -95,6 +95,11 @@ class ModelConfig:
             return max(self.max_position_embeddings, int(self.rope.original_max_position_embeddings * self.rope.factor))
         return self.max_position_embeddings
 
+    @property
+    def heads_per_kv_head(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
     def kv_layout(self, block_size_tokens: int) -> KVLayout:
         """Memory order of one whole (unsharded) worker's pool.
 

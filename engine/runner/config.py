@@ -13,7 +13,7 @@ from protocol.kv import DTYPE_SIZE_BYTES
 class RunnerConfig:
     """How one worker computes.
 
-    Reference numerics run on one thread: torch's sums are split over threads, which changes their bits.
+    In torch reference numerics run on one thread: its sums are split over threads, which changes their bits. The native kernels' are not.
     """
 
     numerics: Numerics = "reference"
@@ -32,5 +32,8 @@ class RunnerConfig:
             raise ConfigError(f"device {self.device!r} is not supported by this version; known: auto, cpu")
         if self.num_threads < 1:
             raise ConfigError(f"num_threads {self.num_threads} must be at least 1")
-        if self.numerics == "reference" and self.num_threads != 1:
-            raise ConfigError(f"reference numerics run on 1 thread, not {self.num_threads}; leave num_threads at 1 or use fast numerics")
+        if self.numerics == "reference" and self.kernels == "torch" and self.num_threads != 1:
+            raise ConfigError(
+                f"in torch reference numerics run on 1 thread, not {self.num_threads}: its bits depend on their number;"
+                " leave threads at 1, use fast numerics, or kernels auto where the native ones are built"
+            )

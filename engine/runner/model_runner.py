@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -73,14 +74,16 @@ def load_model_runner(
 
     Raises:
         ModelError: the checkpoint cannot be served (see engine/checkpoint.py), or reference numerics are asked for where
-            this machine's BLAS cannot keep their promise. ConfigError: the kernels asked for by name are not to be had.
+            this machine's BLAS cannot keep their promise. ConfigError: the kernels asked for by name are not to be had, or torch
+            would compute reference numerics on several threads.
     """
     model = load_model_config(model_dir, dtype=config.dtype, numerics=config.numerics)
     layout = model.kv_layout(region.layout.block_size_tokens)
     assert region.layout == layout, f"the pool is laid out for {region.layout}, the model needs {layout}"
     pool = KVPool(region)
     checkpoint = open_checkpoint(model_dir, model)
-    chosen = choose_kernels(config.kernels, dtype=model.dtype)
+    chosen = choose_kernels(config.kernels, dtype=model.dtype, head_dim=model.head_dim, group=model.heads_per_kv_head)
+    config = replace(config, kernels=chosen.name)  # which may contradict the number of threads
     if chosen.name != "torch":
         return build_native_runner(
             model,

@@ -15,6 +15,8 @@ from kernels.numerics import Kernels
 from protocol.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
+MAX_HEAD_DIM = 512  # kMaxHeadDim of src/tasks.h
+MAX_GROUP = 96  # query heads that share one KV head: kTileRows of src/tasks.h
 LIBRARY = Path(__file__).parent / LIBRARY_NAME
 POINTER = c_void_p
 
@@ -129,8 +131,11 @@ class ChosenKernels:
         return {"avx512_bf16": "fused", "avx512": "fused", "avx2": "fused"}.get(self.name, self.name)
 
 
-def choose_kernels(asked: Kernels = "auto", *, dtype: str) -> ChosenKernels:
+def choose_kernels(asked: Kernels = "auto", *, dtype: str, head_dim: int = 2, group: int = 1) -> ChosenKernels:
     """What computes a model of `dtype` on this machine; "auto" is the best there is.
+
+    Args:
+        group: query heads that share one KV head.
 
     Raises:
         ConfigError: a path asked for by name is not to be had.
@@ -138,8 +143,8 @@ def choose_kernels(asked: Kernels = "auto", *, dtype: str) -> ChosenKernels:
     if asked == "torch":
         return ChosenKernels(name="torch")
     library = load_library()
-    if isinstance(library, str) or dtype not in DTYPES:
-        reason = library if isinstance(library, str) else f"the native kernels have no {dtype}"
+    if isinstance(library, str) or (reason := _why_not(dtype, head_dim, group)):
+        reason = library if isinstance(library, str) else reason
         if asked != "auto":
             raise ConfigError(f"kernels {asked} cannot be used: {reason}; use auto or torch")
         return ChosenKernels(name="torch", note=f"kernels torch, which are slow: {reason}")
@@ -149,3 +154,14 @@ def choose_kernels(asked: Kernels = "auto", *, dtype: str) -> ChosenKernels:
         return ChosenKernels(name=asked)
     best = library.paths[0]
     return ChosenKernels(name=best, note="" if best != "portable" else "kernels portable, which are slow: no AVX2 and no AVX-512 here")
+
+
+def _why_not(dtype: str, head_dim: int, group: int) -> str:
+    """Why the native kernels cannot compute such a model; empty: they can."""
+    if dtype not in DTYPES:
+        return f"the native kernels have no {dtype}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim {head_dim} exceeds the {MAX_HEAD_DIM} of the native kernels"
+    if group > MAX_GROUP:
+        return f"{group} query heads share a KV head, the native kernels take at most {MAX_GROUP}"
+    return ""

@@ -24,6 +24,8 @@ from protocol.errors import ConfigError  # noqa: E402
 from tests.native_paths import PATHS  # noqa: E402
 from tests.torch_driver import TorchDriver  # noqa: E402
 
+LARGEST_GROUP = {"head_dim": 2, "hidden_size": 96, "num_attention_heads": 96, "num_key_value_heads": 1}
+
 
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -63,6 +65,11 @@ def test_the_best_path_is_chosen_and_others_can_be_asked_for() -> None:
         assert choose_kernels(path, dtype="float32").name == path  # type: ignore[arg-type]
     assert choose_kernels("torch", dtype="float32").note == "", "asked for, so nothing to tell"
     assert "no float16" in choose_kernels(dtype="float16").note
+    assert choose_kernels(dtype="float32", head_dim=512, group=96).name == PATHS[0]
+    assert "head_dim 514 exceeds the 512" in choose_kernels(dtype="float32", head_dim=514).note
+    assert "97 query heads share a KV head" in choose_kernels(dtype="float32", group=97).note
+    with pytest.raises(ConfigError, match=r"head_dim 514 .* use auto or torch"):
+        choose_kernels("portable", dtype="float32", head_dim=514)
     unknown: Kernels = "avx10"  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="this machine has"):
         choose_kernels(unknown, dtype="float32")
@@ -102,6 +109,34 @@ def test_threads_change_no_bit(arch: str, sizes: dict[str, int], path: str, tiny
             outputs = driver.generate(prompts, 20, chunk=48)
             seen.append((outputs, torch.stack([row for i in range(len(prompts)) for row in driver.logits[i]])))
     assert seen[0][0] == seen[1][0] and torch.equal(seen[0][1], seen[1][1])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shape", [{"head_dim": 512}, LARGEST_GROUP])
+def test_the_largest_shapes_are_computed(shape: dict[str, int], path: Kernels, tiny_checkpoint: Callable[..., Path]) -> None:
+    """What `choose_kernels` lets through is what the library takes, and its scratch is large enough for it."""
+    model_dir = tiny_checkpoint("llama", num_hidden_layers=1, **shape)
+    prompt = [random.Random(1).randrange(3, 500) for _ in range(70)]
+    rows = []
+    for kernels in ("torch", path):
+        with TorchDriver(model_dir, kernels=kernels) as driver:
+            driver.generate([prompt], 3, chunk=50)
+            rows.append(torch.stack(driver.logits[0]))
+    assert (rows[0] - rows[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shape", [{"head_dim": 514}, LARGEST_GROUP | {"hidden_size": 97, "num_attention_heads": 97}])
+def test_a_shape_beyond_the_native_kernels_is_computed_in_torch(shape: dict[str, int], tiny_checkpoint: Callable[..., Path]) -> None:
+    with TorchDriver(tiny_checkpoint("llama", num_hidden_layers=1, **shape)) as driver:
+        assert isinstance(driver.executor._runner, ModelRunner)
+        assert len(driver.generate([[5, 6, 7]], 2)[0]) == 2
+
+
+@pytest.mark.usefixtures("no_library")
+def test_torch_refuses_several_threads_in_reference_numerics(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Also where it computes only because nothing else can."""
+    with pytest.raises(ConfigError, match="in torch reference numerics run on 1 thread, not 2"):
+        TorchDriver(tiny_checkpoint("llama"), num_threads=2)
 
 
 def test_a_step_outside_its_memory_is_refused(tiny_checkpoint: Callable[..., Path]) -> None:

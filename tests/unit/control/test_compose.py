@@ -17,6 +17,7 @@ from engine.core.config import SchedulerConfig, WorkerCoreConfig
 from engine.models.config import ModelConfig, parse_model_config
 from engine.models.tensors import expected_tensors
 from engine.step_time import LinearStepTime, StepShape
+from kernels.native.library import ChosenKernels
 from protocol.errors import ConfigError, ModelDoesNotFit
 from protocol.kv import DigestMode, ModelFingerprint
 from protocol.worker import Role
@@ -92,7 +93,7 @@ def test_blocks_and_length_follow_what_the_user_said() -> None:
         ),
         ({"workers": {"kv_cache_memory_bytes": 100}}, "kv_cache_memory_bytes 100 holds 0 blocks; give at least"),
         ({"workers": {"device": "cuda"}}, "'cuda' is not supported by this version"),
-        ({"model": {"numerics": "reference"}, "workers": {"threads": 4}}, "reference numerics run on 1 thread"),
+        ({"model": {"numerics": "reference"}, "workers": {"threads": 4}}, "reference numerics run on 1 thread, not 4"),
     ],
 )
 def test_contradictions_are_refused(tree: dict[str, Any], sentence: str) -> None:
@@ -128,6 +129,8 @@ def test_numerics_are_exact_for_float32_unless_something_only_fast_ones_have_is_
         ({"model": {"numerics": "fast"}}, "float32", "fast"),
     ]:
         assert numerics_of(load_config(tree), dtype) == expected, (tree, dtype)
+    native = ChosenKernels(name="portable")
+    assert numerics_of(load_config({"workers": {"threads": 2}}), "float32", native) == "reference", "whose bits do not depend on threads"
 
 
 def test_defaults_of_the_workers_section_are_those_of_the_engine() -> None:

@@ -186,7 +186,7 @@ def test_close_finishes_the_step_in_progress_drops_the_rest_and_joins(model_dir:
 
 def test_settings_that_contradict_each_other_are_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="1 thread, not 2"):
-        RunnerConfig(numerics="reference", num_threads=2)
+        RunnerConfig(numerics="reference", kernels="torch", num_threads=2)
     with pytest.raises(ConfigError, match="device 'cuda'"):
         RunnerConfig(device="cuda")
     with pytest.raises(ConfigError, match="numerics 'exact'"):
