@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from baton.bench.disagg import bench_disagg
 from baton.bench.engine_command import engine
 from baton.bench.serve import bench_serve
 from baton.chat import chat
@@ -27,9 +28,12 @@ app.command("serve")(serve_command())
 app.command("chat")(chat)
 app.command("status")(status)
 
-bench = typer.Typer(name="bench", help="Measure: the engine, latency under load.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(
+    name="bench", help="Measure: the engine, latency under load, prefill and decode apart.", no_args_is_help=True, rich_markup_mode=None
+)
 bench.command("engine")(engine)
 bench.command("serve")(bench_serve)
+bench.command("disagg")(bench_disagg)
 app.add_typer(bench)
 
 

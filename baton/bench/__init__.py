@@ -3,6 +3,8 @@
     report.py            what every benchmark prints: machine, commit, seed, rows; the one definition of a paired ratio
     serve.py             `baton bench serve`: an endpoint under open-loop load
     load.py              the load: arrivals, and the client that times every delivery
+    disagg.py            `baton bench disagg`: prefill and decode apart, beside colocated engines
+    servers.py           whole servers, held still between turns   pareto.py           the drawing of that trade
     engine_command.py    `baton bench engine` and the table it prints
     engine_run.py        loading, checking, taking turns          engine_rows.py      from samples to rows, targets, verdicts
     workloads.py         which requests, which figures            models.py           random checkpoints, bytes and FLOPs of a token
