@@ -202,7 +202,13 @@ class WorkerHost:
     def _emit(self, command: Emit) -> None:
         self._send(
             command.gateway,
-            StepOutput(worker_id=self._address.worker_id, epoch=self._address.epoch, step=command.step_id, runs=command.runs),
+            StepOutput(
+                worker_id=self._address.worker_id,
+                epoch=self._address.epoch,
+                step=command.step_id,
+                runs=command.runs,
+                tokens=command.tokens,
+            ),
         )
 
     def _send(self, gateway: str, message: object) -> None:

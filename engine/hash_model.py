@@ -15,7 +15,7 @@ from typing import Protocol
 
 import xxhash
 
-from engine.core.executor import BatchPlan, PlanEntry, SampledTokens, SequenceStart
+from engine.core.executor import BatchPlan, PlanEntry, Sampled, SampledTokens, SequenceStart
 from protocol.messages import TokenLogprobs
 from protocol.request import SamplingParams
 
@@ -86,7 +86,7 @@ class HashModel:
     def num_known(self) -> int:
         return len(self._known)
 
-    def run(self, plan: BatchPlan, num_steps: int = 1) -> tuple[SampledTokens, ...]:
+    def run(self, plan: BatchPlan, num_steps: int = 1) -> Sampled:
         """Effects of the first `num_steps` steps of `plan`, in the order BatchPlan states; their samples."""
         for sequence_id in plan.ended:
             self._known.pop(sequence_id, None)  # unknown where the step that was to start it failed
@@ -111,7 +111,7 @@ class HashModel:
                 )
                 known.tokens.append(token_id)
                 tokens.append(token_id)
-        return tuple(
+        return Sampled.of(
             SampledTokens(sequence_id=sample.sequence_id, token_ids=tokens, logprobs=self._logprobs(sample.sequence_id, tokens))
             for sample, tokens in zip(plan.samples, sampled, strict=True)
         )

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from engine.core.executor import BatchPlan, StepResult
+from engine.core.executor import NOTHING_SAMPLED, BatchPlan, StepResult
 from engine.hash_model import WORD_BYTES, HashModel
 from engine.step_time import StepTimeModel, plan_shape
 from kvtransfer.transport import Region
@@ -128,7 +128,7 @@ class PacedExecutor:
             sampled = self._model.run(plan)
         except (AssertionError, LookupError, ValueError) as error:  # a plan that cannot be computed is the plan's failure, not ours
             log.exception("step failed", extra={"step": plan.step_id})
-            return StepResult(step_id=plan.step_id, sampled=(), duration_s=time.monotonic() - began, error=repr(error))
+            return StepResult(step_id=plan.step_id, sampled=NOTHING_SAMPLED, duration_s=time.monotonic() - began, error=repr(error))
         left_s = began + self._step_time.step_s(plan_shape(plan)) - time.monotonic()
         if left_s > 0:
             self._closing.wait(left_s)

@@ -45,15 +45,15 @@ class StepShape:
 
 def plan_shape(plan: BatchPlan, steps_before: int = 0) -> StepShape:
     """What the time of a plan's step grows with: entries of one token that is sampled count as decodes."""
-    sampled = {sample.entry_index for sample in plan.samples}
+    sampled = set(plan.samples.entry_indices)
     shape = StepShape()
     decodes = kv_tokens = 0
-    for index, entry in enumerate(plan.entries):
-        if entry.num_tokens == 1 and index in sampled:
+    for index, (start, num_tokens) in enumerate(zip(plan.entries.starts, plan.entries.sizes, strict=True)):
+        if num_tokens == 1 and index in sampled:
             decodes += 1
-            kv_tokens += entry.start + steps_before + 1
+            kv_tokens += start + steps_before + 1
         else:
-            shape = shape.with_prefill(entry.start, entry.num_tokens)
+            shape = shape.with_prefill(start, num_tokens)
     return shape.with_decodes(decodes, kv_tokens)
 
 

@@ -180,7 +180,7 @@ class Workers:
 
     def _receive(self, worker_id: str, message: Any) -> None:
         if isinstance(message, StepOutput):
-            for run in message.runs:
+            for run in message.each():
                 self._on_fact(WorkerSaid(worker_id=worker_id, fact=run))
         elif isinstance(message, SnapshotFrame):
             row = self.rows.get(worker_id)

@@ -16,6 +16,7 @@ Facts about an attempt are fenced by (request_id, attempt); facts about a worker
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from protocol.kv import KVHandoff
@@ -73,13 +74,53 @@ class TokenRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenColumns:
+    """One more token of each of many choices and nothing else to tell of it, column by column: what a decode step mostly makes."""
+
+    request_ids: tuple[str, ...]
+    attempts: array[int]
+    choices: array[int]
+    positions: array[int]
+    token_ids: array[int]
+
+    def __post_init__(self) -> None:
+        assert len(self.request_ids) == len(self.attempts) == len(self.choices) == len(self.positions) == len(self.token_ids), (
+            "columns of one length"
+        )
+
+    def __len__(self) -> int:
+        return len(self.request_ids)
+
+    def __iter__(self) -> Iterator[TokenRun]:
+        for index, request_id in enumerate(self.request_ids):
+            yield TokenRun(
+                request_id=request_id,
+                attempt=self.attempts[index],
+                choice=self.choices[index],
+                position=self.positions[index],
+                token_ids=self.token_ids[index : index + 1],
+                logprobs=(),
+                finish_reason=None,
+            )
+
+
+NO_TOKENS = TokenColumns(request_ids=(), attempts=array("I"), choices=array("I"), positions=array("I"), token_ids=array("I"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
-    """Everything one step made for one gateway: one framed message per worker and step."""
+    """Everything one step made for one gateway: one framed message per worker and step. A choice is named once."""
 
     worker_id: str
     epoch: int
     step: int
-    runs: tuple[TokenRun, ...]
+    runs: tuple[TokenRun, ...]  # of choices with more to tell: an end, logprobs, several tokens, a prompt just computed
+    tokens: TokenColumns = NO_TOKENS  # of all others
+
+    def each(self) -> Iterator[TokenRun]:
+        """All of it as runs."""
+        yield from self.tokens
+        yield from self.runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

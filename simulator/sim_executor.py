@@ -6,7 +6,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 
-from engine.core.executor import BatchPlan, StepResult
+from engine.core.executor import NOTHING_SAMPLED, BatchPlan, StepResult
 from engine.hash_model import WORD_BYTES, HashModel
 from engine.step_time import StepTimeModel, plan_shape
 from simulator.loop import VirtualLoop
@@ -97,7 +97,7 @@ class SimExecutor:
         error = self.error(plan)
         sampled = self._model.run(plan, num_steps)
         if error is not None:
-            sampled = ()
+            sampled = NOTHING_SAMPLED
         done = StepResult(step_id=plan.step_id, sampled=sampled, duration_s=duration_s, error=error, num_steps=num_steps)
         on_done = self._on_done
         if self._queued:

@@ -126,7 +126,7 @@ class SimGateway:
 
     def _handle(self, worker_id: str, message: FromWorker) -> None:
         if isinstance(message, StepOutput):
-            for run in message.runs:
+            for run in message.each():
                 self._take_run(run)
             return
         about = message.handoff if isinstance(message, Offered) else message

@@ -93,7 +93,9 @@ class SimWorker:
             case RunStep():
                 self.executor.submit(command.plan)
             case Emit():
-                output = StepOutput(worker_id=self.worker_id, epoch=self.epoch, step=command.step_id, runs=command.runs)
+                output = StepOutput(
+                    worker_id=self.worker_id, epoch=self.epoch, step=command.step_id, runs=command.runs, tokens=command.tokens
+                )
                 self._to_gateway(command.gateway, output)
             case Tell():
                 self._to_gateway(command.gateway, command.message)

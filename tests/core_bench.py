@@ -17,7 +17,7 @@ from engine.core.events import (
     Tell,
     Tick,
 )
-from engine.core.executor import BatchPlan, SampledTokens, StepResult
+from engine.core.executor import BatchPlan, Sampled, SampledTokens, StepResult
 from engine.core.worker_core import WorkerCore
 from protocol.kv import KVHandoff, Outcome, TransferError
 from protocol.messages import Submit, TokenRun
@@ -65,11 +65,11 @@ class Bench:
     def finish_step(self, token: int = 7, *, error: str | None = None, sequence_error: dict[int, str] | None = None) -> list[Command]:
         """The oldest step is done; every sample is `token`."""
         plan = self.steps.pop(0)
-        sampled = tuple(
+        sampled = Sampled.of(
             SampledTokens(sequence_id=s.sequence_id, token_ids=array("I", [token]), error=(sequence_error or {}).get(i))
-            for i, s in enumerate(plan.samples)
+            for i, s in enumerate(() if error else plan.samples)
         )
-        return self.on(StepDone(result=StepResult(step_id=plan.step_id, sampled=() if error else sampled, duration_s=0.01, error=error)))
+        return self.on(StepDone(result=StepResult(step_id=plan.step_id, sampled=sampled, duration_s=0.01, error=error)))
 
     def finish_all(self, token: int = 7) -> None:
         while self.steps:
@@ -83,7 +83,7 @@ class Bench:
         return [c for c in self.said if isinstance(c, kind)]
 
     def runs(self) -> list[TokenRun]:
-        return [run for emit in self.all(Emit) for run in emit.runs]
+        return [run for emit in self.all(Emit) for run in emit.each()]
 
     def told(self, kind: type[C]) -> list[C]:
         return [t.message for t in self.all(Tell) if isinstance(t.message, kind)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from engine.core.executor import BatchPlan, PlanEntry, SampledTokens, SampleEntry, SequenceStart, StepResult
+from engine.core.executor import BatchPlan, Entries, PlanEntry, SampledTokens, SampleEntry, Samples, SequenceStart, StepResult
 from engine.models.config import load_model_config
 from engine.runner.config import RunnerConfig
 from engine.runner.torch_executor import TorchExecutor
@@ -98,7 +98,7 @@ class TorchDriver:
         rows = {entry: row for row, entry in enumerate(sorted({entry for entry, _ in samples}))}
         for entry, sequence_id in samples:
             self.logits[sequence_id].append(self._rows[rows[entry]].clone())
-        return result.sampled
+        return tuple(result.sampled)
 
     def step_result(
         self,
@@ -115,8 +115,8 @@ class TorchDriver:
             ended=tuple(ended),
             starts=tuple(starts),
             block_copies=tuple(block_copies),
-            entries=tuple(entries),
-            samples=tuple(SampleEntry(entry_index=entry, sequence_id=sequence_id) for entry, sequence_id in samples),
+            entries=Entries.of(entries),
+            samples=Samples.of(SampleEntry(entry_index=entry, sequence_id=sequence_id) for entry, sequence_id in samples),
         )
         self.executor.submit(plan)
         result = self._results.get(timeout=60)

@@ -195,7 +195,7 @@ class WireGateway:
         if isinstance(message, SnapshotFrame):
             self.snapshots[name] = message.snapshot
         elif isinstance(message, StepOutput):
-            for run in message.runs:
+            for run in message.each():
                 self._put(run.request_id, run.attempt, name, run)
         elif isinstance(message, Offered):
             self._put(message.handoff.request_id, message.handoff.attempt, name, message)

@@ -102,7 +102,7 @@ class BatonEngine:
                 continue
             for emitted in self._turn(StepDone(result=result)):
                 at_s = time.perf_counter() - began_s
-                for run in emitted.runs:
+                for run in emitted.each():
                     index = requests[run.request_id]
                     deliveries[index].append((at_s, len(run.token_ids)))
                     token_ids[index].extend(run.token_ids)

@@ -42,7 +42,6 @@ class BlockPool:
         self._counts = [num_blocks, 0, 0, 0]  # by BlockKind
         self._num_retiring = 0  # pinned and otherwise unheld: available once their steps are done
         self._raised: dict[int, int] = {}
-        self.version = 0  # grows with every change of kind: what found no room need not look again before it does
 
     # --- figures ---
 
@@ -95,12 +94,13 @@ class BlockPool:
         for _ in range(count):
             if not self._free:
                 self._evict()
-            block_id = self._free[0]
+            block_id = self._free.popleft()
             assert self.kind(block_id) is BlockKind.FREE
-            self._generations[block_id] += 1
-            self._raised[block_id] = self._generations[block_id]
-            self._change(block_id, self._owners, 1)
+            self._owners[block_id] = 1
+            self._raised[block_id] = self._generations[block_id] = self._generations[block_id] + 1
             block_ids.append(block_id)
+        self._counts[BlockKind.FREE] -= count
+        self._counts[BlockKind.OWNED] += count
         return block_ids
 
     def take_raised(self) -> tuple[array[int], array[int]]:
@@ -160,13 +160,10 @@ class BlockPool:
         after = self.kind(block_id)
         if before is after:
             return
-        self.version += 1
         self._counts[before] -= 1
         self._counts[after] += 1
-        if before is BlockKind.FREE:
-            taken = self._free.popleft()
-            assert taken == block_id, "only `allocate` takes a free block, the first one"
-        elif before is BlockKind.CACHED:
+        assert before is not BlockKind.FREE, "only `allocate` takes a free block"
+        if before is BlockKind.CACHED:
             del self._lru[block_id]
         if after is BlockKind.FREE:
             self._free.append(block_id)

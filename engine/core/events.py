@@ -7,11 +7,12 @@ commands cross the live driver (cluster/worker_host.py) and the simulator.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.core.executor import BatchPlan, StepResult
 from protocol.kv import KVHandoff, Outcome
-from protocol.messages import AttemptFailed, HandoffDone, Submit, TokenRun, TransferFailed
+from protocol.messages import NO_TOKENS, AttemptFailed, HandoffDone, Submit, TokenColumns, TokenRun, TransferFailed
 from protocol.worker import KvEvent, Role
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -121,6 +122,12 @@ class Emit:
     gateway: str
     step_id: int
     runs: tuple[TokenRun, ...]
+    tokens: TokenColumns = NO_TOKENS
+
+    def each(self) -> Iterator[TokenRun]:
+        """All of them as runs."""
+        yield from self.tokens
+        yield from self.runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

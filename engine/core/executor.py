@@ -8,8 +8,8 @@ and so knows "the token sampled for s in step k" when step k+1 is submitted befo
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from protocol.messages import TokenLogprobs
@@ -38,6 +38,43 @@ class PlanEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Entries:
+    """The entries of a step, column by column: a decode step of 64 sequences is four columns, not 64 objects.
+
+    Whoever has a column keeps it as it is: steps share those that do not change between them, block tables above all.
+    """
+
+    sequence_ids: array[int]  # int64, as are starts and sizes
+    starts: array[int]
+    sizes: array[int]
+    block_tables: tuple[array[int], ...]
+
+    @classmethod
+    def of(cls, entries: Iterable[PlanEntry]) -> Entries:
+        rows = tuple(entries)
+        return cls(
+            sequence_ids=array("q", [e.sequence_id for e in rows]),
+            starts=array("q", [e.start for e in rows]),
+            sizes=array("q", [e.num_tokens for e in rows]),
+            block_tables=tuple([e.block_table for e in rows]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> PlanEntry:
+        return PlanEntry(
+            sequence_id=self.sequence_ids[index],
+            start=self.starts[index],
+            num_tokens=self.sizes[index],
+            block_table=self.block_tables[index],
+        )
+
+    def __iter__(self) -> Iterator[PlanEntry]:
+        return map(self.__getitem__, range(len(self)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleEntry:
     """Sample the next token of `sequence_id` from the logits of the last token of entry `entry_index`.
 
@@ -46,6 +83,28 @@ class SampleEntry:
 
     entry_index: int
     sequence_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """What a step samples, column by column."""
+
+    entry_indices: array[int]  # int64, as are the sequence ids; never falling
+    sequence_ids: array[int]
+
+    @classmethod
+    def of(cls, samples: Iterable[SampleEntry]) -> Samples:
+        rows = tuple(samples)
+        return cls(entry_indices=array("q", [s.entry_index for s in rows]), sequence_ids=array("q", [s.sequence_id for s in rows]))
+
+    def __len__(self) -> int:
+        return len(self.sequence_ids)
+
+    def __getitem__(self, index: int) -> SampleEntry:
+        return SampleEntry(entry_index=self.entry_indices[index], sequence_id=self.sequence_ids[index])
+
+    def __iter__(self) -> Iterator[SampleEntry]:
+        return map(self.__getitem__, range(len(self)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +118,13 @@ class BatchPlan:
     ended: tuple[int, ...]
     starts: tuple[SequenceStart, ...]
     block_copies: tuple[tuple[int, int], ...]  # (source block, target block): copy-on-write before anything is written
-    entries: tuple[PlanEntry, ...]
-    samples: tuple[SampleEntry, ...]
+    entries: Entries
+    samples: Samples
     num_steps: int = 1  # up to this many equal steps, each sampled token the next input; block tables cover them all
 
     @property
     def num_tokens(self) -> int:
-        return sum(e.num_tokens for e in self.entries)
+        return sum(self.entries.sizes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +138,63 @@ class SampledTokens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What a step sampled, column by column, in the order of BatchPlan.samples."""
+
+    sequence_ids: array[int]  # int64
+    token_ids: array[int]  # uint32, of all samples; that of one with an error means nothing
+    counts: array[int] | None = None  # how many of them are each sample's; None: one
+    logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # by index, of samples asked for them
+    errors: dict[int, str] = field(default_factory=dict)  # by index, of sequences that failed alone
+
+    @classmethod
+    def of(cls, sampled: Iterable[SampledTokens]) -> Sampled:
+        rows = tuple(sampled)
+        token_ids = array("I")
+        for row in rows:
+            token_ids += row.token_ids
+        return cls(
+            sequence_ids=array("q", [row.sequence_id for row in rows]),
+            token_ids=token_ids,
+            counts=None if all(len(row.token_ids) == 1 for row in rows) else array("q", [len(row.token_ids) for row in rows]),
+            logprobs={index: row.logprobs for index, row in enumerate(rows) if row.logprobs},
+            errors={index: row.error for index, row in enumerate(rows) if row.error is not None},
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """One token a sample, and nothing to say about it."""
+        return self.counts is None and not self.logprobs and not self.errors
+
+    def __len__(self) -> int:
+        return len(self.sequence_ids)
+
+    def __iter__(self) -> Iterator[SampledTokens]:
+        return self.since(0)
+
+    def since(self, first_index: int) -> Iterator[SampledTokens]:
+        """Of the samples from `first_index` on."""
+        end = first_index if self.counts is None else sum(self.counts[:first_index])
+        for index in range(first_index, len(self)):
+            first, end = end, end + (1 if self.counts is None else self.counts[index])
+            error = self.errors.get(index)
+            yield SampledTokens(
+                sequence_id=self.sequence_ids[index],
+                token_ids=self.token_ids[first:end] if error is None else array("I"),
+                logprobs=self.logprobs.get(index, ()),
+                error=error,
+            )
+
+
+NOTHING_SAMPLED = Sampled(sequence_ids=array("q"), token_ids=array("I"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """In the order of BatchPlan.samples. `error` set: the whole step failed and nothing was sampled."""
+    """The end of a step. `error` set: the whole step failed and nothing was sampled."""
 
     step_id: int
-    sampled: tuple[SampledTokens, ...]
+    sampled: Sampled
     duration_s: float  # of all steps together
     error: str | None = None
     num_steps: int = 1  # how many of the plan's steps were done; each sample holds that many tokens

@@ -36,6 +36,7 @@ class Intake:
         self._layout = layout
         self._fingerprint = fingerprint
         self._open: dict[str, LiveAttempt] = {}  # by handoff id: waiting for room, or pulling
+        self._waiting: set[str] = set()  # those of them that wait
         self._quarantine: dict[str, array[int]] = {}  # blocks of attempts that ended while their copy ran
 
     def __len__(self) -> int:
@@ -60,17 +61,19 @@ class Intake:
             return self._told_of_failure(live, target)
         live.handoff = target
         self._open[handoff.handoff_id] = live
+        self._waiting.add(handoff.handoff_id)
         return []
 
     def start(self) -> list[Command]:
         """Pull what has room now; offers whose tokens all lie in the local cache need no copy."""
         commands: list[Command] = []
-        if not any(live.handoff is not None and not live.handoff.is_pulling for live in self._open.values()):
+        if not self._waiting:
             return commands
         for sequence in self._scheduler.reserve():
             live = sequence.attempt
             assert live.handoff is not None
             target = live.handoff
+            self._waiting.remove(target.handoff_id)
             target.reserve()
             target.pull()
             first = sequence.num_computed_tokens // self._layout.block_size_tokens  # blocks before are here already
@@ -149,6 +152,7 @@ class Intake:
     def _end(self, live: LiveAttempt) -> None:
         assert live.handoff is not None
         del self._open[live.handoff.handoff_id]
+        self._waiting.discard(live.handoff.handoff_id)
         live.handoff = None
 
     def _told_of_failure(self, live: LiveAttempt, target: TargetHandoff) -> list[Command]:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from engine.core.batch import DecodeBatch
 from engine.core.block_pool import BlockPool
 from engine.core.executor import BatchPlan
 from engine.core.prefix_cache import PrefixCache
@@ -20,14 +21,26 @@ from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class StepInFlight:
-    """A planned step and what becomes true when it is done."""
+    """A planned step and what becomes true when it is done: entries and samples of `batch` first, then those of prompts."""
 
     plan: BatchPlan
-    progress: list[tuple[Sequence, int, int]]  # (sequence, its residency, tokens that then have KV)
-    sampled: list[Sequence]  # in the order of plan.samples
+    batch: DecodeBatch
+    starts: list[int]  # by row of the batch: the token it computes
+    chunks: list[tuple[Sequence, int]]  # (sequence, tokens that then have KV) of prompts
+    sampled_prompts: list[Sequence]
     shape: StepShape
     num_chunks: int
     retired: list[int] = field(default_factory=list)  # blocks pinned until it is done
+    gone: set[Sequence] = field(default_factory=set)  # those that gave up their blocks since
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [*self.batch.sequences, *(sequence for sequence, _ in self.chunks)]
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """In the order of plan.samples."""
+        return self.batch.sequences + self.sampled_prompts
 
 
 class Residence:
@@ -39,25 +52,32 @@ class Residence:
         self._inflight = inflight
         self._size = cache.block_size_tokens
 
-    def take(self, sequence: Sequence, num_tokens: int, num_hit_tokens_max: int, may_leave: Callable[[int], bool]) -> bool:
+    def take(
+        self, sequence: Sequence, num_tokens: int, num_known_tokens: int, num_hit_tokens_max: int, may_leave: Callable[[int], bool]
+    ) -> bool:
         """Blocks for `num_tokens` tokens, cached ones first; False, and nothing taken, when too few blocks would be left.
 
-        may_leave: told how many blocks would be available afterwards (negative: there are not enough).
+        The first `num_known_tokens` may come from the cache, and all but those after `num_hit_tokens_max` need no computing then: where
+        the cache has more, the last block found is copied when it is written. may_leave: told how many blocks would be available
+        afterwards (negative: there are not enough).
         """
-        hashes = sequence.hash_blocks(num_hit_tokens_max) if self._cache.enabled else []
-        hits = self._cache.match(sequence.cache_root, hashes, sequence.tokens, num_hit_tokens_max)
+        hashes = sequence.hash_blocks(num_known_tokens) if self._cache.enabled else []
+        hits = self._cache.match(sequence.cache_root, hashes, sequence.tokens, num_known_tokens)
         for hit in hits:
             self._pool.own(hit.block_id)
         need = div_ceil(num_tokens, self._size) - len(hits)
+        if len(hits) * self._size > num_hit_tokens_max and not may_leave(self._pool.num_available - need - 1):
+            self._pool.disown(hits.pop().block_id)  # no block for the copy: its tokens are computed again
+            need += 1
         if not may_leave(self._pool.num_available - need):
             for hit in reversed(hits):
                 self._pool.disown(hit.block_id)
             return False
-        num_hit_tokens = len(hits) * self._size
-        if sequence.residency == 0:
+        num_hit_tokens = min(len(hits) * self._size, num_hit_tokens_max)
+        if sequence.num_residencies == 0:
             sequence.num_cached_tokens = num_hit_tokens
         sequence.block_table = array("I", [hit.block_id for hit in hits]) + self._pool.allocate(need)
-        sequence.num_computed_tokens = sequence.num_confirmed_tokens = num_hit_tokens
+        sequence.num_computed_tokens = num_hit_tokens
         sequence.num_stored_blocks = len(hits)
         sequence.last_stored = hits[-1] if hits else None
         return True
@@ -67,21 +87,24 @@ class Residence:
 
         The caller retires the source with the step that copies it.
         """
-        block_ids = self._pool.allocate(count)
+        table, block_ids = sequence.block_table[:], self._pool.allocate(count)
         copied = None
         if is_copied:
             index = sequence.num_computed_tokens // self._size
-            copied = (sequence.block_table[index], block_ids.pop())
-            sequence.block_table[index] = copied[1]
+            copied = (table[index], block_ids.pop())
+            table[index] = copied[1]
             self._pool.pin(copied[0])
             self._pool.disown(copied[0])
-        sequence.block_table.extend(block_ids)
+            if index < sequence.num_stored_blocks:  # the copy has no name, and may be written otherwise than what it was copied from
+                assert index == sequence.num_stored_blocks - 1 and sequence.last_stored is not None, "only the last block is written"
+                sequence.num_stored_blocks, sequence.last_stored = index, sequence.last_stored.parent
+        table.extend(block_ids)
+        sequence.block_table = table
         return copied
 
     def share(self, leader: Sequence, sibling: Sequence, num_tokens: int) -> None:
         """`sibling` goes on from the first `num_tokens` tokens of `leader`. One that only samples a first token takes no blocks."""
         sibling.num_computed_tokens = num_tokens
-        sibling.num_confirmed_tokens = leader.num_confirmed_tokens
         if sibling.attempt.prefill_only:
             return
         sibling.block_table = leader.block_table[: div_ceil(num_tokens, self._size)]
@@ -101,10 +124,10 @@ class Residence:
                 step.retired.append(block_id)
             self._pool.disown(block_id)
 
-    def store(self, sequence: Sequence) -> None:
-        """Name the blocks of `sequence` that are full and computed."""
+    def store(self, sequence: Sequence, num_tokens: int) -> None:
+        """Name the full blocks among the first `num_tokens` tokens of `sequence`, which have KV."""
         table = sequence.block_table
-        num_full = min(sequence.num_confirmed_tokens, len(sequence.tokens), len(table) * self._size) // self._size
+        num_full = min(num_tokens, len(sequence.tokens), len(table) * self._size) // self._size
         if not self._cache.enabled or not sequence.can_store or sequence.num_stored_blocks >= num_full:
             return
         per_block = self._size // HASH_BLOCK_SIZE_TOKENS
@@ -121,7 +144,7 @@ class Residence:
             if entry.block_id != table[index]:  # another sequence computed the same: hold its block, so that parents outlive children
                 self._pool.own(entry.block_id)
                 self.give_back(table[index : index + 1], sequence.last_step_id)
-                table[index] = entry.block_id
+                table = sequence.block_table = table[:index] + array("I", [entry.block_id]) + table[index + 1 :]
             sequence.last_stored = entry
             sequence.num_stored_blocks = index + 1
 

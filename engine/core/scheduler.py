@@ -8,19 +8,24 @@ when it is done. The best sequence in order can always preempt all others, so it
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass, field
 
+from engine.core.batch import DecodeBatch
 from engine.core.block_pool import BlockPool
 from engine.core.config import SchedulerConfig
-from engine.core.executor import BatchPlan, PlanEntry, SampleEntry, SequenceStart, StepResult
+from engine.core.executor import BatchPlan, Entries, PlanEntry, SampleEntry, Samples, SequenceStart, StepResult
+from engine.core.inbox import Inbox
 from engine.core.policy import DecodePolicy, PrefillPolicy
 from engine.core.prefix_cache import PrefixCache
 from engine.core.residence import Residence, StepInFlight, div_ceil
 from engine.core.sequence import Order, Sequence
 from engine.step_time import FittedStepTime, StepShape, StepTimeModel, tokens_within
 from protocol.lifecycle import SequenceState
+
+NO_DECODES = DecodeBatch([])
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -29,16 +34,36 @@ class _Draft:
 
     step_id: int
     num_tokens_left: int
-    entries: list[PlanEntry] = field(default_factory=list)
-    samples: list[SampleEntry] = field(default_factory=list)
+    batch: DecodeBatch = NO_DECODES
+    decode_starts: list[int] = field(default_factory=list)
+    prompts: list[PlanEntry] = field(default_factory=list)
+    samples: list[SampleEntry] = field(default_factory=list)  # of prompts
     starts: list[SequenceStart] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
-    progress: list[tuple[Sequence, int, int]] = field(default_factory=list)
-    sampled: list[Sequence] = field(default_factory=list)
+    chunks: list[tuple[Sequence, int]] = field(default_factory=list)  # (sequence, tokens that have KV afterwards) of prompts
+    sampled_prompts: list[Sequence] = field(default_factory=list)
     retired: list[int] = field(default_factory=list)
     shape: StepShape = field(default_factory=StepShape)
     num_chunks: int = 0
     is_short_of_blocks: bool = False
+
+    def entries(self) -> Entries:
+        batch, prompts = self.batch, Entries.of(self.prompts)
+        starts, tables = array("q", self.decode_starts), tuple([s.block_table for s in batch.sequences])
+        if not prompts:
+            return Entries(sequence_ids=batch.sequence_ids, starts=starts, sizes=batch.sizes, block_tables=tables)
+        return Entries(
+            sequence_ids=batch.sequence_ids + prompts.sequence_ids,
+            starts=starts + prompts.starts,
+            sizes=batch.sizes + prompts.sizes,
+            block_tables=tables + prompts.block_tables,
+        )
+
+    def all_samples(self) -> Samples:
+        if not self.samples:
+            return self.batch.samples
+        first, rest = self.batch.samples, Samples.of(self.samples)
+        return Samples(entry_indices=first.entry_indices + rest.entry_indices, sequence_ids=first.sequence_ids + rest.sequence_ids)
 
 
 class Scheduler:
@@ -56,7 +81,7 @@ class Scheduler:
         token_bytes: int,
         counters: dict[str, int],
     ) -> None:
-        self.waiting: list[Sequence] = []  # in order; leaders stand for their choices
+        self.waiting = Inbox()
         self.running: list[Sequence] = []  # in order
         self.pulling: dict[int, Sequence] = {}  # by sequence id: blocks reserved, KV on its way
         self.inflight: deque[StepInFlight] = deque()
@@ -71,23 +96,25 @@ class Scheduler:
         self._counters = counters
         self._next_step_id = 0
         self._ended: list[int] = []  # sequences the executor still knows
-        self._blocked: tuple[int, int] | None = None  # (sequence, pool version) of the last admission that found no room
+        self._batch: DecodeBatch | None = None  # of those that decode; None: they are others than in the last step
+        self._num_slots_used: int | None = None  # None: to be counted anew
+        self._blocked: tuple[int, int, int] | None = None  # what the last admission that found no room depended on
 
     # --- what waits ---
 
     def add(self, sequence: Sequence) -> None:
         assert sequence.state is SequenceState.WAITING
-        _insert(self.waiting, sequence)
+        self.waiting.add(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """It ends, wherever it is; blocks are given back once no step in flight names them."""
         if sequence.state is SequenceState.RUNNING:
-            _remove(self.running, sequence)
+            self._stop_running(sequence)
         elif sequence.sequence_id in self.pulling:
-            del self.pulling[sequence.sequence_id]
+            self._stop_pulling(sequence)
         else:
-            _remove_if_there(self.waiting, sequence)
-        self.residence.give_back(sequence.give_up_blocks(), sequence.last_step_id)
+            self.waiting.remove(sequence)
+        self._give_up_blocks(sequence)
         sequence.move(SequenceState.DONE)
         if sequence.is_known_to_executor:
             self._ended.append(sequence.sequence_id)
@@ -98,15 +125,19 @@ class Scheduler:
         """The next step; None when enough are in flight or nothing can be computed now."""
         if len(self.inflight) >= self._config.max_inflight_steps:
             return None
+        if not self.running and not self.waiting:
+            return None
         draft = _Draft(step_id=self._next_step_id, num_tokens_left=self._config.max_num_batched_tokens)
         self._force_preemption(draft)
         num_steps = min(self._config.max_leap_steps, self.horizon()) if self._config.max_leap_steps > 1 else 1
-        self._plan_decodes(draft, num_steps)
-        for sequence in list(self.running):
-            if sequence.state is SequenceState.RUNNING and not sequence.is_decoding:
-                self._plan_prompt(sequence, draft)
-        self._admit(draft)
-        if not draft.entries:
+        num_running = len(self.running)
+        if self._plan_decodes(draft, num_steps) < num_running:
+            for sequence in list(self.running):
+                if sequence.state is SequenceState.RUNNING and not sequence.is_decoding:
+                    self._plan_prompt(sequence, draft)
+        if self.waiting:
+            self._admit(draft)
+        if not draft.decode_starts and not draft.prompts:
             return None
         ended, self._ended = tuple(self._ended), []
         plan = BatchPlan(
@@ -114,16 +145,18 @@ class Scheduler:
             ended=ended,
             starts=tuple(draft.starts),
             block_copies=tuple(draft.block_copies),
-            entries=tuple(draft.entries),
-            samples=tuple(draft.samples),
+            entries=draft.entries(),
+            samples=draft.all_samples(),
             num_steps=num_steps,
         )
         self._next_step_id += 1
         self.inflight.append(
             StepInFlight(
                 plan=plan,
-                progress=draft.progress,
-                sampled=draft.sampled,
+                batch=draft.batch,
+                starts=draft.decode_starts,
+                chunks=draft.chunks,
+                sampled_prompts=draft.sampled_prompts,
                 shape=draft.shape,
                 num_chunks=draft.num_chunks,
                 retired=draft.retired,
@@ -138,23 +171,25 @@ class Scheduler:
         assert 1 <= result.num_steps <= step.plan.num_steps
         for block_id in step.retired:
             self._pool.unpin(block_id)
-        for sequence in step.sampled:
-            sequence.num_inflight_samples -= 1
         if result.error is None:
-            leapt = result.num_steps - 1
-            for sequence, residency, end in step.progress:
-                if sequence.residency == residency and sequence.state is SequenceState.RUNNING:
-                    sequence.num_computed_tokens += leapt
-                    sequence.num_confirmed_tokens = end + leapt
+            if (leapt := result.num_steps - 1) > 0:
+                for sequence in step.sequences:
+                    if sequence not in step.gone:
+                        sequence.num_computed_tokens += leapt
+                        sequence.num_planned_tokens += leapt
             if self._config.step_time_budget_s is not None and isinstance(self._step_time, FittedStepTime):
                 self._step_time.observe(step.shape, result.duration_s / result.num_steps)
         return step
 
-    def store(self, step: StepInFlight) -> None:
-        """Make the blocks that became full in a step known to the prefix cache."""
-        for sequence, residency, _ in step.progress:
-            if sequence.residency == residency and sequence.state is SequenceState.RUNNING:
-                self.residence.store(sequence)
+    def store(self, step: StepInFlight, num_steps: int) -> None:
+        """Make the blocks that became full in `num_steps` steps of a plan known to the prefix cache."""
+        size = self._config.block_size_tokens
+        for sequence, start in zip(step.batch.sequences, step.starts, strict=True):
+            if (start + num_steps) % size < num_steps and sequence not in step.gone:
+                self.residence.store(sequence, start + num_steps)
+        for sequence, end in step.chunks:
+            if sequence not in step.gone:
+                self.residence.store(sequence, end)
 
     def horizon(self) -> int:
         """For how many steps the batch surely stays what it is now if nothing arrives; at least 1.
@@ -184,22 +219,42 @@ class Scheduler:
 
     @property
     def num_slots_used(self) -> int:
-        return sum(s.num_slots for s in self.running) + sum(s.num_slots for s in self.pulling.values())
+        if self._num_slots_used is None:
+            self._num_slots_used = sum(s.num_slots for s in self.running) + sum(s.num_slots for s in self.pulling.values())
+        return self._num_slots_used
 
     # --- planning ---
 
-    def _plan_decodes(self, draft: _Draft, num_steps: int) -> None:
-        count = kv_tokens = 0
-        for sequence in list(self.running):
-            if draft.num_tokens_left == 0:
-                break
-            if sequence.state is not SequenceState.RUNNING or not sequence.is_decoding or sequence.num_samples_left < 1:
+    def _plan_decodes(self, draft: _Draft, num_steps: int) -> int:
+        """One token of every sequence that decodes, in order; returns how many decode."""
+        if self._batch is None:
+            self._batch = DecodeBatch([s for s in self.running if s.is_decoding and s.num_samples_left > 0])
+        batch, step_id, starts = self._batch, draft.step_id, draft.decode_starts
+        num_rows = len(batch.sequences)
+        for sequence in batch.sequences if num_rows <= draft.num_tokens_left else batch.sequences[: draft.num_tokens_left]:
+            start = sequence.num_computed_tokens
+            if start + num_steps > sequence.decode_end and not self._may_decode(sequence, start + num_steps, draft):
                 continue
-            if self._make_writable(sequence, sequence.num_computed_tokens + num_steps, draft):
-                count += 1
-                kv_tokens += sequence.num_computed_tokens + 1
-                self._enter(sequence, 1, draft)
-        draft.shape = draft.shape.with_decodes(count, kv_tokens)
+            starts.append(start)
+            sequence.num_computed_tokens = start + 1
+            sequence.num_planned_tokens += 1
+            sequence.last_step_id = step_id
+        if len(starts) < num_rows:
+            batch, self._batch = DecodeBatch([s for s in batch.sequences if s.last_step_id == step_id]), None
+        draft.batch = batch
+        draft.num_tokens_left -= len(starts)
+        draft.shape = draft.shape.with_decodes(len(starts), sum(starts) + len(starts))
+        return num_rows
+
+    def _may_decode(self, sequence: Sequence, end: int, draft: _Draft) -> bool:
+        """The longer look, at the first token of a residency, of a block, and where the last token is on its way."""
+        if sequence.state is not SequenceState.RUNNING or sequence.num_samples_left < 1:
+            return False
+        if not self._make_writable(sequence, end, draft):
+            return False
+        self._introduce(sequence, draft)
+        sequence.decode_end = min(len(sequence.block_table) * self._config.block_size_tokens, sequence.max_total_tokens - 1)
+        return True
 
     def _plan_prompt(self, sequence: Sequence, draft: _Draft) -> None:
         """A chunk of one prompt, as large as policy and budgets allow."""
@@ -224,13 +279,13 @@ class Scheduler:
         self._enter(sequence, num_tokens, draft)
 
     def _enter(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> None:
-        """Put one entry into the draft, with its samples and, at the end of a shared prompt, its fork."""
+        """Put the chunk of a prompt into the draft, with its samples and, at the end of a shared prompt, its fork."""
         start = sequence.num_computed_tokens
         end = start + num_tokens
-        index = len(draft.entries)
+        index = len(draft.decode_starts) + len(draft.prompts)
         draft.num_tokens_left -= num_tokens
-        draft.entries.append(
-            PlanEntry(sequence_id=sequence.sequence_id, start=start, num_tokens=num_tokens, block_table=sequence.block_table[:])
+        draft.prompts.append(
+            PlanEntry(sequence_id=sequence.sequence_id, start=start, num_tokens=num_tokens, block_table=sequence.block_table)
         )
         self._introduce(sequence, draft)
         sequence.num_computed_tokens = end
@@ -240,17 +295,19 @@ class Scheduler:
             self._split(sequence)
         for member in members:
             member.last_step_id = draft.step_id
-            draft.progress.append((member, member.residency, end))
+            draft.chunks.append((member, end))
+            if member.is_decoding:
+                self._batch = None
             if member.fork is None and end == member.num_planned_tokens:
                 self._introduce(member, draft)
                 draft.samples.append(SampleEntry(entry_index=index, sequence_id=member.sequence_id))
-                draft.sampled.append(member)
-                member.num_inflight_samples += 1
+                draft.sampled_prompts.append(member)
+                member.num_planned_tokens += 1
 
     @staticmethod
     def _introduce(sequence: Sequence, draft: _Draft) -> None:
         if not sequence.is_known_to_executor:
-            assert sequence.num_inflight_samples == 0
+            assert sequence.num_planned_tokens == len(sequence.tokens)
             sequence.is_known_to_executor = True
             draft.starts.append(
                 SequenceStart(
@@ -269,7 +326,7 @@ class Scheduler:
         leader.fork = None
         for sibling in fork.siblings:
             sibling.move(SequenceState.RUNNING)
-            _insert(self.running, sibling)
+            self._start_running(sibling)
             sibling.prefill_end = len(sibling.tokens)
             self.residence.share(leader, sibling, fork.at)
 
@@ -277,19 +334,22 @@ class Scheduler:
 
     def _admit(self, draft: _Draft) -> None:
         """From the inbox, in order: prompts while tokens are left. An offer of KV that finds no room holds up those behind it."""
-        index = 0
-        while index < len(self.waiting) and draft.num_tokens_left > 0 and not draft.is_short_of_blocks:
-            sequence = self.waiting[index]
-            if sequence.attempt.handoff is not None:
+        being_made = self._bytes_being_made()
+        may_leave = True
+        while draft.num_tokens_left > 0 and not draft.is_short_of_blocks:
+            sequence = self.waiting.next(may_leave=may_leave)
+            if sequence is None or sequence.attempt.handoff is not None:
                 return
-            if sequence.attempt.prefill_only and not self._may_offer(sequence):
-                index += 1
+            if sequence.attempt.prefill_only and not self._may_offer(sequence, being_made):
+                may_leave = False
                 continue
-            if not self._take_room(sequence, sequence.num_planned_tokens, sequence.num_hit_tokens_max):
+            if not self._take_room(sequence, sequence.num_planned_tokens, sequence.num_hit_tokens_max, sequence.num_hit_tokens_max):
                 return
-            del self.waiting[index]
+            self.waiting.remove(sequence)
             sequence.move(SequenceState.RUNNING)
-            _insert(self.running, sequence)
+            self._start_running(sequence)
+            if sequence.attempt.prefill_only:
+                being_made += self._table_bytes(sequence)
             sequence.prefill_end = sequence.num_planned_tokens
             members = [sequence]
             if sequence.fork is not None and sequence.num_computed_tokens == sequence.fork.at:
@@ -303,34 +363,34 @@ class Scheduler:
 
         Prompts ahead of an offer keep their claim: what they will need is set aside before the offer is looked at.
         """
-        reserved = []
+        reserved: list[Sequence] = []
         promised_blocks = promised_slots = 0
-        index = 0
-        while index < len(self.waiting) and promised_slots < self._config.max_num_seqs:
-            sequence = self.waiting[index]
-            if sequence.attempt.prefill_only and not self._may_offer(sequence):
-                index += 1
-                continue
+        leaving = self.waiting.next_leaving
+        may_leave = leaving is not None and self._may_offer(leaving, self._bytes_being_made())
+        for sequence in self.waiting if may_leave else self.waiting.staying():
+            if promised_slots >= self._config.max_num_seqs:
+                break
             if sequence.attempt.handoff is None:
                 promised_blocks += div_ceil(sequence.num_planned_tokens, self._config.block_size_tokens)
                 promised_slots += sequence.num_slots
-                index += 1
                 continue
             num_tokens = sequence.attempt.handoff.handoff.num_valid_tokens
-            if not self._take_room(sequence, num_tokens, num_tokens, promised_blocks, promised_slots):
+            if not self._take_room(sequence, num_tokens, num_tokens, num_tokens, promised_blocks, promised_slots):
                 break
-            del self.waiting[index]
             self.pulling[sequence.sequence_id] = sequence
+            self._num_slots_used = None
             reserved.append(sequence)
+        for sequence in reserved:
+            self.waiting.remove(sequence)
         return reserved
 
     def begin_decoding(self, sequence: Sequence, num_tokens: int) -> None:
         """The pull is verified: its first `num_tokens` tokens have KV."""
-        del self.pulling[sequence.sequence_id]
+        self._stop_pulling(sequence)
         sequence.move(SequenceState.RUNNING)
-        _insert(self.running, sequence)
-        sequence.num_computed_tokens = sequence.num_confirmed_tokens = num_tokens
-        self.residence.store(sequence)
+        self._start_running(sequence)
+        sequence.num_computed_tokens = num_tokens
+        self.residence.store(sequence, num_tokens)
         members = sequence.members()
         if sequence.fork is not None:
             self._split(sequence)
@@ -339,36 +399,49 @@ class Scheduler:
 
     def back_to_waiting(self, sequence: Sequence) -> None:
         """The pull failed: its blocks are free, and it computes its tokens itself when its turn comes."""
-        del self.pulling[sequence.sequence_id]
-        self.residence.give_back(sequence.give_up_blocks(), sequence.last_step_id)
-        _insert(self.waiting, sequence)
+        self._stop_pulling(sequence)
+        self._give_up_blocks(sequence)
+        self.waiting.add(sequence)
 
     def _take_room(
-        self, sequence: Sequence, num_tokens: int, num_hit_tokens_max: int, promised_blocks: int = 0, promised_slots: int = 0
+        self,
+        sequence: Sequence,
+        num_tokens: int,
+        num_known_tokens: int,
+        num_hit_tokens_max: int,
+        promised_blocks: int = 0,
+        promised_slots: int = 0,
     ) -> bool:
         """Slots and blocks for `num_tokens` tokens, cached ones first; False, and nothing taken, when there is no room."""
         if self.num_slots_used + promised_slots + sequence.num_slots > self._config.max_num_seqs:
             return False
-        if self._blocked == (sequence.sequence_id, self._pool.version):
-            return False
         is_busy = bool(self.running or self.pulling)
+        depends_on = (sequence.sequence_id, self._pool.num_available, len(self.running) if is_busy else -1)
+        if self._blocked == depends_on:
+            return False
 
         def may_leave(num_blocks_left: int) -> bool:
             left = num_blocks_left - promised_blocks
             return left >= 0 and (not is_busy or self._decode.may_admit(left, len(self.running), self._pool.num_blocks))
 
-        if self.residence.take(sequence, num_tokens, num_hit_tokens_max, may_leave):
+        if self.residence.take(sequence, num_tokens, num_known_tokens, num_hit_tokens_max, may_leave):
             self._counters["cached_tokens"] += sequence.num_computed_tokens
             return True
         if promised_blocks == 0:
-            self._blocked = (sequence.sequence_id, self._pool.version)
+            self._blocked = depends_on
         return False
 
-    def _may_offer(self, sequence: Sequence) -> bool:
-        being_made = sum(len(s.block_table) for s in self.running if s.attempt.prefill_only)
+    def _may_offer(self, sequence: Sequence, being_made_bytes: int) -> bool:
         size = self._config.block_size_tokens
-        offered_bytes = self.offered_bytes + being_made * size * self._token_bytes
-        return self._prefill.may_offer(offered_bytes, div_ceil(len(sequence.tokens), size) * size * self._token_bytes)
+        prompt_bytes = div_ceil(len(sequence.tokens), size) * size * self._token_bytes
+        return self._prefill.may_offer(self.offered_bytes + being_made_bytes, prompt_bytes)
+
+    def _bytes_being_made(self) -> int:
+        """KV of running prompts that will be offered."""
+        return sum(self._table_bytes(s) for s in self.running if s.attempt.prefill_only)
+
+    def _table_bytes(self, sequence: Sequence) -> int:
+        return len(sequence.block_table) * self._config.block_size_tokens * self._token_bytes
 
     # --- blocks ---
 
@@ -405,10 +478,10 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         sequence.move(SequenceState.PREEMPTED)
-        _remove(self.running, sequence)
-        self.residence.give_back(sequence.give_up_blocks(), sequence.last_step_id)
+        self._stop_running(sequence)
+        self._give_up_blocks(sequence)
         sequence.move(SequenceState.WAITING)
-        _insert(self.waiting, sequence)
+        self.waiting.add(sequence)
         self._counters["preemptions"] += 1
 
     def _force_preemption(self, draft: _Draft) -> None:
@@ -419,22 +492,27 @@ class Scheduler:
             if candidates:
                 self._preempt(candidates[-1])
 
+    # --- who runs ---
+
+    def _start_running(self, sequence: Sequence) -> None:
+        insort(self.running, sequence, key=_order)
+        self._batch = self._num_slots_used = None
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        index = bisect_left(self.running, sequence.order, key=_order)
+        assert self.running[index] is sequence
+        del self.running[index]
+        self._batch = self._num_slots_used = None
+
+    def _stop_pulling(self, sequence: Sequence) -> None:
+        del self.pulling[sequence.sequence_id]
+        self._num_slots_used = None
+
+    def _give_up_blocks(self, sequence: Sequence) -> None:
+        for step in self.inflight:
+            step.gone.add(sequence)
+        self.residence.give_back(sequence.give_up_blocks(), sequence.last_step_id)
+
 
 def _order(sequence: Sequence) -> Order:
     return sequence.order
-
-
-def _insert(ordered: list[Sequence], sequence: Sequence) -> None:
-    insort(ordered, sequence, key=_order)
-
-
-def _remove(ordered: list[Sequence], sequence: Sequence) -> None:
-    index = bisect_left(ordered, sequence.order, key=_order)
-    assert ordered[index] is sequence
-    del ordered[index]
-
-
-def _remove_if_there(ordered: list[Sequence], sequence: Sequence) -> None:
-    index = bisect_left(ordered, sequence.order, key=_order)
-    if index < len(ordered) and ordered[index] is sequence:
-        del ordered[index]

@@ -2,8 +2,7 @@
 
     |---------------- tokens ----------------|~ in flight ~|
     |--- prompt ---|--- delivered, sampled --|             |  num_planned_tokens
-    |------ num_confirmed_tokens -----|                       KV is in the blocks
-    |------------- num_computed_tokens ------------|          ... or will be once the steps in flight are done
+    |------------- num_computed_tokens ------------|          KV is in the blocks, or will be once the steps in flight are done
 
 "Computed tokens catch up with tokens": a prompt, a prompt after preemption and a decode differ only in how far behind they are.
 """
@@ -49,23 +48,22 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     fork: Fork | None = None  # of the leader, until the shared tokens are computed
     num_computed_tokens: int = 0
-    num_confirmed_tokens: int = 0
-    num_inflight_samples: int = 0
+    num_planned_tokens: int = field(init=False)  # those of `tokens`, and those that steps in flight will sample
+    decode_end: int = 0  # tokens below may be decoded without a look: their blocks are there and ours alone to write
     prefill_end: int = 0  # tokens below are prompt to this residency; each one after is a decode
     num_chunks: int = 0  # steps that computed prompt tokens of this residency
-    residency: int = 0  # grows when the blocks are given up, so that a step in flight does not confirm what is gone
+    num_residencies: int = 0  # how often its blocks were given up
     last_step_id: int = -1  # the last step that names it
     is_known_to_executor: bool = False
     num_cached_tokens: int = 0  # prefix hit at first admission
-    block_table: array[int] = field(default_factory=lambda: array("I"))
+    block_table: array[int] = field(default_factory=lambda: array("I"))  # replaced, never written: steps in flight hold it
     hashes: list[bytes] = field(default_factory=list)  # of full hash blocks of `tokens`, as far as asked for
     num_stored_blocks: int = 0  # of the table, known to the prefix cache
     last_stored: CachedBlock | None = None
     can_store: bool = True  # False once the cache holds other tokens under our name
 
-    @property
-    def num_planned_tokens(self) -> int:
-        return len(self.tokens) + self.num_inflight_samples
+    def __post_init__(self) -> None:
+        self.num_planned_tokens = len(self.tokens)
 
     @property
     def num_outputs(self) -> int:
@@ -115,9 +113,9 @@ class Sequence:
         """The blocks it held; nothing is computed any more."""
         block_ids, self.block_table = self.block_table, array("I")
         self.num_computed_tokens = 0
-        self.num_confirmed_tokens = 0
+        self.decode_end = 0
         self.num_stored_blocks = 0
         self.last_stored = None
         self.num_chunks = 0
-        self.residency += 1
+        self.num_residencies += 1
         return block_ids

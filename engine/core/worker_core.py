@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from dataclasses import dataclass, field
 
 from engine.core.attempts import Limits, LiveAttempt, PartKey, open_sequences
 from engine.core.block_pool import BlockPool
@@ -48,7 +49,7 @@ from engine.core.sequence import Sequence
 from engine.step_time import FittedStepTime, StepTimeModel
 from protocol.kv import FirstToken, KVLayout
 from protocol.lifecycle import SequenceState
-from protocol.messages import AttemptFailed, KvSnapshot, Submit, TokenRun
+from protocol.messages import NO_TOKENS, AttemptFailed, KvSnapshot, Submit, TokenColumns, TokenLogprobs, TokenRun
 from protocol.request import AttemptKey, FinishReason
 from protocol.worker import Role, WorkerSnapshot, WorkerState
 
@@ -76,6 +77,17 @@ COUNTERS = (
 """Monotonic counters of a worker core, by name."""
 
 _EWMA_WEIGHT = 0.1
+
+
+@dataclass(slots=True)
+class _Outputs:
+    """What becomes of a step's tokens."""
+
+    columns: dict[str, TokenColumns] = field(default_factory=dict)  # by gateway, as are runs
+    runs: dict[str, list[TokenRun]] = field(default_factory=dict)
+    ended: list[Sequence] = field(default_factory=list)
+    prefilled: dict[LiveAttempt, None] = field(default_factory=dict)
+    failed: dict[LiveAttempt, str] = field(default_factory=dict)
 
 
 class WorkerCore:
@@ -262,7 +274,7 @@ class WorkerCore:
         self._counters["steps"] += result.num_steps
         self._counters["busy_us"] += round(result.duration_s * 1e6)
         if result.error is not None:
-            for live in dict.fromkeys(sequence.attempt for sequence, _, _ in step.progress):
+            for live in dict.fromkeys(sequence.attempt for sequence in step.sequences):
                 if live.part in self._attempts:
                     self._fail(live, f"step {result.step_id} failed: {result.error}", retryable=True)
             return
@@ -272,37 +284,59 @@ class WorkerCore:
 
     def _take_tokens(self, step: StepInFlight, result: StepResult, now: float) -> None:
         """Append, emit, name full blocks; then end what has ended, and offer prompts that are computed for others."""
-        runs: dict[str, list[TokenRun]] = {}
-        ended: list[Sequence] = []
-        prefilled: dict[LiveAttempt, None] = {}
-        failed: dict[LiveAttempt, str] = {}
-        for sequence, sampled in zip(step.sampled, result.sampled, strict=True):
-            assert sequence.sequence_id == sampled.sequence_id, "results come in the order of the plan's samples"
+        out = _Outputs()
+        assert result.sampled.sequence_ids == step.plan.samples.sequence_ids, "results come in the order of the plan's samples"
+        first = 0
+        if result.sampled.is_plain and result.num_steps == 1:
+            first = len(step.batch.sequences)
+            self._take_decodes(step, result.sampled.token_ids[:first], out)
+        for sequence, sampled in zip(step.sampled[first:], result.sampled.since(first), strict=True):
             if sequence.state is SequenceState.DONE:
                 continue  # it stopped, or was cancelled, after this step was planned: a surplus token
             live = sequence.attempt
             if sampled.error is not None:
-                failed[live] = sampled.error
+                out.failed[live] = sampled.error
                 continue
             run = self._append(sequence, sampled)
-            runs.setdefault(live.gateway, []).append(run)
+            out.runs.setdefault(live.gateway, []).append(run)
             if live.prefill_only:
-                prefilled[live] = None
+                out.prefilled[live] = None
                 if run.finish_reason is None:
                     live.first_tokens.append(FirstToken(choice=sequence.choice, token_id=run.token_ids[-1]))
             elif run.finish_reason is not None:
-                ended.append(sequence)
-        for gateway, of_gateway in runs.items():
-            self._out.append(Emit(gateway=gateway, step_id=result.step_id, runs=tuple(of_gateway)))
-        for live, error in failed.items():
+                out.ended.append(sequence)
+        for gateway in out.columns | out.runs:
+            runs, columns = tuple(out.runs.get(gateway, ())), out.columns.get(gateway, NO_TOKENS)
+            self._out.append(Emit(gateway=gateway, step_id=result.step_id, runs=runs, tokens=columns))
+        for live, error in out.failed.items():
             self._fail(live, error, retryable=False)
-        self._scheduler.store(step)
-        for sequence in ended:
+        self._scheduler.store(step, result.num_steps)
+        for sequence in out.ended:
             if sequence.state is not SequenceState.DONE:
                 self._end_choice(sequence)
-        for live in prefilled:
+        for live in out.prefilled:
             if live.part in self._attempts:
                 self._offer(live, now)
+
+    def _take_decodes(self, step: StepInFlight, token_ids: array[int], out: _Outputs) -> None:
+        """One token of each row of the step's batch: most of them are told as columns, the last of a choice as a run."""
+        sequences, stop_token_ids = step.batch.sequences, step.batch.stop_token_ids
+        looked_at = []
+        for row, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True)):
+            sequence.tokens.append(token_id)
+            if len(sequence.tokens) >= sequence.max_total_tokens or token_id in stop_token_ids:
+                looked_at.append(row)
+        surplus = {row for row, s in enumerate(sequences) if s.state is SequenceState.DONE} if step.gone else set()
+        told_apart = set(surplus)
+        for row in looked_at:
+            sequence = sequences[row]
+            if row not in surplus and (reason := self._finish_reason(sequence, token_ids[row])) is not None:
+                told_apart.add(row)
+                run = self._run(sequence, sequence.num_outputs - 1, token_ids[row : row + 1], reason)
+                out.runs.setdefault(sequence.attempt.gateway, []).append(run)
+                out.ended.append(sequence)
+        self._counters["generated_tokens"] += len(sequences) - len(surplus)
+        out.columns = step.batch.outputs(step.starts, token_ids, told_apart)
 
     def _append(self, sequence: Sequence, sampled: SampledTokens) -> TokenRun:
         """Take tokens up to the one that ends the choice; what was computed beyond it is dropped."""
@@ -316,6 +350,16 @@ class WorkerCore:
             if reason is not None:
                 break
         self._counters["generated_tokens"] += count
+        return self._run(sequence, position, sampled.token_ids[:count], reason, sampled.logprobs[:count])
+
+    @staticmethod
+    def _run(
+        sequence: Sequence,
+        position: int,
+        token_ids: array[int],
+        reason: FinishReason | None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> TokenRun:
         live = sequence.attempt
         is_first = position == sequence.first_position and live.leader is not None
         return TokenRun(
@@ -323,8 +367,8 @@ class WorkerCore:
             attempt=live.key.attempt,
             choice=sequence.choice,
             position=position,
-            token_ids=sampled.token_ids[:count],
-            logprobs=sampled.logprobs[:count],
+            token_ids=token_ids,
+            logprobs=logprobs,
             finish_reason=reason,
             num_cached_tokens=min(live.leader.num_cached_tokens, sequence.num_prompt_tokens) if is_first and live.leader else 0,
         )
@@ -361,7 +405,7 @@ class WorkerCore:
     def snapshot(self, now: float) -> WorkerSnapshot:
         """How the worker is at `now`; `age_s` counts from here."""
         waiting, running = self._scheduler.waiting, self._scheduler.running
-        behind = sum(max(0, s.compute_end - s.num_computed_tokens) for s in waiting)
+        behind = waiting.num_tokens
         behind += sum(max(0, s.compute_end - s.num_computed_tokens) for s in running if not s.is_decoding)
         return WorkerSnapshot(
             worker_id=self._worker_id,

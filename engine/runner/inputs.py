@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from engine.core.executor import PlanEntry
+from engine.core.executor import Entries
 from engine.layers.attention import AttentionInputs
 from engine.models.rope import RotaryFrequencies
 from kernels.attention import AttentionSpan, plan_attention
@@ -27,8 +27,8 @@ class StepInputs:
 
 
 def make_inputs(
-    entries: Sequence[PlanEntry],
-    tokens: Sequence[array[int]],
+    entries: Entries,
+    token_ids: array[int],
     *,
     rope: RotaryFrequencies,
     windows: Iterable[int | None],
@@ -37,7 +37,7 @@ def make_inputs(
     device: torch.device,
     numerics: Numerics,
 ) -> StepInputs:
-    """`tokens[i]` are the ids entry i computes: its `num_tokens` of them. There is at least one entry."""
+    """`token_ids` are those of all entries in order. There is at least one entry."""
     spans: list[AttentionSpan] = []
     positions: list[np.ndarray] = []
     block_ids: list[np.ndarray] = []
@@ -51,7 +51,7 @@ def make_inputs(
         num_tokens += entry.num_tokens
 
     padding = -num_tokens % ROW_TILE if numerics == "reference" else 0  # full row tiles once, rather than in every linear
-    all_tokens = np.concatenate([*(_uint32(t) for t in tokens), np.zeros(padding, dtype=np.uint32)]).astype(np.int64)
+    all_tokens = np.concatenate([_uint32(token_ids), np.zeros(padding, dtype=np.uint32)]).astype(np.int64)
     assert len(all_tokens) == num_tokens + padding, "as many token ids as the entries compute"
     all_positions = torch.from_numpy(np.concatenate([*positions, np.zeros(padding, dtype=np.int64)])).to(device)
     cos, sin = rope.cos_sin(all_positions, dtype)

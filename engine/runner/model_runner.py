@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint import Checkpoint, fingerprint, open_checkpoint
-from engine.core.executor import PlanEntry
+from engine.core.executor import Entries
 from engine.models.config import ModelConfig, load_model_config
 from engine.models.decoder import Decoder, build_decoder
 from engine.models.rope import RotaryFrequencies
@@ -42,14 +42,14 @@ class ModelRunner:
         self._rope = RotaryFrequencies(model.rope, model.head_dim, device=str(self._device))
 
     @torch.inference_mode()
-    def forward(self, entries: Sequence[PlanEntry], tokens: Sequence[array[int]], sampled_entries: Sequence[int]) -> StepLogits:
-        """Compute KV of every entry; `tokens[i]` are the ids entry i computes.
+    def forward(self, entries: Entries, token_ids: array[int], sampled_entries: array[int]) -> StepLogits:
+        """Compute KV of every entry; `token_ids` are those of all entries in order, uint32.
 
         Gives the logits after the last token of the entries named.
         """
         inputs = make_inputs(
             entries,
-            tokens,
+            token_ids,
             rope=self._rope,
             windows=self.model.layer_windows,
             block_size=self.pool.block_size_tokens,
@@ -60,6 +60,7 @@ class ModelRunner:
         logit_rows = torch.tensor([inputs.last_rows[i] for i in sampled_entries], dtype=torch.int64, device=self._device)
         return with_most_likely(self._decoder(inputs.token_ids, self.pool.layers, inputs.attention, logit_rows))
 
+    @torch.inference_mode()
     def draw(self, made: StepLogits, rows: Sequence[int], draws: Sequence[Draw]) -> list[int]:
         """One token for each of `draws` from its row of `made`."""
         return [draw_token(made.logits[row], draw) for row, draw in zip(rows, draws, strict=True)]

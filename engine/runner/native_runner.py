@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine.core.executor import PlanEntry
+from engine.core.executor import Entries
 from engine.models.config import ExpertsConfig, ModelConfig
 from engine.models.native import network_shape
 from engine.models.rope import RotaryFrequencies
@@ -17,7 +17,7 @@ from engine.runner.kv_pool import KVPool
 from engine.runner.packed_weights import Packed, packed_weights
 from engine.runner.step_logits import StepLogits
 from engine.runner.weights import MappedWeights
-from kernels.native.network import NO_LAYER, LinearPlace, NativeNetwork, NormPlace, step_arrays
+from kernels.native.network import NO_LAYER, LinearPlace, NativeNetwork, NormPlace
 from kernels.numerics import Kernels
 from kernels.sampling import Draw
 
@@ -42,13 +42,18 @@ class NativeRunner:
         self.packed = packed
         self._network = network
 
-    def forward(self, entries: Sequence[PlanEntry], tokens: Sequence[array[int]], sampled_entries: Sequence[int]) -> StepLogits:
-        """Compute KV of every entry; `tokens[i]` are the ids entry i computes.
+    def forward(self, entries: Entries, token_ids: array[int], sampled_entries: array[int]) -> StepLogits:
+        """Compute KV of every entry; `token_ids` are those of all entries in order, uint32.
 
         Gives the logits after the last token of the entries named.
         """
-        step = step_arrays([e.start for e in entries], tokens, [e.block_table for e in entries], sampled_entries)
-        logits, most_likely = self._network.forward(step)
+        logits, most_likely = self._network.forward(
+            starts=entries.starts,
+            sizes=entries.sizes,
+            token_ids=token_ids,
+            block_tables=entries.block_tables,
+            logit_entries=sampled_entries,
+        )
         return StepLogits(logits=logits, most_likely=most_likely)
 
     def draw(self, made: StepLogits, rows: Sequence[int], draws: Sequence[Draw]) -> list[int]:

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
-from engine.core.executor import BatchPlan, PlanEntry, SampledTokens, SequenceStart, StepResult
+from engine.core.executor import NOTHING_SAMPLED, BatchPlan, Entries, Sampled, Samples, SequenceStart, StepResult
 from engine.runner.config import RunnerConfig
 from engine.runner.model_runner import ModelRunner, load_model_runner
 from engine.runner.native_runner import NativeRunner
 from engine.runner.packed_weights import Packed
 from engine.runner.step_logits import NOT_FINITE, StepLogits
-from kernels.sampling import Draw, logprobs_of, takes_most_likely
+from kernels.sampling import Draw, is_greedy, logprobs_of
 from kvtransfer.transport import Region
+from protocol.messages import TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class _Sequence:
     token_ids: array[int]
     draw: Draw  # over these very token_ids
     error: str | None  # why nothing can be sampled for it; None: it is well
+    greedy_from: int | None  # with so many tokens known the next is the most likely, and nothing need be drawn; None: never
+    num_logprobs: int | None  # of each token; None: none are asked for
 
 
 class TorchExecutor:
@@ -91,7 +94,7 @@ class TorchExecutor:
 
     def _step(self, plan: BatchPlan) -> StepResult:
         started = time.perf_counter()
-        sampled: tuple[SampledTokens, ...] = ()
+        sampled = NOTHING_SAMPLED
         error = None
         try:
             sampled = self._compute(plan)
@@ -100,8 +103,7 @@ class TorchExecutor:
             error = f"{type(failure).__name__}: {failure}"
         return StepResult(step_id=plan.step_id, sampled=sampled, duration_s=time.perf_counter() - started, error=error)
 
-    @torch.inference_mode()
-    def _compute(self, plan: BatchPlan) -> tuple[SampledTokens, ...]:
+    def _compute(self, plan: BatchPlan) -> Sampled:
         for sequence_id in plan.ended:
             self._sequences.pop(sequence_id, None)
         for start in plan.starts:
@@ -110,12 +112,10 @@ class TorchExecutor:
         for source, target in plan.block_copies:
             self._runner.pool.copy_block(source, target)
         if not plan.entries:
-            return ()
-        sampled_entries = sorted({s.entry_index for s in plan.samples})  # an entry's logits are made once for all its choices
-        made = self._runner.forward(plan.entries, [self._tokens(e) for e in plan.entries], sampled_entries)
-        row_of_entry = {entry: row for row, entry in enumerate(sampled_entries)}
-        rows = [row_of_entry[s.entry_index] for s in plan.samples]
-        return self._sample([s.sequence_id for s in plan.samples], made, rows)
+            return NOTHING_SAMPLED
+        entry_rows = {entry: row for row, entry in enumerate(dict.fromkeys(plan.samples.entry_indices))}  # one for all choices of an entry
+        made = self._runner.forward(plan.entries, self._token_ids(plan.entries), array("q", entry_rows))
+        return self._sample(plan.samples, made, [entry_rows[entry] for entry in plan.samples.entry_indices])
 
     def _admit(self, start: SequenceStart) -> _Sequence:
         """A sequence with ids outside the vocabulary is computed as if they were 0, and never sampled."""
@@ -131,37 +131,46 @@ class TorchExecutor:
             token_ids=token_ids,
             draw=Draw(params=start.sampling, choice=start.choice, token_ids=token_ids, num_prompt_tokens=start.num_prompt_tokens),
             error=error,
+            greedy_from=start.num_prompt_tokens + start.sampling.min_tokens if is_greedy(start.sampling) else None,
+            num_logprobs=start.sampling.num_logprobs,
         )
 
-    def _tokens(self, entry: PlanEntry) -> array[int]:
-        known = self._sequences[entry.sequence_id].token_ids
-        end = entry.start + entry.num_tokens
-        assert end <= len(known), f"sequence {entry.sequence_id} has {len(known)} tokens, asked to compute up to {end}"
-        return known[entry.start : end]
+    def _token_ids(self, entries: Entries) -> array[int]:
+        """Those each entry computes, one after the other."""
+        token_ids = array("I")
+        for sequence_id, start, num_tokens in zip(entries.sequence_ids, entries.starts, entries.sizes, strict=True):
+            known = self._sequences[sequence_id].token_ids
+            end = start + num_tokens
+            assert end <= len(known), f"sequence {sequence_id} has {len(known)} tokens, asked to compute up to {end}"
+            if num_tokens == 1:
+                token_ids.append(known[start])
+            else:
+                token_ids += known[start:end]
+        return token_ids
 
-    def _sample(self, sequence_ids: list[int], made: StepLogits, rows: list[int]) -> tuple[SampledTokens, ...]:
+    def _sample(self, samples: Samples, made: StepLogits, rows: list[int]) -> Sampled:
         """The next token of each sequence from its row; what takes more than the greatest logit is drawn in one call."""
-        tokens: dict[int, int] = {}  # by sequence
-        drawn: list[tuple[int, int, Draw]] = []  # sequence, row and draw
-        for sequence_id, row in zip(sequence_ids, rows, strict=True):
-            sequence = self._sequences[sequence_id]
-            if sequence.error is None and made.most_likely[row] == NOT_FINITE:
+        sequences = [self._sequences[sequence_id] for sequence_id in samples.sequence_ids]
+        token_ids = array("I")
+        errors: dict[int, str] = {}
+        drawn = []
+        for index, (sequence, row) in enumerate(zip(sequences, rows, strict=True)):
+            token_id = made.most_likely[row]
+            if token_id == NOT_FINITE and sequence.error is None:
                 sequence.error = f"logits after token {len(sequence.token_ids)} are not finite"
-            if sequence.error is None:
-                tokens[sequence_id] = made.most_likely[row]
-                if not takes_most_likely(sequence.draw):
-                    drawn.append((sequence_id, row, sequence.draw))
+            if sequence.error is not None:
+                errors[index], token_id = sequence.error, 0
+            elif sequence.greedy_from is None or len(sequence.token_ids) < sequence.greedy_from:
+                drawn.append(index)
+            token_ids.append(token_id)
         if drawn:
-            made_of = self._runner.draw(made, [row for _, row, _ in drawn], [draw for _, _, draw in drawn])
-            tokens.update(zip((sequence_id for sequence_id, _, _ in drawn), made_of, strict=True))
-        return tuple(self._told(sequence_id, tokens, made.logits[row]) for sequence_id, row in zip(sequence_ids, rows, strict=True))
-
-    def _told(self, sequence_id: int, tokens: dict[int, int], logits: torch.Tensor) -> SampledTokens:
-        """Remember a sequence's token; with its logprobs where they were asked for."""
-        sequence = self._sequences[sequence_id]
-        if sequence.error is not None:
-            return SampledTokens(sequence_id=sequence_id, token_ids=array("I"), error=sequence.error)
-        token_id, num_logprobs = tokens[sequence_id], sequence.draw.params.num_logprobs
-        sequence.token_ids.append(token_id)
-        logprobs = () if num_logprobs is None else (logprobs_of(logits, token_id, num_logprobs),)
-        return SampledTokens(sequence_id=sequence_id, token_ids=sequence.token_ids[-1:], logprobs=logprobs)
+            chosen = self._runner.draw(made, [rows[i] for i in drawn], [sequences[i].draw for i in drawn])
+            for index, token_id in zip(drawn, chosen, strict=True):
+                token_ids[index] = token_id
+        logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+        for index, sequence in enumerate(sequences):
+            if sequence.error is None:
+                sequence.token_ids.append(token_ids[index])
+                if sequence.num_logprobs is not None:
+                    logprobs[index] = (logprobs_of(made.logits[rows[index]], token_ids[index], sequence.num_logprobs),)
+        return Sampled(sequence_ids=samples.sequence_ids, token_ids=token_ids, logprobs=logprobs, errors=errors)

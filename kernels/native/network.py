@@ -8,11 +8,10 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+from itertools import accumulate
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from kernels.native.library import NativeError, Step
@@ -45,21 +44,6 @@ class NormPlace(IntEnum):
     FINAL = 4
 
 
-Int64s = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepArrays:
-    """One forward pass. Entry i computes positions [starts[i], starts[i] + sizes[i]) of its sequence."""
-
-    starts: Int64s
-    sizes: Int64s
-    token_ids: npt.NDArray[np.uint32]  # of all entries in order
-    tables: npt.NDArray[np.uint32]  # block tables of all entries in order ...
-    table_ends: Int64s  # ... and where each ends
-    logit_entries: Int64s  # whose last tokens
-
-
 class NativeNetwork:
     """Not thread-safe: one thread calls it.
 
@@ -82,6 +66,9 @@ class NativeNetwork:
         self._dtype = DTYPES[shape.dtype]
         self._kept: dict[str, object] = {}
         self._logits = torch.empty((1, self._vocab_size), dtype=torch.float32)
+        self._rows = self._logits  # as many of them as the last step asked for
+        self._step = Step()
+        self._step_pointer = ctypes.byref(self._step)
 
     @property
     def arena_bytes(self) -> int:
@@ -126,31 +113,42 @@ class NativeNetwork:
         self._kept["pool"] = blocks
         self._library.check(self._calls.baton_network_set_pool(self._network, blocks.data_ptr(), blocks.shape[0]))
 
-    def forward(self, step: StepArrays) -> tuple[torch.Tensor, list[int]]:
-        """Compute KV of every entry. Returns the logits asked for, [num_logits, vocab_size] float32, and of each row the index of the
-        first of its greatest, -1 where a logit is not finite. Both are good until the next call.
+    def forward(
+        self,
+        *,
+        starts: array[int],
+        sizes: array[int],
+        token_ids: array[int],
+        block_tables: tuple[array[int], ...],
+        logit_entries: array[int],
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Compute KV of every entry: entry i computes positions [starts[i], starts[i] + sizes[i]) of its sequence.
+
+        token_ids: of all entries in order, uint32, as are the block tables; starts, sizes and logit_entries are int64. Returns the logits
+        after the last tokens of `logit_entries`, [num_logits, vocab_size] float32 and good until the next call, and of each row the index
+        of the first of its greatest, -1 where a logit is not finite.
 
         Raises:
             NativeError: an entry lies outside its blocks, a block outside the pool or a token id outside the vocabulary.
         """
-        num_logits = len(step.logit_entries)
-        if len(self._logits) < num_logits:  # fresh memory each step would cost a page fault every 4 KiB
-            self._logits = torch.empty((num_logits, self._vocab_size), dtype=torch.float32)
-        logits = self._logits[:num_logits]
-        most_likely = np.empty(num_logits, dtype=np.int64)
-        record = Step(
-            num_entries=len(step.starts),
-            starts=step.starts.ctypes.data,
-            sizes=step.sizes.ctypes.data,
-            token_ids=step.token_ids.ctypes.data,
-            tables=step.tables.ctypes.data,
-            table_ends=step.table_ends.ctypes.data,
-            num_logits=num_logits,
-            logit_entries=step.logit_entries.ctypes.data,
-            logits=logits.data_ptr(),
-            greedy=most_likely.ctypes.data,
-        )
-        self._library.check(self._calls.baton_network_forward(self._network, ctypes.byref(record)))
+        assert len(starts) == len(sizes) == len(block_tables) and len(token_ids) == sum(sizes)
+        tables = array("I", b"".join(block_tables))
+        table_ends = array("q", accumulate(map(len, block_tables)))
+        num_logits = len(logit_entries)
+        most_likely = array("q", bytes(8 * num_logits))
+        logits = self._rows_for(num_logits)
+        step = self._step  # columns go as their addresses: a numpy array's takes a microsecond to ask for
+        step.num_entries = len(starts)
+        step.starts = starts.buffer_info()[0]
+        step.sizes = sizes.buffer_info()[0]
+        step.token_ids = token_ids.buffer_info()[0]
+        step.tables = tables.buffer_info()[0]
+        step.table_ends = table_ends.buffer_info()[0]
+        step.num_logits = num_logits
+        step.logit_entries = logit_entries.buffer_info()[0]
+        step.logits = logits.data_ptr()
+        step.greedy = most_likely.buffer_info()[0]
+        self._library.check(self._calls.baton_network_forward(self._network, self._step_pointer))
         return logits, most_likely.tolist()
 
     def draw(self, logits: torch.Tensor, rows: Sequence[int], draws: Sequence[Draw]) -> list[int]:
@@ -162,6 +160,14 @@ class NativeNetwork:
         )
         return token_ids.tolist()
 
+    def _rows_for(self, num_logits: int) -> torch.Tensor:
+        """The same memory each step: fresh memory would cost a page fault every 4 KiB."""
+        if len(self._logits) < num_logits:
+            self._logits = self._rows = torch.empty((num_logits, self._vocab_size), dtype=torch.float32)
+        if len(self._rows) != num_logits:
+            self._rows = self._logits[:num_logits]
+        return self._rows
+
     def _taken(self, tensor: torch.Tensor) -> torch.Tensor:
         assert tensor.dtype == self._dtype, f"{tensor.dtype} in a network of {self._dtype}"
         return tensor.detach().contiguous()
@@ -172,24 +178,6 @@ def pointers_to(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
-def step_arrays(
-    starts: Sequence[int], tokens: Sequence[array[int]], tables: Sequence[array[int]], logit_entries: Sequence[int]
-) -> StepArrays:
-    """From per-entry arrays of uint32 to those of a step."""
-    return StepArrays(
-        starts=np.array(starts, dtype=np.int64),
-        sizes=np.array([len(t) for t in tokens], dtype=np.int64),
-        token_ids=_joined(tokens),
-        tables=_joined(tables),
-        table_ends=np.cumsum([len(t) for t in tables], dtype=np.int64),
-        logit_entries=np.array(logit_entries, dtype=np.int64),
-    )
-
-
-def _joined(arrays: Sequence[array[int]]) -> npt.NDArray[np.uint32]:
-    return np.frombuffer(b"".join(arrays), dtype=np.uint32)
-
-
 __all__ = [
     "NO_LAYER",
     "LinearPlace",
@@ -197,7 +185,5 @@ __all__ = [
     "NativeNetwork",
     "NetworkShape",
     "NormPlace",
-    "StepArrays",
     "pointers_to",
-    "step_arrays",
 ]

@@ -11,7 +11,7 @@ bit for bit.
 from __future__ import annotations
 
 from kernels.sampling.packing import PackedDraws, pack_draws
-from kernels.sampling.reference import Draw, Sampled, draw_token, inverse_temperature, logprobs_of, sample, takes_most_likely, weigh
+from kernels.sampling.reference import Draw, Sampled, draw_token, inverse_temperature, is_greedy, logprobs_of, sample, weigh
 
 __all__ = [
     "Draw",
@@ -19,9 +19,9 @@ __all__ = [
     "Sampled",
     "draw_token",
     "inverse_temperature",
+    "is_greedy",
     "logprobs_of",
     "pack_draws",
     "sample",
-    "takes_most_likely",
     "weigh",
 ]

@@ -59,11 +59,10 @@ def sample(logits: torch.Tensor, draw: Draw) -> Sampled:
     return Sampled(token_id=token_id, logprobs=None if num_logprobs is None else logprobs_of(logits, token_id, num_logprobs))
 
 
-def takes_most_likely(draw: Draw) -> bool:
-    """Whether `draw_token` would give the first of the greatest logits and nothing else: a caller that knows it need not ask."""
-    params = draw.params
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether `draw_token` gives the first of the greatest logits, from output position `min_tokens` on: a caller need not ask then."""
     is_adjusted = params.logit_bias or params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty
-    return params.temperature < MIN_TEMPERATURE and not is_adjusted and draw.position >= params.min_tokens
+    return params.temperature < MIN_TEMPERATURE and not is_adjusted
 
 
 def draw_token(logits: torch.Tensor, draw: Draw) -> int:

@@ -143,11 +143,11 @@ def test_a_step_outside_its_memory_is_refused(tiny_checkpoint: Callable[..., Pat
     """The library checks what it is told before it writes. Seen to crash without the check of block ids."""
     from array import array
 
-    from engine.core.executor import PlanEntry
+    from engine.core.executor import Entries, PlanEntry
 
     with TorchDriver(tiny_checkpoint("llama"), num_blocks=8) as driver:
         forward = driver.executor._runner.forward
         for start, table, token in ((0, [8], 1), (16, [0], 1), (0, [0], 512)):
             entry = PlanEntry(sequence_id=0, start=start, num_tokens=1, block_table=array("I", table))
             with pytest.raises(NativeError, match="outside"):
-                forward([entry], [array("I", [token])], [])
+                forward(Entries.of([entry]), array("I", [token]), array("q"))

@@ -26,7 +26,7 @@ from engine.core.events import (
     StepDone,
     Tell,
 )
-from engine.core.executor import SampledTokens, StepResult
+from engine.core.executor import Sampled, SampledTokens, StepResult
 from protocol.kv import TransferError
 from protocol.messages import HandoffDone, TransferFailed
 from protocol.request import FinishReason
@@ -120,7 +120,7 @@ def test_several_choices_are_offered_once_with_a_first_token_each() -> None:
     plan = bench.steps.pop()
     ids = [s.sequence_id for s in plan.samples]
     sampled = (SampledTokens(sequence_id=ids[0], token_ids=array("I", [EOS])), SampledTokens(sequence_id=ids[1], token_ids=array("I", [8])))
-    bench.on(StepDone(result=StepResult(step_id=plan.step_id, sampled=sampled, duration_s=0.01)))
+    bench.on(StepDone(result=StepResult(step_id=plan.step_id, sampled=Sampled.of(sampled), duration_s=0.01)))
     (offered,) = bench.all(OfferKv)
     assert [(t.choice, t.token_id) for t in offered.handoff.first_tokens] == [(1, 8)]
 

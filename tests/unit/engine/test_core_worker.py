@@ -103,7 +103,7 @@ def test_one_emit_a_gateway_and_step() -> None:
         bench.submit(make_request(number, prompt(5)), gateway=f"g{number % 2}")
     bench.finish_step()
     emits = of(bench.finish_step(), Emit)
-    assert sorted((e.gateway, len(e.runs)) for e in emits) == [("g0", 2), ("g1", 2)]
+    assert sorted((e.gateway, len(list(e.each()))) for e in emits) == [("g0", 2), ("g1", 2)]
 
 
 def test_cached_tokens_are_told_with_the_first_token() -> None:
@@ -139,7 +139,7 @@ def test_the_next_step_is_planned_before_the_token_is_known() -> None:
     bench = Bench(max_inflight_steps=2)
     bench.submit(make_request(1, prompt(20), max_tokens=3))
     first, second = bench.steps
-    assert [(e.start, e.num_tokens) for e in first.entries + second.entries] == [(0, 20), (20, 1)]
+    assert [(e.start, e.num_tokens) for e in (*first.entries, *second.entries)] == [(0, 20), (20, 1)]
     bench.finish_all()
     assert [r.position for r in bench.runs()] == [0, 1, 2] and bench.counter("steps") == 3
 

@@ -19,7 +19,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from engine.core.executor import BatchPlan, SampleEntry, StepResult  # noqa: E402
+from engine.core.executor import BatchPlan, Entries, SampleEntry, Samples, StepResult  # noqa: E402
 from engine.models.config import load_model_config  # noqa: E402
 from engine.runner.config import RunnerConfig  # noqa: E402
 from engine.runner.torch_executor import TorchExecutor  # noqa: E402
@@ -104,8 +104,8 @@ def test_the_next_step_may_be_submitted_before_the_last_is_done(driver: TorchDri
             ended=(),
             starts=(start,) if step == 0 else (),
             block_copies=(),
-            entries=(entry,),
-            samples=(SampleEntry(entry_index=0, sequence_id=9),),
+            entries=Entries.of([entry]),
+            samples=Samples.of([SampleEntry(entry_index=0, sequence_id=9)]),
         )
         driver.executor.submit(plan)
     done = [results.get(timeout=30) for _ in range(6)]
@@ -144,7 +144,7 @@ def test_logits_that_are_not_finite_are_an_error_of_their_sequence(driver: Torch
 def test_a_step_that_cannot_be_computed_is_an_error_and_the_next_one_goes_on(driver: TorchDriver) -> None:
     driver.tables[70] = array("I")
     result = driver.step_result([driver.entry(70, 0, 5)], [(0, 70)])
-    assert result.error is not None and "KeyError" in result.error and result.sampled == ()
+    assert result.error is not None and "KeyError" in result.error and not result.sampled
     assert len(driver.generate([PROMPT], 2)[0]) == 2
 
 
@@ -169,7 +169,7 @@ def test_close_finishes_the_step_in_progress_drops_the_rest_and_joins(model_dir:
         leave.wait(10)
 
     executor.start(on_done)
-    empty: dict[str, Any] = {"ended": (), "starts": (), "block_copies": (), "entries": (), "samples": ()}
+    empty: dict[str, Any] = {"ended": (), "starts": (), "block_copies": (), "entries": Entries.of(()), "samples": Samples.of(())}
     for step in range(4):
         executor.submit(BatchPlan(step_id=step, **empty))
     assert entered.wait(10)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.core.executor import BatchPlan, PlanEntry, SampleEntry, SequenceStart, StepResult
+from engine.core.executor import BatchPlan, Entries, PlanEntry, SampleEntry, Samples, SequenceStart, StepResult
 from engine.hash_model import HashModel, next_token, prefix_words
 from engine.paced import PacedExecutor, RegionMemory
 from engine.step_time import LinearStepTime
@@ -49,8 +49,8 @@ def plan(step_id: int, entries: list[tuple[int, int, int, list[int]]], *, starts
             for s, tokens in (starts or {}).items()
         ),
         block_copies=(),
-        entries=tuple(PlanEntry(sequence_id=s, start=a, num_tokens=n, block_table=array("I", b)) for s, a, n, b in entries),
-        samples=tuple(SampleEntry(entry_index=i, sequence_id=e[0]) for i, e in enumerate(entries)),
+        entries=Entries.of(PlanEntry(sequence_id=s, start=a, num_tokens=n, block_table=array("I", b)) for s, a, n, b in entries),
+        samples=Samples.of(SampleEntry(entry_index=i, sequence_id=e[0]) for i, e in enumerate(entries)),
     )
 
 
@@ -171,7 +171,7 @@ def test_steps_are_done_in_order_at_the_models_pace(pool: PoolMemory) -> None:
     executor.close()
     assert [r.step_id for r in results] == [0, 1, 2]
     assert results[0].duration_s >= 0.02 and results[1].duration_s >= 0.01
-    assert results[2].error is not None and results[2].sampled == (), "a plan that cannot be computed fails alone"
+    assert results[2].error is not None and not results[2].sampled, "a plan that cannot be computed fails alone"
     assert executor.num_wrong_reads == 0
 
 

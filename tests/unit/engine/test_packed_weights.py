@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from engine.checkpoint import open_checkpoint
-from engine.core.executor import PlanEntry
+from engine.core.executor import Entries, PlanEntry
 from engine.models.config import load_model_config
 from engine.models.memory import native_weights_bytes
 from engine.runner import packed_weights as module
@@ -166,7 +166,7 @@ class Loaded:
 
     def logits(self) -> np.ndarray:
         entry = PlanEntry(sequence_id=0, start=0, num_tokens=40, block_table=array("I", [2, 0, 5]))
-        made = self.runner.forward([entry], [array("I", range(3, 43))], [0])
+        made = self.runner.forward(Entries.of([entry]), array("I", range(3, 43)), array("q", [0]))
         return np.array(made.logits.numpy())
 
 
