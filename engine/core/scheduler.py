@@ -343,7 +343,7 @@ class Scheduler:
             if sequence.attempt.prefill_only and not self._may_offer(sequence, being_made):
                 may_leave = False
                 continue
-            if not self._take_room(sequence, sequence.num_planned_tokens, sequence.num_hit_tokens_max, sequence.num_hit_tokens_max):
+            if not self._take_room(sequence, sequence.num_planned_tokens, sequence.compute_end, sequence.num_hit_tokens_max):
                 return
             self.waiting.remove(sequence)
             sequence.move(SequenceState.RUNNING)

@@ -8,6 +8,7 @@ import pytest
 
 from decode_workers.policy import WatermarkDecode
 from engine.core.config import SchedulerConfig, WorkerCoreConfig
+from engine.core.events import OfferKv, PeerAcked
 from engine.core.executor import BatchPlan
 from engine.core.worker_core import WorkerCore
 from engine.step_time import LinearStepTime, plan_shape
@@ -35,6 +36,29 @@ def test_decodes_come_first_and_prompts_take_what_is_left_of_the_tokens() -> Non
     bench.finish_step()
     assert entries(bench.steps[0]) == [(0, 12, 1), (1, 30, 10)]
     assert [s.sequence_id for s in bench.steps[0].samples] == [0, 1]
+
+
+def test_no_decode_ever_waits_behind_a_prompt() -> None:
+    """Stall-free batches (Sarathi-Serve, OSDI'24): whatever prompts come, a step decodes all that decode, and keeps its bound.
+
+    Seen to fail with prompts planned before decodes, and with a prompt admitted in one piece.
+    """
+    bench = Bench(num_blocks=400, max_num_seqs=12, max_num_batched_tokens=24, max_model_len=400)
+    decoding: set[int] = set()
+    num_mixed = number = 0
+    for step in range(150):
+        if step % 3 == 0:
+            bench.submit(make_request(number, prompt(5 + 37 * number % 200, number), max_tokens=10 + number % 30))
+            number += 1
+        plan = bench.steps[0]
+        planned = {e.sequence_id for e in plan.entries}
+        assert decoding <= planned, f"step {plan.step_id} left {decoding - planned} waiting"
+        assert plan.num_tokens <= 24
+        num_mixed += 0 < len(decoding) < len(planned)
+        bench.finish_step()
+        ended = set(bench.steps[0].ended)
+        decoding = {s.sequence_id for s in plan.samples} - ended
+    assert num_mixed > 50
 
 
 def test_a_step_that_decodes_stays_within_the_time_budget() -> None:
@@ -82,6 +106,21 @@ def test_first_come_first_served_within_a_priority() -> None:
         bench.submit(make_request(number, prompt(5), priority=priority, max_tokens=1))
     bench.finish_all()
     assert [int(r.request_id, 16) for r in bench.runs()] == [0, 2, 4, 1, 3]
+
+
+def test_a_prompt_that_may_not_be_offered_yet_holds_up_those_for_other_workers_only() -> None:
+    """In order within its line, also those that would fit; what stays on this worker passes. Seen to fail with one line for all."""
+    bench = Bench(core={"max_offered_bytes": 4096})  # four blocks
+    bench.submit(make_request(0, prompt(33)), prefill_only=True)
+    bench.finish_step()
+    bench.submit(make_request(1, prompt(33, 100)), prefill_only=True)
+    bench.submit(make_request(2, prompt(5, 200)), prefill_only=True)
+    assert bench.steps == []
+    bench.submit(make_request(3, prompt(5, 50), max_tokens=1))
+    assert entries(bench.steps[0]) == [(3, 0, 5)]
+    bench.finish_all()
+    bench.on(PeerAcked(handoff_id=bench.all(OfferKv)[0].handoff.handoff_id))
+    assert entries(bench.steps[0]) == [(1, 0, 33), (2, 0, 5)]
 
 
 def test_no_more_sequences_run_than_max_num_seqs_choices_counted() -> None:
