@@ -1,8 +1,8 @@
 """The native mixture of experts equals its reference on every instruction path, and a token's bits are its own.
 
 How: a loop over tokens and experts in float64 over odd sizes, rows around a group (4, 6), a slice (192) and what is computed at once, and
-the ways rows can be spread over experts. Seen to fail with an expert's group begun one pair late, with `down` packed expert by expert, with
-experts added in the order of their likelihood (bits), and with ties given to the higher id.
+the ways rows can be spread over experts. Seen to fail with an expert's group begun one pair late, with `down` read in another order than it
+is packed, with experts added in the order of how many chose them (bits), and with ties given to the higher id.
 """
 
 from __future__ import annotations

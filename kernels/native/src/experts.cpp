@@ -43,8 +43,8 @@ void Mixture::pack(const PackedExperts& to, const void* const* gate, const void*
     }
     path_.pack_panel(to.gate_up + i * words(hidden) * kPanel, rows, hidden);
   });
-  threads_.each(down_panels_ * shape_.num_experts, [&](int, int64_t i) {
-    const int64_t expert = i % shape_.num_experts, first = i / shape_.num_experts * kPanel;
+  threads_.each(shape_.num_experts * down_panels_, [&](int, int64_t i) {
+    const int64_t expert = i / down_panels_, first = i % down_panels_ * kPanel;
     const void* rows[kPanel];
     for (int64_t column = 0; column < kPanel; ++column) rows[column] = row_of(down[expert], first + column, hidden, inner);
     path_.pack_panel(to.down + i * words(inner) * kPanel, rows, inner);
@@ -116,7 +116,7 @@ void Mixture::multiply(const PackedExperts& experts, const uint32_t* x, float* y
   threads_.each(down_panels_, [&](int thread, int64_t panel) {
     for (const Group& group : groups_) {
       Linear down;
-      down.words = experts.down + (panel * shape_.num_experts + group.expert) * inner_words * kPanel;
+      down.words = experts.down + (group.expert * down_panels_ + panel) * inner_words * kPanel;
       down.num_words = inner_words, down.num_panels = 1, down.num_out = std::min<int64_t>(kPanel, hidden - panel * kPanel);
       LinearTask task{};
       task.linear = &down;
