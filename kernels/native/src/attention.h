@@ -174,13 +174,14 @@ struct Seen {  // keys [begin, end) of a tile, by one row
 };
 
 // Scores of some rows to weights 2^(scale * score - top), as words; maxima, sums and what earlier results are multiplied with go along.
-template <typename N>
-INLINE void weigh(int num_rows, const Seen* seen, float* scores, typename N::Stored* weights, float scale, float* highest, Sixteen* sums, float* kept) {
+// IsWhole: every row sees every key.
+template <typename N, bool IsWhole>
+static void weigh(int num_rows, const Seen* seen, float* scores, typename N::Stored* weights, float scale, float* highest, Sixteen* sums, float* kept) {
   float most[kLanes];
   store(most, splat(-INFINITY));
   for (int r = 0; r < num_rows; ++r) {
     float* row = scores + r * kPanel;
-    if (seen[r].begin > 0 || seen[r].end < kKeyTile)
+    if (!IsWhole)
       for (int i = 0; i < kKeyTile; ++i) row[i] = i >= seen[r].begin && i < seen[r].end ? row[i] : -INFINITY;
     Floats top = load(row);
     for (int i = kLanes; i < kKeyTile; i += kLanes) top = maximum(top, load(row + i));
@@ -188,19 +189,21 @@ INLINE void weigh(int num_rows, const Seen* seen, float* scores, typename N::Sto
   }
   const Floats before = load_part<Floats>(highest, num_rows), top = maximum(load(most) * splat(scale), before);
   float tops[kLanes], factors[kLanes];
-  store(tops, top), store(factors, power_of_two(before - top));
+  store(tops, -top), store(factors, power_of_two(before - top)), store_part(highest, top, num_rows);
   for (int r = 0; r < num_rows; ++r) {
-    highest[r] = tops[r], kept[r] = factors[r];
     const float* row = scores + r * kPanel;
-    const bool is_whole = seen[r].begin <= 0 && seen[r].end >= kKeyTile;
-    for (int j = 0; j < 16 / kLanes; ++j) sums[r].part[j] = sums[r].part[j] * splat(factors[r]);
+    const Floats lowered = splat(tops[r]), factor = splat(factors[r]);
+    Sixteen sum = sums[r];
+    for (Floats& part : sum.part) part = part * factor;
+#pragma GCC unroll 4
     for (int i = 0; i < kKeyTile; i += kLanes) {
       const Floats score = load(row + i);
-      Floats weight = power_of_two(fma(score, splat(scale), splat(-tops[r])));
-      if (!is_whole) weight = score == splat(-INFINITY) ? splat(0.0f) : weight;
-      sums[r].part[i % 16 / kLanes] = sums[r].part[i % 16 / kLanes] + weight;
+      Floats weight = power_of_two(fma(score, splat(scale), lowered));
+      if (!IsWhole) weight = score == splat(-INFINITY) ? splat(0.0f) : weight;
+      sum.part[i % 16 / kLanes] = sum.part[i % 16 / kLanes] + weight;
       N::write(weights + r * kKeyTile + i, weight);
     }
+    kept[r] = factors[r], sums[r] = sum;
   }
 }
 
@@ -270,25 +273,29 @@ static void attention(const AttentionTask& t, int64_t index, int kv_head, float*
     else
       look_ahead<N>(tile, tile);
     if (!is_few) pack_keys<N>(keys, tile), pack_values<N>(values, tile);
+    int token = 0, head = 0;
     for (int r = 0; r < num_rows;) {
       const int group = next_group(num_rows - r);
       Seen seen[kMaxRows];
       int end = 0, begin = kKeyTile;
+      bool is_whole = true;
       for (int i = 0; i < group; ++i) {
-        const int64_t position = item.start + (r + i) / heads - first, oldest = t.window ? position - t.window + 1 : 0;
+        const int64_t position = item.start + token - first, oldest = t.window ? position - t.window + 1 : 0;
         seen[i].begin = (int)(oldest < 0 ? 0 : oldest > kKeyTile ? kKeyTile : oldest);
         seen[i].end = (int)(position < 0 ? 0 : position < tile.end ? position + 1 : tile.end);
         end = seen[i].end > end ? seen[i].end : end, begin = seen[i].begin < begin ? seen[i].begin : begin;
+        is_whole &= seen[i].begin == 0 && seen[i].end == kKeyTile;
+        if (++head == heads) head = 0, ++token;
       }
       if (begin < end) {
         if (is_few)
           score_few<N>(group, tile, q + r, scores);
         else
           multiply_some<N, 0>(group, q + r, keys, dim_words, scores, nullptr, kPanel, nullptr);
-        weigh<N>(group, seen, scores, weights, scale, highest + r, sums + r, kept);
+        (is_whole ? weigh<N, true> : weigh<N, false>)(group, seen, scores, weights, scale, highest + r, sums + r, kept);
         if (is_few) add_few<N>(group, tile, w, kept, out);
         for (int p = 0; p < dim_panels && !is_few; ++p) {
-          const int width = dim - p * kPanel < kPanel / 2 ? kPanel / 2 : kPanel;
+          const int width = dim - p * kPanel < kPanel ? dim - p * kPanel : kPanel;
           multiply_some<N, 0>(group, w, values + p * value_words, (end + N::kPerWord - 1) / N::kPerWord, out + (p * num_rows + r) * kPanel, kept, width, nullptr);
         }
       }
@@ -301,7 +308,7 @@ static void attention(const AttentionTask& t, int64_t index, int kv_head, float*
     for (int d = 0; d < dim; d += 2 * kLanes) {
       const float* from = out + (d / kPanel * num_rows + r) * kPanel + d % kPanel;
       Floats low = load(from) * scale_out, high = load(from + kLanes) * scale_out;
-      N::restore_pair(&low, &high);
+      N::restore_pair(dim - d, &low, &high);
       for (int i = 0; i < 2; ++i, low = high) {
         const int at = d + i * kLanes, n = dim - at;
         if (n >= kLanes)

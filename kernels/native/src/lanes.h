@@ -77,7 +77,7 @@ INLINE Floats fma(Floats a, Floats b, Floats c) {
 // b where one of them is not a number.
 INLINE Floats maximum(Floats a, Floats b) {
 #if defined(__AVX512F__)
-  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+  return (Floats)_mm512_maskz_max_ps((__mmask16)-1, (__m512)a, (__m512)b);  // gcc warns of its own unmasked one
 #elif defined(__AVX2__)
   return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
 #else

@@ -18,10 +18,6 @@ constexpr int kVectors = 2;
 #endif
 constexpr int kVectorsAlone = kPanel / kLanes < 8 ? kPanel / kLanes : 8;  // of a single row
 
-// A single group of rows fetches its panel this many words before it reads them: 30 GB/s of 30 streamed on a Zen 4 core, 1 to 6 rows;
-// 8 words 24, 16 words 18.
-constexpr int64_t kAheadWords = 4;
-
 constexpr float kAll[6] = {1, 1, 1, 1, 1, 1};
 
 // c[row][column] = kept[row] * c[row][column] + x[row] . panel[column] for R rows and V vectors of columns; kept null: c is not read.
@@ -59,6 +55,10 @@ INLINE void multiply(const uint32_t* const* x, const uint32_t* panel, int64_t nu
 template <typename N, int R, int Lines>
 static void multiply_rows(const uint32_t* const* x, const uint32_t* panel, int64_t num_words, float* c, const float* kept, int columns, const char* ahead) {
   constexpr int V = R == 1 ? kVectorsAlone : kVectors;
+  if constexpr (V == 4 && Lines == 0) {  // most of a narrow panel would be zeros
+    if (columns <= 2 * kLanes) return multiply<N, R, 2, 0>(x, panel, num_words, c, kept, nullptr);
+    if (columns <= 3 * kLanes) return multiply<N, R, 3, 0>(x, panel, num_words, c, kept, nullptr);
+  }
   for (int j = 0; j < columns; j += V * kLanes) {
     if (j == 0)
       multiply<N, R, V, Lines>(x, panel, num_words, c, kept, ahead);
@@ -167,25 +167,25 @@ static void linear(const LinearTask& t, int64_t panel, int64_t first_row, int64_
     bool is_last = k + num_words == w.num_words;
     const uint32_t* words = w.words + (panel * w.num_words + k) * kPanel;
     // What is passed over next is fetched meanwhile, as many lines a word as make four of them over all groups of rows: the panels
-    // follow each other in memory. A single group is short, it fetches what it needs itself a little later.
-    const int64_t groups = (num_rows + kMaxRows - 1) / kMaxRows;
-    const char* ahead = (const char*)(groups == 1 ? words + kAheadWords * kPanel : words + num_words * kPanel);
-    int lines_left = 4;
+    // follow each other in memory. A single group is as fast as the processor's own fetching.
+    const int64_t groups = (num_rows + kMaxRows - 1) / kMaxRows, left = w.num_out - panel * kPanel;
+    const int columns = t.after == After::kSiluMul || left > kPanel ? kPanel : (int)left;
+    const char* ahead = (const char*)(words + num_words * kPanel);
+    int lines_left = groups == 1 || columns < kPanel ? 0 : 4;
     for (int64_t r = 0; r < num_rows;) {
       const int group = next_group(num_rows - r);
       const uint32_t* x[kMaxRows];
       for (int i = 0; i < group; ++i) x[i] = t.x + (t.x_rows ? t.x_rows[first_row + r + i] : first_row + r + i) * t.x_stride + k;
       float* c = scratch + r * kPanel;
-      const int lines = groups == 1 ? 4 : groups > 3 ? 1 : 2;
-      if (lines_left == 0)
-        multiply_some<N, 0>(group, x, words, num_words, c, k ? kAll : nullptr, kPanel, nullptr);
-      else if (lines == 4)
-        multiply_some<N, 4>(group, x, words, num_words, c, k ? kAll : nullptr, kPanel, ahead);
-      else if (lines == 2)
-        multiply_some<N, 2>(group, x, words, num_words, c, k ? kAll : nullptr, kPanel, ahead);
+      const float* kept = k ? kAll : nullptr;
+      const int lines = lines_left == 0 ? 0 : groups > 3 ? 1 : 2;
+      if (lines == 0)
+        multiply_some<N, 0>(group, x, words, num_words, c, kept, columns, nullptr);
+      else if (lines == 1)
+        multiply_some<N, 1>(group, x, words, num_words, c, kept, columns, ahead);
       else
-        multiply_some<N, 1>(group, x, words, num_words, c, k ? kAll : nullptr, kPanel, ahead);
-      if (lines_left) lines_left -= lines, ahead += lines * 64;
+        multiply_some<N, 2>(group, x, words, num_words, c, kept, columns, ahead);
+      lines_left -= lines, ahead += lines * 64;
       if (is_last) finish_rows<N>(t, panel, first_row + r, group, c);
       r += group;
     }

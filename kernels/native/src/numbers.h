@@ -23,7 +23,7 @@ struct Float32 {
     const auto* words = (const uint32_t*)row + d;
     *low = load_up_to<Words>(words, left), *high = load_up_to<Words>(words + kLanes, left - kLanes);
   }
-  INLINE void restore_pair(Floats*, Floats*) {}
+  INLINE void restore_pair(int64_t, Floats*, Floats*) {}
 };
 
 struct BFloat16 {
@@ -51,12 +51,17 @@ struct BFloat16 {
   INLINE void write(uint16_t* p, Floats v) { store(p, narrow(v)); }
   INLINE void write_part(uint16_t* p, Floats v, int64_t n) { store_part(p, narrow(v), n); }
   INLINE uint32_t last_word(const uint16_t* p) { return *p; }  // of an odd number of values: the last one and a zero
-  // Words of the values [d, d + 2 kLanes) of two rows, of which `left` are there (an even number), in the order of `interleave`.
+  // Words of the values [d, d + 2 kLanes) of two rows, of which `left` are there (an even number): in the order of `interleave`, or in
+  // their own where they fill a single vector.
   INLINE void pair(const uint16_t* even, const uint16_t* odd, int64_t d, int64_t left, Words* low, Words* high) {
-    const auto *a = (const uint32_t*)(even + d), *b = (const uint32_t*)(odd + d);
-    interleave(load_up_to<Words>(a, left / 2), load_up_to<Words>(b, left / 2), low, high);
+    even += d, odd += d;
+    if (left > kLanes) return interleave(load_up_to<Words>((const uint32_t*)even, left / 2), load_up_to<Words>((const uint32_t*)odd, left / 2), low, high);
+    *low = __builtin_convertvector(load_up_to<Halves>(even, left), Words) | __builtin_convertvector(load_up_to<Halves>(odd, left), Words) << 16;
+    *high = Words{};
   }
-  INLINE void restore_pair(Floats* low, Floats* high) { restore(low, high); }
+  INLINE void restore_pair(int64_t left, Floats* low, Floats* high) {
+    if (left > kLanes) restore(low, high);
+  }
 };
 
 }  // namespace
