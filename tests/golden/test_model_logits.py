@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from engine.demo import make_demo_model  # noqa: E402
-from tests.checkpoints import LLAMA3_ROPE  # noqa: E402
+from tests.checkpoints import ARCHITECTURES, LLAMA3_ROPE  # noqa: E402
 from tests.native_paths import PATHS  # noqa: E402
 from tests.torch_driver import TorchDriver  # noqa: E402
 
@@ -75,10 +75,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def oracle_logits(model_dir: Path, tokens: list[int]) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+def oracle_logits(model_dir: Path, tokens: list[int], dtype: str = "float32") -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).eval()
     with torch.no_grad():
-        return model(torch.tensor([tokens])).logits[0]
+        return model(torch.tensor([tokens])).logits[0].float()
 
 
 COMPUTED_BY = [("reference", "torch"), ("fast", "torch"), *(("reference", path) for path in PATHS)]
@@ -102,19 +102,33 @@ def test_logits_and_greedy_tokens_equal_transformers(case: str, numerics: str, k
         assert output == theirs.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize(("arch", "kernels"), [(arch, k) for arch in ("llama", "mixtral", "qwen3_moe") for k in ("torch", *PATHS)])
-def test_bfloat16_stays_near_float32(arch: str, kernels: str, tiny_checkpoint: Callable[..., Path]) -> None:
-    """A bf16 checkpoint served as bf16 and as float32: the same prompt, logits apart by rounding alone (8 bits of mantissa)."""
-    model_dir = tiny_checkpoint(arch, dtype="bfloat16", num_hidden_layers=2)
+SIXTEEN_BIT: dict[str, tuple[str, ...]] = {"bfloat16": PATHS, "float16": ()}  # and who computes it natively; torch computes both
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "kernels"),
+    [(arch, dtype, k) for arch in ARCHITECTURES for dtype, native in SIXTEEN_BIT.items() for k in ("torch", *native)],
+)
+def test_sixteen_bits_cost_no_more_than_they_cost_transformers(
+    arch: str, dtype: str, kernels: str, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """The tolerance of 16 bits is that of transformers itself: how far its logits lie from those in float32.
+
+    Native kernels, whose residual stream, norms and scores are float32, are allowed no more of it (measured: half); torch, which rounds
+    where transformers does but in another order, 1.25 times as much. The median over tokens counts: one whose experts are nearly tied may
+    take another one, here or there. Seen to fail with the scores of attention 2 % too large.
+    """
+    model_dir = tiny_checkpoint(arch, dtype=dtype, num_hidden_layers=2, **({"sliding_window": 40} if arch == "mistral" else {}))
     prompt = [random.Random(0).randrange(3, 512) for _ in range(70)]
-    logits = {}
-    for dtype in ("bfloat16", "float32"):
-        with TorchDriver(model_dir, numerics="fast", dtype=dtype, kernels=kernels) as driver:
-            driver.generate([prompt], 1, chunk=33)
-            logits[dtype] = driver.logits[0][0]
-    theirs = oracle_logits(model_dir, prompt)[-1]
-    assert (logits["float32"] - theirs).abs().max() < TOLERANCE
-    assert (logits["bfloat16"] - theirs).abs().max() < 0.15
+    with TorchDriver(model_dir, numerics="fast", kernels=kernels) as driver:
+        (output,) = driver.generate([prompt], 24, chunk=33)
+        ours = torch.stack(driver.logits[0])
+    exact, theirs = (oracle_logits(model_dir, prompt + output, oracle)[len(prompt) - 1 : -1] for oracle in ("float32", dtype))
+
+    def error(logits: Any) -> float:
+        return float((logits - exact).square().mean(-1).sqrt().median())
+
+    assert error(ours) < (1.25 if kernels == "torch" else 1.0) * error(theirs)
 
 
 @pytest.fixture(scope="module")
