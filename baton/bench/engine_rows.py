@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from baton.bench.engine_run import BenchPlan, MeasuredModel, Sample
@@ -62,7 +62,7 @@ def _figures(plan: BenchPlan, measured: MeasuredModel, workload: Workload, measu
             continue
         yield Row(
             name=f"{at}/{name}",
-            value=_round(statistics.median(sample.values[index] for sample in samples.values())),
+            value=_round(statistics.median(sample.values[index] for sample in _quiet(samples.values()))),
             unit=measure.unit,
             details={
                 "rounds": [_round(sample.values[index]) for sample in samples.values()],
@@ -88,7 +88,12 @@ def _ratio(measured: MeasuredModel, workload: Workload, measure: Measure, index:
     paired = paired_ratio(_values(quiet or pairs, 0, index), _values(quiet or pairs, 1, index), measure.better)
     if not quiet:
         paired = replace(paired, verdict=Verdict.UNDECIDED)
-    return replace(row, value=_round(paired.median), details={**paired.record(), "disturbed_pairs": len(pairs) - len(quiet)})
+    return replace(
+        row,
+        value=_round(paired.median),
+        is_decided=paired.verdict is not Verdict.UNDECIDED,
+        details={**paired.record(), "disturbed_pairs": len(pairs) - len(quiet)},
+    )
 
 
 def _values(pairs: Sequence[tuple[Sample, Sample]], side: int, index: int) -> list[float]:
@@ -100,16 +105,22 @@ def _shares(measured: MeasuredModel, workload: Workload) -> Iterator[Row]:
     samples = measured.samples.get((OURS, workload.name), {})
     if not samples or not measured.stream_bytes_per_s:
         return
-    value = statistics.median(sample.values[0] for sample in samples.values())
+    quiet = _quiet(samples.values())
+    value = statistics.median(sample.values[0] for sample in quiet)
+    is_decided = not quiet[0].is_disturbed
     bound = _SHARES.get((workload.name, measured.label))
     target = None if bound is None else Target(relation=">=", bound=bound)
     if workload.name == "one_stream":
         share = bytes_per_token(measured.model) / (value / 1e3) / statistics.median(measured.stream_bytes_per_s)
-        yield Row(name=f"{measured.label}/{workload.name}/stream_share", value=_round(share), unit="ratio", target=target)
+        yield Row(
+            name=f"{measured.label}/{workload.name}/stream_share", value=_round(share), unit="ratio", target=target, is_decided=is_decided
+        )
     if workload.name.startswith("prefill"):
         flops = prefill_flops(measured.model, workload.num_prompt_tokens)
         share = flops * value / workload.num_prompt_tokens / statistics.median(measured.peak_flops_per_s)
-        yield Row(name=f"{measured.label}/{workload.name}/peak_share", value=_round(share), unit="ratio", target=target)
+        yield Row(
+            name=f"{measured.label}/{workload.name}/peak_share", value=_round(share), unit="ratio", target=target, is_decided=is_decided
+        )
 
 
 def _own_rows(measured: MeasuredModel) -> Iterator[Row]:
@@ -120,6 +131,12 @@ def _own_rows(measured: MeasuredModel) -> Iterator[Row]:
     if measured.memory_beyond_bytes is not None:
         value = _round(measured.memory_beyond_bytes / 1e6)
         yield Row(name=f"{measured.label}/memory_beyond/{OURS}", value=value, unit="MB", target=MEMORY_TARGET)
+
+
+def _quiet(samples: Iterable[Sample]) -> list[Sample]:
+    """The undisturbed ones; all where there is none."""
+    taken = list(samples)
+    return [sample for sample in taken if not sample.is_disturbed] or taken
 
 
 def _reason(measured: MeasuredModel, name: str, workload: Workload) -> str:

@@ -51,11 +51,12 @@ class Row:
     unit: str
     target: Target | None = None  # None: nothing is demanded of it
     details: Mapping[str, object] = field(default_factory=dict)  # further members of the row's object; JSON values
+    is_decided: bool = True  # False: the value is shown, but was not measured so that it could be held against its target
 
     @property
     def ok(self) -> bool | None:
-        """None: nothing is demanded. A figure that was demanded and not measured is not well."""
-        if self.target is None:
+        """None: nothing is demanded, or nothing decided. A figure that was demanded and not measured at all is not well."""
+        if self.target is None or not self.is_decided:
             return None
         return self.value is not None and self.target.is_met_by(self.value)
 

@@ -38,6 +38,7 @@ class VllmEngine:
             max_model_len=asked["max_model_len"],
             max_num_seqs=asked["max_num_seqs"],
             kv_cache_memory_bytes=asked["num_kv_tokens"] * _kv_bytes_per_token(config, asked["dtype"]),
+            enforce_eager=asked["dtype"] == "float32",  # only tokens are looked at then, and compiling takes most of a start
             seed=0,
         )
         self._engine = llm.llm_engine

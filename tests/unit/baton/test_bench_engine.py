@@ -218,7 +218,7 @@ def test_ratio_leaves_disturbed_pairs_out() -> None:
 def test_nothing_is_decided_where_every_pair_was_disturbed() -> None:
     """Seen to fail without the replaced verdict."""
     row = ratio_row(*comparison([2.0] * 9, others=[0.5] * 9))
-    assert row.value == 2.0 and row.details["verdict"] == "undecided"
+    assert row.value == 2.0 and row.details["verdict"] == "undecided" and row.ok is None
 
 
 def comparison(ratios: list[float], others: list[float]) -> tuple[BenchPlan, MeasuredModel]:

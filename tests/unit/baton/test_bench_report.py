@@ -72,11 +72,12 @@ def test_document_says_machine_commit_seed_and_whether_each_target_is_met() -> N
         Row(name="b", value=410.0, unit="MB", target=Target(relation="<=", bound=400)),
         Row(name="c", value=None, unit="ms", target=Target(relation="<=", bound=1), details={"reason": "it crashed"}),
         Row(name="d", value=3.0, unit="ms"),
+        Row(name="e", value=3.0, unit="ms", target=Target(relation="<=", bound=9), is_decided=False),
     ]
     document = json.loads(json.dumps(make_document("baton.bench.test.v1", seed=7, rows=rows, sections={"rounds": 9})))
     assert list(document)[:5] == ["schema", "machine", "commit", "seed", "rows"]
     assert document["schema"] == "baton.bench.test.v1" and document["seed"] == 7 and document["rounds"] == 9
-    assert [row["ok"] for row in document["rows"]] == [True, False, False, None]
-    assert [row["target"] for row in document["rows"]] == [">= 1.15", "<= 400", "<= 1", None]
+    assert [row["ok"] for row in document["rows"]] == [True, False, False, None, None]
+    assert [row["target"] for row in document["rows"]] == [">= 1.15", "<= 400", "<= 1", None, "<= 9"]
     assert document["rows"][2]["reason"] == "it crashed"
     assert document["machine"]["num_cores"] >= 1 and document["machine"]["cpu"]
