@@ -23,6 +23,7 @@ from typing import Any
 from cluster.directory import Directory
 from cluster.worker_build import WorkerSpec, build_worker
 from control.config import ClusterConfig
+from engine.core.executor import Entries
 from protocol.links import Links, Target
 from protocol.messages import (
     AttemptFailed,
@@ -86,7 +87,7 @@ def _shift_positions(host: Any) -> None:
     forward = runner.forward
 
     def sabotaged(entries: Any, tokens: Any, sampled_entries: Any) -> Any:
-        late = [replace(e, start=e.start + 1, block_table=e.block_table + e.block_table[-1:]) for e in entries]
+        late = Entries.of(replace(e, start=e.start + 1, block_table=e.block_table + e.block_table[-1:]) for e in entries)
         return forward(late, tokens, sampled_entries)
 
     runner.forward = sabotaged
