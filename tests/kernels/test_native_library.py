@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +14,20 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import kernels.native.library as library  # noqa: E402
+from baton.status import notes_of  # noqa: E402
+from cluster.worker_build import WorkerSpec, build_worker  # noqa: E402
+from control.config import ClusterConfig  # noqa: E402
 from engine.models.memory import native_weights_bytes  # noqa: E402
 from engine.models.tensors import EMBEDDING, expected_tensors  # noqa: E402
 from engine.runner.model_runner import ModelRunner  # noqa: E402
 from engine.runner.native_runner import NativeRunner  # noqa: E402
+from gateway.metrics import Metrics  # noqa: E402
 from kernels.native.build import CompileFailed, build_library  # noqa: E402
 from kernels.native.library import choose_kernels, load_library  # noqa: E402
 from kernels.native.network import NativeError  # noqa: E402
 from kernels.numerics import Kernels  # noqa: E402
 from protocol.errors import ConfigError  # noqa: E402
+from protocol.worker import Role  # noqa: E402
 from tests.native_paths import PATHS  # noqa: E402
 from tests.torch_driver import TorchDriver  # noqa: E402
 
@@ -51,6 +58,31 @@ def test_without_the_library_torch_serves_and_says_so(tiny_checkpoint: Callable[
     with TorchDriver(tiny_checkpoint("llama")) as driver:
         assert isinstance(driver.executor._runner, ModelRunner)
         assert len(driver.generate([[5, 6, 7]], 4)[0]) == 4
+
+
+@pytest.mark.usefixtures("no_library")
+async def test_that_torch_serves_is_a_line_of_the_status_and_a_metric(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """From a worker as a run builds it to what a scrape reads. Seen to fail with a worker that keeps the plan's note to itself."""
+    config = ClusterConfig()
+    model_dir = tiny_checkpoint("llama")
+    spec = WorkerSpec(
+        config=replace(config, workers=replace(config.workers, num_kv_blocks=8)),
+        model_dir=model_dir,
+        worker_id="decode-0",
+        role=Role.DECODE,
+        directory_host="127.0.0.1",
+        directory_port=1,
+        secret=bytes(32),
+        run_dir=tmp_path,
+    )
+    host = build_worker(spec)
+    host._loop = asyncio.get_running_loop()  # as `start` does, without the sockets
+    snapshot = host.snapshot()
+    (note,) = snapshot.notes
+    assert note.startswith("kernels torch, which are slow: the native kernels are not built")
+    assert notes_of({"workers": [{"worker_id": "decode-0", "notes": list(snapshot.notes)}]}) == [f"decode-0: {note}"]
+    scraped = Metrics("demo", snapshots=lambda: [snapshot], gauges=dict).render().decode()
+    assert 'baton_worker_notes{worker="decode-0"} 1.0' in scraped
 
 
 def test_a_library_of_another_kind_is_not_loaded(tmp_path: Path) -> None:
