@@ -4,7 +4,8 @@ The native kernels promise it of bfloat16 too.
 
 How: the truth is each sequence alone, its prompt in one step, then token by token, on blocks of 16. Against it stand random
 schedules of the real TorchExecutor: batches of 1 to 20, prompts cut into random chunks, some of the output recomputed as if it
-were prompt (preemption), blocks of 16, 32 or 48 in scattered places, sequences joining and leaving. Compared with torch.equal.
+were prompt (preemption), blocks of 16, 32 or 48 in scattered places, sequences joining and leaving; then prompts whose
+first blocks another sequence computed, and a copy of its last one (prefix hit, copy-on-write). Compared with torch.equal.
 
 Seen to fail when the reference linear is torch's linear on all rows at once, when silu_mul takes torch's silu (odd sizes),
 and when an expert's rows are multiplied at once, without row tiles; natively when experts are added in the order of how many chose them.
@@ -127,6 +128,36 @@ def test_logits_do_not_depend_on_the_schedule(
         for i in range(NUM_SEQUENCES):
             assert seen[i] == outputs[i], f"tokens of sequence {i}"
             assert torch.equal(torch.stack(driver.logits[i]), logits[i]), f"bits of sequence {i}"
+
+
+def test_logits_do_not_depend_on_who_computed_the_blocks(
+    model_dir: Path, engine: dict[str, Any], truth: tuple[list[list[int]], list[Any]]
+) -> None:
+    """One sequence computes a prompt, the next takes its full blocks and computes the rest in another batch, a third takes all, the last
+    as a copy.
+    """
+    prompts, (_, logits) = make_prompts(0), truth
+    i = max(range(NUM_SEQUENCES), key=lambda i: len(prompts[i]))
+    prompt, others = prompts[i], [j for j in range(NUM_SEQUENCES) if j != i][:5]
+    num_full, size = len(prompt) // 16, len(prompt)
+    with TorchDriver(model_dir, **engine) as driver:
+        starts = [driver.start(s, prompt, **GREEDY) for s in (100, 101, 102)] + [driver.start(j, prompts[j], **GREEDY) for j in others]
+        driver.step(starts=starts)
+        driver.step([driver.entry(100, 0, size)], [(0, 100)])
+        driver.tables[101] = driver.tables[100][:num_full]
+        entries = [driver.entry(j, 0, len(prompts[j])) for j in others]
+        copied = driver._free.pop(0)
+        source = driver.tables[100][-1]
+        driver.tables[102] = driver.tables[100][:-1]
+        driver.tables[102].append(copied)
+        start = min(num_full * 16, size - 1)
+        driver.step(
+            [*entries[:3], driver.entry(101, start, size - start), *entries[3:], driver.entry(102, size - 1, 1)],
+            [(3, 101), (6, 102)],
+            block_copies=[(source, copied)],
+        )
+        for sequence in (100, 101, 102):
+            assert torch.equal(driver.logits[sequence][0], logits[i][0]), sequence
 
 
 def test_the_first_token_matters_for_the_last(model_dir: Path) -> None:
