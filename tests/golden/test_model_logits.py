@@ -116,7 +116,7 @@ def test_sixteen_bits_cost_no_more_than_they_cost_transformers(
 
     Native kernels, whose residual stream, norms and scores are float32, are allowed no more of it (measured: half); torch, which rounds
     where transformers does but in another order, 1.25 times as much. The median over tokens counts: one whose experts are nearly tied may
-    take another one, here or there. Seen to fail with the scores of attention 2 % too large.
+    take another one, here or there.
     """
     model_dir = tiny_checkpoint(arch, dtype=dtype, num_hidden_layers=2, **({"sliding_window": 40} if arch == "mistral" else {}))
     prompt = [random.Random(0).randrange(3, 512) for _ in range(70)]
