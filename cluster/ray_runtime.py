@@ -41,6 +41,7 @@ _OWN_RAY = {
     "RAY_enable_worker_prestart": "0",
     "RAY_task_events_report_interval_ms": "0",
     "RAY_event_stats": "0",
+    "RAY_worker_niceness": "0",  # else 15: what serves would yield to Ray's own processes and to everybody else's
     "AUTOSCALER_METRIC_PORT": "0",  # two runs on one machine must not fight for fixed ports
     "DASHBOARD_METRIC_PORT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # do not hide GPUs from actors that did not ask Ray for them

@@ -92,6 +92,14 @@ def test_demo_cluster_is_small(serving: Serving) -> None:
     assert size <= PSS_BYTES_MAX
 
 
+def test_what_serves_has_the_priority_it_was_started_with(serving: Serving) -> None:
+    """Ray would start its workers at niceness 15. Seen to fail without RAY_worker_niceness."""
+    own = os.getpriority(os.PRIO_PROCESS, serving.process.pid)
+    niceness = {process.pid: os.getpriority(os.PRIO_PROCESS, process.pid) for process in descendants(serving.process.pid)}
+    assert {niceness[row["pid"]] for row in serving.workers().values()} == {own}
+    assert set(niceness.values()) == {own}, niceness
+
+
 @pytest.mark.parametrize("command", [[sys.executable, "examples/openai_client.py"], ["bash", "examples/curl.sh"]], ids=["openai", "curl"])
 def test_example_runs_against_the_cluster(serving: Serving, command: list[str]) -> None:
     url = f"{serving.url}/v1" if command[0] == sys.executable else serving.url
