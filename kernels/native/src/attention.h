@@ -160,7 +160,10 @@ template <typename N>
 INLINE void pack_values(uint32_t* panels, const Tile<N>& tile) {
   for (int word = 0; word * N::kPerWord < tile.end; ++word) {
     const auto *even = tile.value(word * N::kPerWord), *odd = tile.value(word * N::kPerWord + N::kPerWord - 1);
+    const int run = word * N::kPerWord / kRun;
+    const int64_t ahead = tile.is_whole(run) ? tile.ahead[run] : 0;
     for (int d = 0; d < tile.dim; d += 2 * kLanes) {
+      prefetch(even + d + ahead), prefetch(odd + d + ahead);
       uint32_t* to = panels + ((d / kPanel) * (kKeyTile / N::kPerWord) + word) * kPanel + d % kPanel;
       Words low, high;
       N::pair(even, odd, d, tile.dim - d, &low, &high);
