@@ -50,7 +50,7 @@ class LlamaCppEngine:
         converted.unlink()  # mapped; nothing is left behind
         assert self._model, "llama.cpp did not load what was converted"
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
-        self._num_threads = asked["num_threads"]
+        self._dtype, self._num_threads = asked["dtype"], asked["num_threads"]
         self._context: Any = None
         self._batch = llama_cpp.llama_batch_init(N_BATCH, 0, 1)
         return {"engine": f"llama.cpp (llama-cpp-python {llama_cpp.__version__})", "excluded_s": excluded_s}
@@ -64,6 +64,9 @@ class LlamaCppEngine:
         params.n_seq_max = len(requests)
         params.n_ctx = -(-longest // PADDING) * PADDING * len(requests)
         params.n_batch, params.n_ubatch = N_BATCH, N_UBATCH
+        if self._dtype == "float32":
+            params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # by default both are float16 inside: tokens part after some 20
         params.n_threads = params.n_threads_batch = self._num_threads
         if self._context is not None:
             llama_cpp.llama_free(self._context)
