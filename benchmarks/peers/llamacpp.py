@@ -64,9 +64,9 @@ class LlamaCppEngine:
         params.n_seq_max = len(requests)
         params.n_ctx = -(-longest // PADDING) * PADDING * len(requests)
         params.n_batch, params.n_ubatch = N_BATCH, N_UBATCH
-        if self._dtype == "float32":
+        if self._dtype == "float32":  # both are float16 inside by default: tokens part after some twenty
             params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
-            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # by default both are float16 inside: tokens part after some 20
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_threads = params.n_threads_batch = self._num_threads
         if self._context is not None:
             llama_cpp.llama_free(self._context)
