@@ -1,16 +1,18 @@
-"""The sequences that decode together, with the columns of their plan and of their output that stay the same from step to step.
+"""What a step is made of: the sequences that decode together, and the draft of a plan with them and chunks of prompts.
 
-A batch stays while the same sequences decode; a step of it then costs one short loop to plan and one to take its tokens.
+The columns of a decode batch (of its plan and of its output) stay while the same sequences decode; a step of it then costs one short
+loop to plan and one to take its tokens.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from engine.core.executor import Samples
+from engine.core.executor import Entries, PlanEntry, SampleEntry, Samples, SequenceStart
 from engine.core.sequence import Sequence
+from engine.step_time import StepShape
 from protocol.messages import TokenColumns
 
 
@@ -86,3 +88,44 @@ class DecodeBatch:
             )
             for gateway, rows in rows_of.items()
         ]
+
+
+NO_DECODES = DecodeBatch([])
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Draft:
+    """A plan in the making."""
+
+    step_id: int
+    num_tokens_left: int
+    batch: DecodeBatch = NO_DECODES
+    decode_starts: list[int] = field(default_factory=list)
+    prompts: list[PlanEntry] = field(default_factory=list)
+    samples: list[SampleEntry] = field(default_factory=list)  # of prompts
+    starts: list[SequenceStart] = field(default_factory=list)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+    chunks: list[tuple[Sequence, int]] = field(default_factory=list)  # (sequence, tokens that have KV afterwards) of prompts
+    sampled_prompts: list[Sequence] = field(default_factory=list)
+    retired: list[int] = field(default_factory=list)
+    shape: StepShape = field(default_factory=StepShape)
+    num_chunks: int = 0
+    is_short_of_blocks: bool = False
+
+    def entries(self) -> Entries:
+        batch, prompts = self.batch, Entries.of(self.prompts)
+        starts, tables = array("q", self.decode_starts), tuple([s.block_table for s in batch.sequences])
+        if not prompts:
+            return Entries(sequence_ids=batch.sequence_ids, starts=starts, sizes=batch.sizes, block_tables=tables)
+        return Entries(
+            sequence_ids=batch.sequence_ids + prompts.sequence_ids,
+            starts=starts + prompts.starts,
+            sizes=batch.sizes + prompts.sizes,
+            block_tables=tables + prompts.block_tables,
+        )
+
+    def all_samples(self) -> Samples:
+        if not self.samples:
+            return self.batch.samples
+        first, rest = self.batch.samples, Samples.of(self.samples)
+        return Samples(entry_indices=first.entry_indices + rest.entry_indices, sequence_ids=first.sequence_ids + rest.sequence_ids)

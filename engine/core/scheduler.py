@@ -8,62 +8,20 @@ when it is done. The best sequence in order can always preempt all others, so it
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left, insort
 from collections import deque
-from dataclasses import dataclass, field
 
-from engine.core.batch import DecodeBatch
+from engine.core.batch import DecodeBatch, Draft
 from engine.core.block_pool import BlockPool
 from engine.core.config import SchedulerConfig
-from engine.core.executor import BatchPlan, Entries, PlanEntry, SampleEntry, Samples, SequenceStart, StepResult
+from engine.core.executor import BatchPlan, PlanEntry, SampleEntry, SequenceStart, StepResult
 from engine.core.inbox import Inbox
 from engine.core.policy import DecodePolicy, PrefillPolicy
 from engine.core.prefix_cache import PrefixCache
 from engine.core.residence import Residence, StepInFlight, div_ceil
 from engine.core.sequence import Order, Sequence
-from engine.step_time import FittedStepTime, StepShape, StepTimeModel, tokens_within
+from engine.step_time import FittedStepTime, StepTimeModel, tokens_within
 from protocol.lifecycle import SequenceState
-
-NO_DECODES = DecodeBatch([])
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Draft:
-    """A plan in the making."""
-
-    step_id: int
-    num_tokens_left: int
-    batch: DecodeBatch = NO_DECODES
-    decode_starts: list[int] = field(default_factory=list)
-    prompts: list[PlanEntry] = field(default_factory=list)
-    samples: list[SampleEntry] = field(default_factory=list)  # of prompts
-    starts: list[SequenceStart] = field(default_factory=list)
-    block_copies: list[tuple[int, int]] = field(default_factory=list)
-    chunks: list[tuple[Sequence, int]] = field(default_factory=list)  # (sequence, tokens that have KV afterwards) of prompts
-    sampled_prompts: list[Sequence] = field(default_factory=list)
-    retired: list[int] = field(default_factory=list)
-    shape: StepShape = field(default_factory=StepShape)
-    num_chunks: int = 0
-    is_short_of_blocks: bool = False
-
-    def entries(self) -> Entries:
-        batch, prompts = self.batch, Entries.of(self.prompts)
-        starts, tables = array("q", self.decode_starts), tuple([s.block_table for s in batch.sequences])
-        if not prompts:
-            return Entries(sequence_ids=batch.sequence_ids, starts=starts, sizes=batch.sizes, block_tables=tables)
-        return Entries(
-            sequence_ids=batch.sequence_ids + prompts.sequence_ids,
-            starts=starts + prompts.starts,
-            sizes=batch.sizes + prompts.sizes,
-            block_tables=tables + prompts.block_tables,
-        )
-
-    def all_samples(self) -> Samples:
-        if not self.samples:
-            return self.batch.samples
-        first, rest = self.batch.samples, Samples.of(self.samples)
-        return Samples(entry_indices=first.entry_indices + rest.entry_indices, sequence_ids=first.sequence_ids + rest.sequence_ids)
 
 
 class Scheduler:
@@ -127,7 +85,7 @@ class Scheduler:
             return None
         if not self.running and not self.waiting:
             return None
-        draft = _Draft(step_id=self._next_step_id, num_tokens_left=self._config.max_num_batched_tokens)
+        draft = Draft(step_id=self._next_step_id, num_tokens_left=self._config.max_num_batched_tokens)
         self._force_preemption(draft)
         num_steps = min(self._config.max_leap_steps, self.horizon()) if self._config.max_leap_steps > 1 else 1
         num_running = len(self.running)
@@ -225,7 +183,7 @@ class Scheduler:
 
     # --- planning ---
 
-    def _plan_decodes(self, draft: _Draft, num_steps: int) -> int:
+    def _plan_decodes(self, draft: Draft, num_steps: int) -> int:
         """One token of every sequence that decodes, in order; returns how many decode."""
         if self._batch is None:
             self._batch = DecodeBatch([s for s in self.running if s.is_decoding and s.num_samples_left > 0])
@@ -246,7 +204,7 @@ class Scheduler:
         draft.shape = draft.shape.with_decodes(len(starts), sum(starts) + len(starts))
         return num_rows
 
-    def _may_decode(self, sequence: Sequence, end: int, draft: _Draft) -> bool:
+    def _may_decode(self, sequence: Sequence, end: int, draft: Draft) -> bool:
         """The longer look, at the first token of a residency, of a block, and where the last token is on its way."""
         if sequence.state is not SequenceState.RUNNING or sequence.num_samples_left < 1:
             return False
@@ -256,7 +214,7 @@ class Scheduler:
         sequence.decode_end = min(len(sequence.block_table) * self._config.block_size_tokens, sequence.max_total_tokens - 1)
         return True
 
-    def _plan_prompt(self, sequence: Sequence, draft: _Draft) -> None:
+    def _plan_prompt(self, sequence: Sequence, draft: Draft) -> None:
         """A chunk of one prompt, as large as policy and budgets allow."""
         start = sequence.num_computed_tokens
         remaining = sequence.compute_end - start
@@ -278,7 +236,7 @@ class Scheduler:
         self._counters["max_chunks_per_prompt"] = max(self._counters["max_chunks_per_prompt"], sequence.num_chunks)
         self._enter(sequence, num_tokens, draft)
 
-    def _enter(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> None:
+    def _enter(self, sequence: Sequence, num_tokens: int, draft: Draft) -> None:
         """Put the chunk of a prompt into the draft, with its samples and, at the end of a shared prompt, its fork."""
         start = sequence.num_computed_tokens
         end = start + num_tokens
@@ -305,7 +263,7 @@ class Scheduler:
                 member.num_planned_tokens += 1
 
     @staticmethod
-    def _introduce(sequence: Sequence, draft: _Draft) -> None:
+    def _introduce(sequence: Sequence, draft: Draft) -> None:
         if not sequence.is_known_to_executor:
             assert sequence.num_planned_tokens == len(sequence.tokens)
             sequence.is_known_to_executor = True
@@ -332,7 +290,7 @@ class Scheduler:
 
     # --- admission ---
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: Draft) -> None:
         """From the inbox, in order: prompts while tokens are left. An offer of KV that finds no room holds up those behind it."""
         being_made = self._bytes_being_made()
         may_leave = True
@@ -445,7 +403,7 @@ class Scheduler:
 
     # --- blocks ---
 
-    def _make_writable(self, sequence: Sequence, end: int, draft: _Draft) -> bool:
+    def _make_writable(self, sequence: Sequence, end: int, draft: Draft) -> bool:
         """Blocks for tokens up to `end`, the first one to be written ours alone. False: not in this step."""
         size = self._config.block_size_tokens
         table = sequence.block_table
@@ -463,7 +421,7 @@ class Scheduler:
             draft.retired.append(copied[0])
         return True
 
-    def _make_room(self, need: int, sequence: Sequence, draft: _Draft) -> bool:
+    def _make_room(self, need: int, sequence: Sequence, draft: Draft) -> bool:
         """Preempt sequences after this one in order until `need` blocks are, or soon will be, available. True: they are."""
         while need > self._pool.num_available_soon:
             candidates = [
@@ -484,7 +442,7 @@ class Scheduler:
         self.waiting.add(sequence)
         self._counters["preemptions"] += 1
 
-    def _force_preemption(self, draft: _Draft) -> None:
+    def _force_preemption(self, draft: Draft) -> None:
         """The test seam: only what has decoded since its admission, so that everything still comes to its end."""
         every = self._config.force_preempt_every
         if every and draft.step_id % every == every - 1:
