@@ -10,22 +10,19 @@ Memory comes from the system a page at a time, when it is first written. A hand-
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import threading
 
 import numpy as np
 
+from kvtransfer.mapping import HUGE_PAGE_BYTES, make_resident
 from kvtransfer.transport import Region
 
 log = logging.getLogger("baton.kvtransfer")
 
 NICENESS = 10
-PIECE_BYTES = 4 << 20  # between two pieces the thread may be told to end; a piece takes 1 to 5 ms
-_MADV_POPULATE_WRITE = 23  # linux/mman.h, from 5.14 on; faults pages in and leaves their content alone
-_madvise = ctypes.CDLL(None, use_errno=True).madvise  # mmap.madvise would hold the interpreter lock
-_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+PIECE_BYTES = HUGE_PAGE_BYTES  # between two pieces the thread may be told to end; a piece takes about 1 ms
 
 
 class FaultAhead:
@@ -35,8 +32,9 @@ class FaultAhead:
         self._block_bytes = region.layout.block_bytes
         self._size_bytes = region.size_bytes
         self._ahead_bytes = ahead_bytes
-        self._address: int = np.frombuffer(region.blocks, dtype=np.uint8).ctypes.data  # of a page: kvtransfer.region pads for it
-        self._resident_bytes = 0
+        self._first_block: int = np.frombuffer(region.blocks, dtype=np.uint8).ctypes.data  # of a page: kvtransfer.region pads for it
+        # Counted from the first block; negative at first: pieces begin at huge pages, and the generation words lie before the blocks.
+        self._resident_bytes = -(self._first_block % HUGE_PAGE_BYTES)
         self._wanted_bytes = min(ahead_bytes, self._size_bytes)
         self._closing = False
         self._changed = threading.Condition()
@@ -64,10 +62,12 @@ class FaultAhead:
                 self._changed.wait_for(lambda: self._closing or self._wanted_bytes > self._resident_bytes)
                 if self._closing:
                     return
-            size = min(PIECE_BYTES, self._size_bytes - self._resident_bytes)
-            if _madvise(self._address + self._resident_bytes, size, _MADV_POPULATE_WRITE) != 0:
+            done = self._resident_bytes
+            size = min(PIECE_BYTES, self._size_bytes - done)
+            why_not = make_resident(self._first_block + done, size)
+            if why_not:
                 # An older kernel, or no memory to be had now: pages come when they are written, as they would have without us.
-                log.info("kv pool is not faulted in ahead", extra={"reason": os.strerror(ctypes.get_errno())})
+                log.info("kv pool is not faulted in ahead", extra={"reason": why_not})
                 return
             self._resident_bytes += size
 

@@ -17,6 +17,7 @@ from array import array
 import numpy as np
 import numpy.typing as npt
 
+from kvtransfer.mapping import map_aligned
 from kvtransfer.transport import Region, RegionKind
 from protocol.errors import LayoutMismatch
 from protocol.kv import KVLayout
@@ -28,7 +29,9 @@ _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 class PoolMemory:
     """Owner of one mapping. `region` is what executors and transports use; its views die with `close`."""
 
-    def __init__(self, mapping: mmap.mmap, *, fd: int, kind: RegionKind, layout: KVLayout, num_blocks: int, region_id: int) -> None:
+    def __init__(
+        self, mapping: memoryview | mmap.mmap, *, fd: int, kind: RegionKind, layout: KVLayout, num_blocks: int, region_id: int
+    ) -> None:
         start = blocks_offset(num_blocks)
         whole = memoryview(mapping)
         self.region = Region(
@@ -40,7 +43,7 @@ class PoolMemory:
             blocks=whole[start : start + num_blocks * layout.block_bytes],
             generations=whole[: 8 * num_blocks].cast("Q"),
         )
-        self._mapping = mapping
+        self._mapping: memoryview | mmap.mmap | None = mapping
         self._whole = whole
         self._closed = False
 
@@ -51,7 +54,7 @@ class PoolMemory:
         fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, size_bytes)
-            mapping = mmap.mmap(fd, size_bytes)
+            mapping = map_aligned(fd, size_bytes, writable=True)
             # After our own mapping, the only writable one there will ever be.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
         except BaseException:
@@ -73,7 +76,7 @@ class PoolMemory:
                 raise LayoutMismatch(f"the peer's pool has {actual_bytes} bytes, its announced layout makes {size_bytes}")
             if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SIZE_SEALS != _SIZE_SEALS:
                 raise LayoutMismatch("the size of the peer's pool is not sealed; it could shrink under our reads")
-            mapping = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
+            mapping = map_aligned(fd, size_bytes, writable=False)
         except BaseException:
             os.close(fd)
             raise
@@ -101,7 +104,9 @@ class PoolMemory:
             self.region.blocks.release()
             self.region.generations.release()
             self._whole.release()
-            self._mapping.close()
+            if isinstance(self._mapping, mmap.mmap):
+                self._mapping.close()
+        self._mapping = None
         if self.region.fd >= 0:
             os.close(self.region.fd)
 

@@ -20,6 +20,8 @@ from engine.core.events import Emit, Event, RaiseGenerations, RunStep, StepDone,
 from engine.core.executor import StepResult
 from engine.core.worker_core import WorkerCore
 from engine.runner.torch_executor import TorchExecutor
+from kvtransfer.config import TransportConfig
+from kvtransfer.fault_ahead import FaultAhead
 from kvtransfer.region import PoolMemory
 from protocol.errors import UnsupportedModel
 from protocol.messages import Submit
@@ -43,6 +45,7 @@ class BatonEngine:
     def load(self, asked: dict[str, Any]) -> dict[str, Any]:
         plan = self._plan(asked)
         self._pool = PoolMemory.create(plan.layout, plan.num_kv_blocks)
+        self._fault_ahead = FaultAhead(self._pool.region, TransportConfig().fault_ahead_bytes)
         self._core = compose_worker_core(plan, worker_id="bench", epoch=1, role=Role.BOTH)
         self._executor = TorchExecutor(Path(asked["model"]), plan.runner, self._pool.region)
         self._executor.start(self._results.put)
@@ -117,6 +120,7 @@ class BatonEngine:
             if isinstance(command, RunStep):
                 self._executor.submit(command.plan)
             elif isinstance(command, RaiseGenerations):
+                self._fault_ahead.reached(max(command.block_ids))
                 self._pool.raise_generations(command.block_ids, command.generations)
             elif isinstance(command, Emit):
                 emitted.append(command)
