@@ -31,6 +31,7 @@ from control.memory import available_memory_bytes
 from control.run_files import RunFile, remove_run_file, write_run_file
 from control.sections import DEMO_MODEL
 from control.startup import Notice, Phase, PhaseBegan, PhaseDone, Report, ServerReady, ServerStopping
+from engine.demo import DEMO_MODEL_ABOUT, DEMO_MODEL_DIR
 from protocol.errors import ServiceError
 from router import policies
 
@@ -123,10 +124,11 @@ class Cluster:
         with self._phase(Phase.MODEL, f"looking for {self.config.model.path}") as done, guard():
             from control.compose import compose_worker, pinned
 
-            model_dir = _find_model(self.config, self._environ)
+            model_dir = _find_model(self.config)
             plan = compose_worker(self.config, model_dir, memory_bytes=available_memory_bytes())
             self.config = pinned(self.config, plan)
-            done.append(f"{plan.model.architecture}, {plan.num_kv_blocks} KV blocks a worker")
+            what = DEMO_MODEL_ABOUT if self.config.model.path == DEMO_MODEL else plan.model.architecture
+            done.append(f"{what}, {plan.num_kv_blocks} KV blocks a worker")
         with self._phase(Phase.RAY, self.config.ray.address or "starting a private Ray") as done:
             self._runtime = self._start_ray(guard)
             done.append(self._runtime.address)
@@ -272,13 +274,10 @@ def _check_policy(spec: str) -> None:
         policies.load(spec)
 
 
-def _find_model(config: ClusterConfig, environ: Mapping[str, str]) -> Path:
-    """The checkpoint's directory; made or downloaded first where it has to be."""
+def _find_model(config: ClusterConfig) -> Path:
+    """The checkpoint's directory; downloaded first where it has to be."""
     if config.model.path == DEMO_MODEL:
-        from engine.demo import make_demo_model
-
-        cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return make_demo_model(cache / "baton" / "demo")
+        return DEMO_MODEL_DIR
     from engine.hub import resolve_model
 
     return resolve_model(

@@ -19,7 +19,7 @@ from prefill_workers.policy import PromptOrder
 from protocol.errors import ConfigError
 from router.config import RouterConfig
 
-DEMO_MODEL = "demo"  # the built-in model, made at first start
+DEMO_MODEL = "demo"  # the built-in model: engine/demo_model
 MAX_WORKERS = 1024
 
 

@@ -19,7 +19,7 @@ from tests.serving import KILLED_ON_PURPOSE, Serving, end, start
 HEAVY = frozenset({"torch", "ray", "transformers", "triton"})
 SHARED_CLUSTER = {
     # In torch a phase lasts until a worker is killed in it; golden, kernels and property tests hold the native kernels.
-    "model": {"path": "demo", "kernels": "torch"},
+    "model": {"path": "demo", "kernels": "torch", "numerics": "reference"},
     "workers": {"prefill_workers": 2, "decode_workers": 2},
     "router": {"disaggregate": "always"},
     "supervisor": KILLED_ON_PURPOSE,

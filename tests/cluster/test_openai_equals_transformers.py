@@ -8,7 +8,6 @@ and its own generation. Seen to fail with rope positions shifted by one in steps
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
+from engine.demo import DEMO_MODEL_DIR
 from tests.serving import Serving
 
 pytestmark = pytest.mark.cluster
@@ -55,11 +55,6 @@ def make_cases() -> list[Case]:
             system = [{"role": "system", "content": "Be brief."}] if index & 8 else []
             cases.append(Case(messages=(*system, *history, {"role": "user", "content": text}), streaming=streaming))
     return cases
-
-
-def demo_directory() -> Path:
-    """Where `baton serve` keeps the checkpoint it made."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton" / "demo"
 
 
 class Oracle:
@@ -129,7 +124,7 @@ async def test_32_concurrent_answers_equal_transformers(serving: Serving) -> Non
     cases = make_cases()
     async with AsyncOpenAI(base_url=f"{serving.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
         answers = await asyncio.gather(*(ask(client, case) for case in cases))
-    oracle = Oracle(demo_directory())
+    oracle = Oracle(DEMO_MODEL_DIR)
     for case, answer in zip(cases, answers, strict=True):
         assert answer == oracle.answer(case), case
     assert len({answer.text for answer in answers}) > NUM_REQUESTS // 2, "the model says the same to everybody: a weak test"

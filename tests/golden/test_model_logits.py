@@ -9,8 +9,6 @@ all read from its start.
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from engine.demo import make_demo_model  # noqa: E402
+from engine.demo import DEMO_MODEL_DIR  # noqa: E402
 from tests.checkpoints import ARCHITECTURES, LLAMA3_ROPE  # noqa: E402
 from tests.native_paths import PATHS  # noqa: E402
 from tests.torch_driver import TorchDriver  # noqa: E402
@@ -29,6 +27,7 @@ pytestmark = pytest.mark.golden
 
 NUM_GREEDY = 64
 TOLERANCE = 1e-4  # sums of up to 160 products in float32, in another order
+DEMO_TOLERANCE = 1e-3  # of up to 704, and logits up to 30
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
@@ -131,47 +130,17 @@ def test_sixteen_bits_cost_no_more_than_they_cost_transformers(
     assert error(ours) < (1.25 if kernels == "torch" else 1.0) * error(theirs)
 
 
-@pytest.fixture(scope="module")
-def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_demo_model(tmp_path_factory.mktemp("model") / "demo")
+@pytest.mark.parametrize("kernels", ["torch", *PATHS])
+def test_demo_model_equals_transformers(kernels: str) -> None:
+    """The shipped checkpoint on text it was made for, both its weights in bf16 computed in float32. Seen to fail with rope_theta 10001."""
+    from tokenizers import Tokenizer
 
-
-def test_demo_model_equals_transformers(demo_dir: Path) -> None:
-    prompt = [random.Random(0).randrange(3, 2048) for _ in range(100)]
-    with TorchDriver(demo_dir) as driver:
-        (output,) = driver.generate([prompt], NUM_GREEDY, chunk=48)
-        ours = torch.stack(driver.logits[0])
-    theirs = oracle_logits(demo_dir, prompt + output)[len(prompt) - 1 : -1]
-    assert (ours - theirs).abs().max() < TOLERANCE
-    assert output == theirs.argmax(-1).tolist()
-
-
-def test_demo_model_neither_loops_nor_stops_soon(demo_dir: Path) -> None:
-    """Seen to fail with the sign of SELF_DAMPING turned, which makes every token its own best successor."""
-    rng = random.Random(0)
-    with TorchDriver(demo_dir, numerics="fast", num_blocks=500) as driver:
-        prompts = [[rng.randrange(3, 2048) for _ in range(rng.choice([1, 10, 100]))] for _ in range(24)]
-        outputs = driver.generate(prompts, NUM_GREEDY)
-    assert min(len(set(output)) for output in outputs) > NUM_GREEDY // 2
-    assert sum(token in (0, 1, 2) for output in outputs for token in output) <= 2
-
-
-def test_demo_model_is_the_same_wherever_it_is_made(demo_dir: Path, tmp_path: Path) -> None:
-    """Made again here and in a fresh interpreter: byte for byte one model, so that workers of two hosts can exchange KV."""
-    code = f"from pathlib import Path; from engine.demo import make_demo_model; make_demo_model(Path({str(tmp_path / 'fresh')!r}))"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    make_demo_model(tmp_path / "again")
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        assert (demo_dir / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-
-
-def test_demo_model_of_an_older_version_is_replaced(tmp_path: Path) -> None:
-    old = tmp_path / "demo"
-    old.mkdir()
-    (old / "config.json").write_text('{"baton_demo_version": -1}')
-    make_demo_model(old)
-    assert (old / "model.safetensors").exists()
-    written = (old / "tokenizer.json").stat().st_mtime_ns
-    make_demo_model(old)
-    assert (old / "tokenizer.json").stat().st_mtime_ns == written, "made twice"
-    assert [p.name for p in tmp_path.iterdir()] == ["demo"], "nothing is left beside it"
+    tokenizer = Tokenizer.from_file(str(DEMO_MODEL_DIR / "tokenizer.json"))
+    prompts = [tokenizer.encode(text).ids for text in ("def main():", f'"""{__doc__}"""\n\nimport random\n\n\nclass Point:\n')]
+    with TorchDriver(DEMO_MODEL_DIR, kernels=kernels) as driver:
+        outputs = driver.generate(prompts, NUM_GREEDY, chunk=48)
+        logits = [torch.stack(driver.logits[i]) for i in range(len(prompts))]
+    for prompt, output, ours in zip(prompts, outputs, logits, strict=True):
+        theirs = oracle_logits(DEMO_MODEL_DIR, prompt + output)[len(prompt) - 1 : -1]
+        assert (ours - theirs).abs().max() < DEMO_TOLERANCE
+        assert output == theirs.argmax(-1).tolist()
