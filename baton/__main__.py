@@ -10,6 +10,7 @@ import typer
 from baton.bench.disagg import bench_disagg
 from baton.bench.engine_command import engine
 from baton.bench.serve import bench_serve
+from baton.bench.start import bench_start
 from baton.chat import chat
 from baton.serve import serve_command
 from baton.status import status
@@ -29,11 +30,15 @@ app.command("chat")(chat)
 app.command("status")(status)
 
 bench = typer.Typer(
-    name="bench", help="Measure: the engine, latency under load, prefill and decode apart.", no_args_is_help=True, rich_markup_mode=None
+    name="bench",
+    help="Measure: the engine, latency under load, prefill and decode apart, starting.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 bench.command("engine")(engine)
 bench.command("serve")(bench_serve)
 bench.command("disagg")(bench_disagg)
+bench.command("start")(bench_start)
 app.add_typer(bench)
 
 

@@ -4,6 +4,7 @@
     serve.py             `baton bench serve`: an endpoint under open-loop load
     load.py              the load: arrivals, and the client that times every delivery
     disagg.py            `baton bench disagg`: prefill and decode apart, beside colocated engines
+    start.py             `baton bench start`: from the command to the first answer, and to the end
     servers.py           whole servers, held still between turns   pareto.py           the drawing of that trade
     engine_command.py    `baton bench engine` and the table it prints
     engine_run.py        loading, checking, taking turns          engine_rows.py      from samples to rows, targets, verdicts

@@ -140,9 +140,9 @@ def bench_disagg(
 
 def _start_all(plan: Plan, folder: Path, running: ExitStack, say: Callable[[str], None]) -> list[ServerProcess]:
     """All servers, one after the other, each held still as soon as it has answered."""
-    from baton.bench.servers import ServerProcess, our_server, vllm_server
+    from baton.bench.servers import ServerProcess, checkpoint_to_serve, our_server, vllm_server
 
-    model_dir = _model_dir(plan.model, folder)
+    model_dir = checkpoint_to_serve(plan.model, folder)
     max_model_len = plan.workload.input_len + plan.workload.output_len + CONTEXT_SPARE_TOKENS
     commands = [our_server(model_dir, folder, threads=plan.threads)]
     for limit in plan.token_limits if plan.python is not None else ():
@@ -186,18 +186,6 @@ def _turns(num_servers: int, number: int) -> list[int]:
     """Another goes first each round, so that a drift of the machine hits nobody alone."""
     first = number % num_servers
     return [*range(first, num_servers), *range(first)]
-
-
-def _model_dir(name: str, folder: Path) -> Path:
-    from baton.bench.models import make_checkpoint, read_model, resolve_model
-    from baton.bench.servers import add_tokenizer
-
-    model = resolve_model(name)
-    if isinstance(model, Path):
-        return model
-    directory = make_checkpoint(model, folder)
-    add_tokenizer(directory, read_model(directory).vocab_size)
-    return directory
 
 
 def _limit(text: str) -> int | None:

@@ -65,8 +65,8 @@ def _stat(pid: int) -> list[str] | None:
         return None
 
 
-def resident_bytes(session: int, *, without: str) -> int:
-    """Proportional set size of a session's processes, mappings of files whose name holds `without` left out."""
+def resident_bytes(session: int, *, without: str | None = None) -> int:
+    """Proportional set size of a session's processes, mappings of files whose name holds `without` left out; None: of all."""
     total = 0
     for pid in pids_of([session]):
         try:
@@ -79,5 +79,5 @@ def resident_bytes(session: int, *, without: str) -> int:
             if name == "Pss":
                 total += int(value.split()[0]) * 1024 if is_counted else 0
             elif "-" in line.split(" ", 1)[0]:  # "7f00-7f01 rw-p ... name": the head of the next mapping
-                is_counted = without not in line
+                is_counted = without is None or without not in line
     return total

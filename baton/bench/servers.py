@@ -167,6 +167,25 @@ class ServerProcess:
         return self._log.read_text(errors="replace").strip()[-LOG_CHARS:] or "it said nothing"
 
 
+def checkpoint_to_serve(name: str, folder: Path) -> Path:
+    """The built-in demo model, a random checkpoint of a shape with a tokenizer (made in `folder`), or the directory that is named.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    from baton.bench.models import make_checkpoint, read_model, resolve_model
+    from engine.demo import DEMO_MODEL_DIR
+
+    if name == "demo":
+        return DEMO_MODEL_DIR
+    model = resolve_model(name)
+    if isinstance(model, Path):
+        return model
+    directory = make_checkpoint(model, folder)
+    add_tokenizer(directory, read_model(directory).vocab_size)
+    return directory
+
+
 def add_tokenizer(model_dir: Path, vocab_size: int) -> None:
     """Files of a byte-level tokenizer with `vocab_size` tokens, so that a checkpoint of random weights can be served.
 
@@ -203,4 +222,4 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-__all__ = ["SERVED_NAME", "ServerCommand", "ServerProcess", "add_tokenizer", "our_server", "vllm_server"]
+__all__ = ["SERVED_NAME", "ServerCommand", "ServerProcess", "add_tokenizer", "checkpoint_to_serve", "our_server", "vllm_server"]
