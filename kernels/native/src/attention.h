@@ -11,6 +11,8 @@ namespace {
 using namespace baton;
 
 constexpr int kRuns = kKeyTile / kRun;
+constexpr int kBatchRows = 2 * kMaxRows < kLanes ? 2 * kMaxRows : kLanes;  // whose maxima and weights are computed together, a lane a row
+static_assert(kBatchRows % kMaxRows == 0 && kBatchRows <= kBatchRowsMost, "a batch is whole groups and has its place in the scratch");
 constexpr float kLog2e = 1.44269504088896341f;
 
 // Keys and values of a tile, in runs that lie within one block.
@@ -210,6 +212,12 @@ static void weigh(int num_rows, const Seen* seen, float* scores, typename N::Sto
   }
 }
 
+// One group alone, or two: while the maximum of one row is awaited others are computed.
+INLINE int next_batch(int64_t rows_left) {
+  const int group = next_group(rows_left);
+  return rows_left > group && group + next_group(rows_left - group) <= kBatchRows ? group + next_group(rows_left - group) : group;
+}
+
 template <typename N>
 INLINE void score_few(int num_rows, const Tile<N>& tile, const uint32_t* const* q, float* scores) {
   switch (num_rows) {
@@ -248,13 +256,13 @@ static void attention(const AttentionTask& t, int64_t index, int kv_head, float*
   const int dim_words = dim / N::kPerWord, dim_panels = (dim + kPanel - 1) / kPanel, value_words = kKeyTile / N::kPerWord * kPanel;
   uint32_t* keys = (uint32_t*)scratch;                              // [dim words][64]
   uint32_t* values = keys + dim * kPanel;                           // [dim panels][key words][64]
-  float* scores = (float*)(values + dim_panels * kPanel * kPanel);  // [rows of a group][64]
-  Stored* weights = (Stored*)(scores + 8 * kPanel);                 // [rows of a group][64]
-  float* out = (float*)weights + 8 * kPanel;                        // [dim panels][rows][64]
-  float highest[kTileRows], kept[kMaxRows];
+  float* scores = (float*)(values + dim_panels * kPanel * kPanel);  // [rows of a batch][64]
+  Stored* weights = (Stored*)(scores + kBatchRowsMost * kPanel);    // [rows of a batch][64]
+  float* out = (float*)weights + kBatchRowsMost * kPanel;           // [dim panels][rows][64]
+  float highest[kTileRows], kept[kBatchRows];
   Sixteen sums[kTileRows];
-  const uint32_t *q[kTileRows], *w[kMaxRows];
-  for (int r = 0; r < kMaxRows; ++r) w[r] = (const uint32_t*)(weights + r * kKeyTile);
+  const uint32_t *q[kTileRows], *w[kBatchRows];
+  for (int r = 0; r < kBatchRows; ++r) w[r] = (const uint32_t*)(weights + r * kKeyTile);
   for (int r = 0; r < num_rows; ++r) {
     const Stored* row = (const Stored*)(t.q + (item.first_row + r / heads) * t.q_stride);
     q[r] = (const uint32_t*)(row + (kv_head * heads + r % heads) * dim);
@@ -278,11 +286,11 @@ static void attention(const AttentionTask& t, int64_t index, int kv_head, float*
     if (!is_few) pack_keys<N>(keys, tile), pack_values<N>(values, tile);
     int token = 0, head = 0;
     for (int r = 0; r < num_rows;) {
-      const int group = next_group(num_rows - r);
-      Seen seen[kMaxRows];
+      const int batch = next_batch(num_rows - r);
+      Seen seen[kBatchRows];
       int end = 0, begin = kKeyTile;
       bool is_whole = true;
-      for (int i = 0; i < group; ++i) {
+      for (int i = 0; i < batch; ++i) {
         const int64_t position = item.start + token - first, oldest = t.window ? position - t.window + 1 : 0;
         seen[i].begin = (int)(oldest < 0 ? 0 : oldest > kKeyTile ? kKeyTile : oldest);
         seen[i].end = (int)(position < 0 ? 0 : position < tile.end ? position + 1 : tile.end);
@@ -291,18 +299,25 @@ static void attention(const AttentionTask& t, int64_t index, int kv_head, float*
         if (++head == heads) head = 0, ++token;
       }
       if (begin < end) {
-        if (is_few)
-          score_few<N>(group, tile, q + r, scores);
-        else
-          multiply_some<N, 0>(group, q + r, keys, dim_words, scores, nullptr, kPanel, nullptr);
-        (is_whole ? weigh<N, true> : weigh<N, false>)(group, seen, scores, weights, scale, highest + r, sums + r, kept);
-        if (is_few) add_few<N>(group, tile, w, kept, out);
-        for (int p = 0; p < dim_panels && !is_few; ++p) {
-          const int width = dim - p * kPanel < kPanel ? dim - p * kPanel : kPanel;
-          multiply_some<N, 0>(group, w, values + p * value_words, (end + N::kPerWord - 1) / N::kPerWord, out + (p * num_rows + r) * kPanel, kept, width, nullptr);
+        for (int i = 0, group; i < batch; i += group) {
+          group = next_group(batch - i);
+          if (is_few)
+            score_few<N>(group, tile, q + r + i, scores + i * kPanel);
+          else
+            multiply_some<N, 0>(group, q + r + i, keys, dim_words, scores + i * kPanel, nullptr, end, nullptr);
+        }
+        (is_whole ? weigh<N, true> : weigh<N, false>)(batch, seen, scores, weights, scale, highest + r, sums + r, kept);
+        for (int i = 0, group; i < batch; i += group) {
+          group = next_group(batch - i);
+          if (is_few) add_few<N>(group, tile, w + i, kept + i, out);
+          for (int p = 0; p < dim_panels && !is_few; ++p) {
+            const int width = dim - p * kPanel < kPanel ? dim - p * kPanel : kPanel;
+            float* c = out + (p * num_rows + r + i) * kPanel;
+            multiply_some<N, 0>(group, w + i, values + p * value_words, (end + N::kPerWord - 1) / N::kPerWord, c, kept + i, width, nullptr);
+          }
         }
       }
-      r += group;
+      r += batch;
     }
   }
   for (int r = 0; r < num_rows; ++r) {

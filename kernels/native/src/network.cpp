@@ -97,7 +97,12 @@ void Network::set_norm(int layer, int which, const float* weight) {
 void Network::lay_out(const BatonStep& step) {
   require(embedding_ && pool_ && head_.words, "a network needs an embedding, a pool and an arena");
   const int group_tokens = std::max(1, kTileRows / (shape_.num_heads / shape_.num_kv_heads));
-  slots_.clear(), positions_.clear(), last_rows_.clear(), items_.clear();
+  slots_.clear(), positions_.clear(), items_.clear(), told_rows_.clear(), told_items_.clear();
+  told_of_entry_.assign(step.num_entries, -1);
+  for (int64_t i = 0; i < step.num_logits; ++i) {
+    require(step.logit_entries[i] >= 0 && step.logit_entries[i] < step.num_entries, "logits of an entry that is not there");
+    told_of_entry_[step.logit_entries[i]] = 0;
+  }
   int64_t first_block = 0;
   for (int64_t i = 0; i < step.num_entries; ++i) {
     const int64_t start = step.starts[i], end = start + step.sizes[i], num_blocks = step.table_ends[i] - first_block;
@@ -111,11 +116,16 @@ void Network::lay_out(const BatonStep& step) {
     }
     for (int64_t at = start; at < end; at += group_tokens)
       items_.push_back({table, first_row + at - start, at, static_cast<int>(std::min<int64_t>(group_tokens, end - at))});
-    last_rows_.push_back(first_row + end - start - 1);
+    if (told_of_entry_[i] == 0) {
+      const int64_t row = first_row + end - start - 1;
+      told_of_entry_[i] = told_rows_.size();
+      told_rows_.push_back(row), told_items_.push_back({table, row, end - 1, 1});
+    }
     first_block = step.table_ends[i];
   }
   // Long contexts first, so that the last pieces to finish are short ones.
-  std::stable_sort(items_.begin(), items_.end(), [](const AttentionItem& a, const AttentionItem& b) { return a.start + a.num_tokens > b.start + b.num_tokens; });
+  for (auto* items : {&items_, &told_items_})
+    std::stable_sort(items->begin(), items->end(), [](const AttentionItem& a, const AttentionItem& b) { return a.start + a.num_tokens > b.start + b.num_tokens; });
 }
 
 void Network::embed(const BatonStep& step, int64_t num_rows) {
@@ -147,10 +157,10 @@ void Network::norm(const std::vector<float>& weight, const int64_t* rows, int64_
   threads_.each_row(num_rows, [&](int, int64_t row) { path_.norm(task, row); });
 }
 
-void Network::multiply(const PackedLinear& linear, const Memory& x, int64_t num_rows, After after, const Memory& y) {
+void Network::multiply(const PackedLinear& linear, const Memory& x, int64_t num_rows, After after, const Memory& y, const int64_t* x_rows) {
   LinearTask task{};
   task.linear = &linear;
-  task.x = x.as<uint32_t>(), task.x_stride = linear.num_words;
+  task.x = x.as<uint32_t>(), task.x_stride = linear.num_words, task.x_rows = x_rows;
   task.num_rows = num_rows;
   task.after = after;
   if (after == After::kSiluMul)
@@ -171,26 +181,36 @@ void Network::run_layer(int index, int64_t num_rows) {
                           shape_.head_dim, cos_sin_.as<float>(), q_.as<uint32_t>(), words(q_size_), slots_.data(),
                           pool_ + index * layer_bytes, block_bytes, shape_.block_size};
   threads_.each_row(num_rows, [&](int, int64_t row) { path_.rotary(rotary, row); });
-  const AttentionTask attention{items_.data(), static_cast<int64_t>(items_.size()), q_.as<uint32_t>(), words(q_size_), pool_ + index * layer_bytes, block_bytes, shape_.block_size,
+  // Beyond here the last layer is computed for the rows whose logits are told.
+  const bool is_last = index == shape_.num_layers - 1;
+  if (is_last && (num_rows = keep_told_rows(num_rows)) == 0) return;
+  const std::vector<AttentionItem>& items = is_last ? told_items_ : items_;
+  const AttentionTask attention{items.data(), static_cast<int64_t>(items.size()), q_.as<uint32_t>(), words(q_size_), pool_ + index * layer_bytes, block_bytes, shape_.block_size,
                                 shape_.num_heads, shape_.num_kv_heads, shape_.head_dim, layer.window, 1.0f / sqrtf(static_cast<float>(shape_.head_dim)),
                                 attended_.as<uint32_t>(), words(q_size_)};
   const int64_t kv_heads = shape_.num_kv_heads;
-  threads_.each(items_.size() * kv_heads, [&](int thread, int64_t i) {
+  threads_.each(items.size() * kv_heads, [&](int thread, int64_t i) {
     path_.attention(attention, i / kv_heads, static_cast<int>(i % kv_heads), scratch_.of(thread));
   });
-  multiply(layer.output, attended_, num_rows, After::kAdd, residual_);
+  multiply(layer.output, attended_, num_rows, After::kAdd, residual_, is_last ? told_rows_.data() : nullptr);
   norm(layer.mlp_norm, nullptr, num_rows);
   if (layer.experts.router.words) return mixture_->add(layer.experts, normed_.as<uint32_t>(), num_rows, residual_.as<float>(), scratch_);
   multiply(layer.gate_up, normed_, num_rows, After::kSiluMul, gated_);
   multiply(layer.down, gated_, num_rows, After::kAdd, residual_);
 }
 
+// Their residual streams move to the front; returns how many they are.
+int64_t Network::keep_told_rows(int64_t num_rows) {
+  const int64_t hidden = shape_.hidden_size, num_told = told_rows_.size();
+  float* residual = residual_.as<float>();
+  if (num_told < num_rows)
+    for (int64_t i = 0; i < num_told; ++i) memmove(residual + i * hidden, residual + told_rows_[i] * hidden, sizeof(float) * hidden);
+  return num_told;
+}
+
 void Network::finish(const BatonStep& step) {
   std::vector<int64_t> rows(step.num_logits);
-  for (int64_t i = 0; i < step.num_logits; ++i) {
-    require(step.logit_entries[i] >= 0 && step.logit_entries[i] < step.num_entries, "logits of an entry that is not there");
-    rows[i] = last_rows_[step.logit_entries[i]];
-  }
+  for (int64_t i = 0; i < step.num_logits; ++i) rows[i] = told_of_entry_[step.logit_entries[i]];
   norm(final_norm_, rows.data(), step.num_logits);
   LinearTask task{};
   task.linear = &head_;

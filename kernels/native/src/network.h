@@ -39,9 +39,10 @@ class Network {
   void lay_out(const BatonStep& step);
   void embed(const BatonStep& step, int64_t num_rows);
   void run_layer(int index, int64_t num_rows);
+  int64_t keep_told_rows(int64_t num_rows);
   void finish(const BatonStep& step);
   void norm(const std::vector<float>& weight, const int64_t* rows, int64_t num_rows);
-  void multiply(const PackedLinear& linear, const Memory& x, int64_t num_rows, After after, const Memory& y);
+  void multiply(const PackedLinear& linear, const Memory& x, int64_t num_rows, After after, const Memory& y, const int64_t* x_rows = nullptr);
   int64_t words(int64_t size) const { return path_.is_bf16 ? (size + 1) / 2 : size; }
   int64_t value_bytes() const { return path_.is_bf16 ? 2 : 4; }
 
@@ -59,8 +60,11 @@ class Network {
   int64_t qkv_size_, q_size_;
   // Of a step, by row: the residual stream, q k v, cosines and sines; then, in words, what linears read.
   Memory residual_, qkv_, cos_sin_, normed_, q_, attended_, gated_;
-  std::vector<int64_t> slots_, positions_, last_rows_;
+  std::vector<int64_t> slots_, positions_;
   std::vector<AttentionItem> items_;
+  // Of the last layer only keys and values are needed of every row; all else of the rows whose logits are told: one an entry that has some.
+  std::vector<int64_t> told_rows_, told_of_entry_;  // ascending rows; entry: which of them, -1: none
+  std::vector<AttentionItem> told_items_;
   Scratch scratch_;
   std::vector<DrawScratch> draw_scratch_;  // of each thread
 };

@@ -11,6 +11,7 @@ constexpr int kRun = 16;         // the block size is a multiple of it
 constexpr int kMaxHeadDim = 512;
 constexpr int kRowSlice = 192; // rows of a linear computed by one thread at a time
 constexpr int kTileRows = 96;  // rows (tokens x heads of a group) of one attention item
+constexpr int kBatchRowsMost = 12;  // of these, weighed together
 constexpr int kLanesMax = 16;
 constexpr int kMassBlock = 512;  // neighbouring tokens whose weights are summed together, to find one among them sooner
 constexpr double kWeightUnit = 0x1p-34;  // of weights up to 1: their sums are exact in double up to 2^19 tokens
@@ -132,9 +133,9 @@ struct Path {
 
 constexpr int64_t kPeakWords = 64;  // `peak` does num_rounds * kPeakWords * 6 * 64 word products
 
-// Floats one thread needs: result tiles of a linear, or keys, values, scores and weights of eight rows and sums of an attention item.
+// Floats one thread needs: result tiles of a linear, or keys, values, scores and weights of a batch of rows and sums of an attention item.
 constexpr int64_t scratch_floats(int64_t head_dim) {
-  const int64_t dims = (head_dim + kPanel - 1) / kPanel * kPanel, attention = kPanel * (head_dim + dims + 16) + kTileRows * dims;
+  const int64_t dims = (head_dim + kPanel - 1) / kPanel * kPanel, attention = kPanel * (head_dim + dims + 2 * kBatchRowsMost) + kTileRows * dims;
   return attention > kRowSlice * kPanel ? attention : kRowSlice * kPanel;
 }
 
