@@ -25,6 +25,9 @@ struct Tile {
   int dim, begin, end;        // [begin, end) of the 64 may be read
 
   int num_words() const { return dim / N::kPerWord; }
+  void next_head(int64_t head_stride) {
+    for (const Stored*& run : keys) run = run ? run + head_stride : nullptr;
+  }
   bool is_whole(int run) const { return begin <= run * kRun && end >= (run + 1) * kRun; }
   const Stored* value(int key) const {
     static const Stored zeros[kMaxHeadDim] = {};
@@ -63,6 +66,12 @@ INLINE void look_ahead(Tile<N>& tile, const Tile<N>& next) {
     if (next.keys[i] && !tile.is_whole(i))
       for (int64_t at = 0; at < kRun * tile.dim; at += 64 / (int64_t)sizeof(*next.keys[i])) prefetch(next.keys[i] + at), prefetch(next.keys[i] + tile.value_offset + at);
   }
+}
+
+// The first tile of the piece that comes next, or `last`.
+template <typename N>
+INLINE Tile<N> first_of_next(const AttentionTask& t, const AttentionPiece& piece, const Tile<N>& last) {
+  return piece.next ? find_tile<N>(t, *piece.next, piece.next_head, first_tile(t, *piece.next)) : last;
 }
 
 // Words [k, k + kLanes) of kLanes neighbouring keys, a lane a key.
@@ -246,95 +255,147 @@ INLINE void add_few(int num_rows, const Tile<N>& tile, const uint32_t* const* we
   }
 }
 
-// Some tokens of one sequence and the heads of one group. Rows as few as a register tile holds read keys and values as they lie; for more
-// of them a tile is packed first. A group of rows goes all the way from scores to sums while they are in the first-level cache.
+// Where one thread works, in its scratch: for one head of many rows, or for several heads of few.
 template <typename N>
-static void attention(const AttentionTask& t, int64_t index, int kv_head, float* scratch) {
-  typedef typename N::Stored Stored;
-  const AttentionItem& item = t.items[index];
-  const int heads = t.num_heads / t.num_kv_heads, num_rows = item.num_tokens * heads, dim = t.head_dim;
-  const int dim_words = dim / N::kPerWord, dim_panels = (dim + kPanel - 1) / kPanel, value_words = kKeyTile / N::kPerWord * kPanel;
-  uint32_t* keys = (uint32_t*)scratch;                              // [dim words][64]
-  uint32_t* values = keys + dim * kPanel;                           // [dim panels][key words][64]
-  float* scores = (float*)(values + dim_panels * kPanel * kPanel);  // [rows of a batch][64]
-  Stored* weights = (Stored*)(scores + kBatchRowsMost * kPanel);    // [rows of a batch][64]
-  float* out = (float*)weights + kBatchRowsMost * kPanel;           // [dim panels][rows][64]
+struct Desk {
+  uint32_t* keys;              // [dim words][64]
+  uint32_t* values;            // [dim panels][key words][64]
+  float* scores;               // [rows of a batch][64]
+  typename N::Stored* weights; // [rows of a batch][64]
+  float* out;                  // [head][dim panels][rows][64]
+  const uint32_t* q[kTileRows];
+  const uint32_t* w[kBatchRows];  // rows of weights
   float highest[kTileRows], kept[kBatchRows];
   Sixteen sums[kTileRows];
-  const uint32_t *q[kTileRows], *w[kBatchRows];
-  for (int r = 0; r < kBatchRows; ++r) w[r] = (const uint32_t*)(weights + r * kKeyTile);
-  for (int r = 0; r < num_rows; ++r) {
-    const Stored* row = (const Stored*)(t.q + (item.first_row + r / heads) * t.q_stride);
-    q[r] = (const uint32_t*)(row + (kv_head * heads + r % heads) * dim);
-    highest[r] = -1e30f;
-    sums[r] = Sixteen{};
-  }
-  memset(out, 0, sizeof(float) * dim_panels * num_rows * kPanel);
-  const bool is_few = num_rows <= kMaxRows;
-  const int64_t context = item.start + item.num_tokens;
-  const float scale = t.scale * kLog2e;
-  for (int64_t first = first_tile(t, item); first < context; first += kKeyTile) {
-    Tile<N> tile = find_tile<N>(t, item, kv_head, first);
-    if (first + kKeyTile < context)
-      look_ahead<N>(tile, find_tile<N>(t, item, kv_head, first + kKeyTile));
-    else if (kv_head + 1 < t.num_kv_heads)  // the piece this thread most likely computes next
-      look_ahead<N>(tile, find_tile<N>(t, item, kv_head + 1, first_tile(t, item)));
-    else if (index + 1 < t.num_items)
-      look_ahead<N>(tile, find_tile<N>(t, t.items[index + 1], 0, first_tile(t, t.items[index + 1])));
-    else
-      look_ahead<N>(tile, tile);
-    if (!is_few) pack_keys<N>(keys, tile), pack_values<N>(values, tile);
-    int token = 0, head = 0;
-    for (int r = 0; r < num_rows;) {
-      const int batch = next_batch(num_rows - r);
-      Seen seen[kBatchRows];
-      int end = 0, begin = kKeyTile;
-      bool is_whole = true;
-      for (int i = 0; i < batch; ++i) {
-        const int64_t position = item.start + token - first, oldest = t.window ? position - t.window + 1 : 0;
-        seen[i].begin = (int)(oldest < 0 ? 0 : oldest > kKeyTile ? kKeyTile : oldest);
-        seen[i].end = (int)(position < 0 ? 0 : position < tile.end ? position + 1 : tile.end);
-        end = seen[i].end > end ? seen[i].end : end, begin = seen[i].begin < begin ? seen[i].begin : begin;
-        is_whole &= seen[i].begin == 0 && seen[i].end == kKeyTile;
-        if (++head == heads) head = 0, ++token;
-      }
-      if (begin < end) {
-        for (int i = 0, group; i < batch; i += group) {
-          group = next_group(batch - i);
-          if (is_few)
-            score_few<N>(group, tile, q + r + i, scores + i * kPanel);
-          else
-            multiply_some<N, 0>(group, q + r + i, keys, dim_words, scores + i * kPanel, nullptr, end, nullptr);
-        }
-        (is_whole ? weigh<N, true> : weigh<N, false>)(batch, seen, scores, weights, scale, highest + r, sums + r, kept);
-        for (int i = 0, group; i < batch; i += group) {
-          group = next_group(batch - i);
-          if (is_few) add_few<N>(group, tile, w + i, kept + i, out);
-          for (int p = 0; p < dim_panels && !is_few; ++p) {
-            const int width = dim - p * kPanel < kPanel ? dim - p * kPanel : kPanel;
-            float* c = out + (p * num_rows + r + i) * kPanel;
-            multiply_some<N, 0>(group, w + i, values + p * value_words, (end + N::kPerWord - 1) / N::kPerWord, c, kept + i, width, nullptr);
-          }
-        }
-      }
-      r += batch;
+};
+
+template <typename N>
+INLINE void set_up(Desk<N>& desk, const AttentionTask& t, const AttentionItem& item, int first_head, int num_heads, float* scratch) {
+  typedef typename N::Stored Stored;
+  const int heads = t.num_heads / t.num_kv_heads, rows = item.num_tokens * heads, dim = t.head_dim, dim_panels = (dim + kPanel - 1) / kPanel;
+  desk.keys = (uint32_t*)scratch, desk.values = desk.keys + dim * kPanel;
+  desk.scores = (float*)(desk.values + dim_panels * kPanel * kPanel);
+  desk.weights = (Stored*)(desk.scores + kBatchRowsMost * kPanel);
+  desk.out = (float*)desk.weights + kBatchRowsMost * kPanel;
+  for (int r = 0; r < kBatchRows; ++r) desk.w[r] = (const uint32_t*)(desk.weights + r * kKeyTile);
+  for (int h = 0; h < num_heads; ++h)
+    for (int r = 0; r < rows; ++r) {
+      const Stored* row = (const Stored*)(t.q + (item.first_row + r / heads) * t.q_stride);
+      desk.q[h * rows + r] = (const uint32_t*)(row + ((first_head + h) * heads + r % heads) * dim);
+      desk.highest[h * rows + r] = -1e30f, desk.sums[h * rows + r] = Sixteen{};
     }
-  }
-  for (int r = 0; r < num_rows; ++r) {
-    const Floats scale_out = splat(1.0f / total(sums[r]));
-    Stored* y = (Stored*)(t.out + (item.first_row + r / heads) * t.out_stride) + (kv_head * heads + r % heads) * dim;
+  memset(desk.out, 0, sizeof(float) * dim_panels * num_heads * rows * kPanel);
+}
+
+template <typename N>
+INLINE void write_out(const Desk<N>& desk, const AttentionTask& t, const AttentionItem& item, int first_head, int num_heads) {
+  typedef typename N::Stored Stored;
+  const int heads = t.num_heads / t.num_kv_heads, rows = item.num_tokens * heads, dim = t.head_dim, dim_panels = (dim + kPanel - 1) / kPanel;
+  for (int i = 0; i < num_heads * rows; ++i) {
+    const int h = i / rows, r = i % rows;
+    const Floats scale_out = splat(1.0f / total(desk.sums[i]));
+    Stored* y = (Stored*)(t.out + (item.first_row + r / heads) * t.out_stride) + ((first_head + h) * heads + r % heads) * dim;
     for (int d = 0; d < dim; d += 2 * kLanes) {
-      const float* from = out + (d / kPanel * num_rows + r) * kPanel + d % kPanel;
+      const float* from = desk.out + ((h * dim_panels + d / kPanel) * rows + r) * kPanel + d % kPanel;
       Floats low = load(from) * scale_out, high = load(from + kLanes) * scale_out;
       N::restore_pair(dim - d, &low, &high);
-      for (int i = 0; i < 2; ++i, low = high) {
-        const int at = d + i * kLanes, n = dim - at;
+      for (int j = 0; j < 2; ++j, low = high) {
+        const int at = d + j * kLanes, n = dim - at;
         if (n >= kLanes)
           N::write(y + at, low);
         else if (n > 0)
           N::write_part(y + at, low, n);
       }
     }
+  }
+}
+
+// What the token at `position` sees of the tile that begins with key `first`.
+INLINE Seen seen_of(const AttentionTask& t, int64_t position, int64_t first, int tile_end) {
+  const int64_t at = position - first, oldest = t.window ? at - t.window + 1 : 0;
+  return {(int)(oldest < 0 ? 0 : oldest > kKeyTile ? kKeyTile : oldest), (int)(at < 0 ? 0 : at < tile_end ? at + 1 : tile_end)};
+}
+
+// Rows of a head as few as a register tile holds read keys and values as they lie. Heads lie side by side in a block: they are passed over
+// for each tile, so that memory is read in long runs, and the maxima and weights of several are computed together.
+template <typename N>
+static void attend_few(Desk<N>& desk, const AttentionTask& t, const AttentionItem& item, int first_head, int num_heads, const AttentionPiece& piece) {
+  const int heads = t.num_heads / t.num_kv_heads, rows = item.num_tokens * heads, dim_panels = (t.head_dim + kPanel - 1) / kPanel;
+  const int64_t context = item.start + item.num_tokens, head_stride = t.block_size * t.head_dim;
+  const int together = kBatchRows / rows;
+  for (int64_t first = first_tile(t, item); first < context; first += kKeyTile) {
+    Tile<N> tile = find_tile<N>(t, item, first_head, first);
+    look_ahead<N>(tile, first + kKeyTile < context ? find_tile<N>(t, item, first_head, first + kKeyTile) : first_of_next<N>(t, piece, tile));
+    Seen seen[kBatchRows];
+    bool is_whole = true;
+    for (int i = 0; i < together * rows; ++i) {
+      seen[i] = seen_of(t, item.start + i % rows / heads, first, tile.end);
+      is_whole &= seen[i].begin == 0 && seen[i].end == kKeyTile;
+    }
+    for (int h = 0; h < num_heads; h += together) {
+      const int count = num_heads - h < together ? num_heads - h : together;
+      Tile<N> of_head = tile;
+      for (int i = 0; i < count; ++i, of_head.next_head(head_stride)) score_few<N>(rows, of_head, desk.q + (h + i) * rows, desk.scores + i * rows * kPanel);
+      (is_whole ? weigh<N, true> : weigh<N, false>)(count * rows, seen, desk.scores, desk.weights, t.scale * kLog2e, desk.highest + h * rows, desk.sums + h * rows, desk.kept);
+      for (int i = 0; i < count; ++i, tile.next_head(head_stride))
+        add_few<N>(rows, tile, desk.w + i * rows, desk.kept + i * rows, desk.out + (h + i) * dim_panels * rows * kPanel);
+    }
+  }
+}
+
+// More rows than that: a tile is packed first. A batch of rows goes all the way from scores to sums while they are in the first-level cache.
+template <typename N>
+static void attend_many(Desk<N>& desk, const AttentionTask& t, const AttentionItem& item, int head, const AttentionPiece& piece) {
+  const int heads = t.num_heads / t.num_kv_heads, rows = item.num_tokens * heads, dim = t.head_dim;
+  const int dim_words = dim / N::kPerWord, dim_panels = (dim + kPanel - 1) / kPanel, value_words = kKeyTile / N::kPerWord * kPanel;
+  const int64_t context = item.start + item.num_tokens;
+  for (int64_t first = first_tile(t, item); first < context; first += kKeyTile) {
+    Tile<N> tile = find_tile<N>(t, item, head, first);
+    look_ahead<N>(tile, first + kKeyTile < context ? find_tile<N>(t, item, head, first + kKeyTile) : first_of_next<N>(t, piece, tile));
+    pack_keys<N>(desk.keys, tile), pack_values<N>(desk.values, tile);
+    for (int r = 0, batch; r < rows; r += batch) {
+      batch = next_batch(rows - r);
+      Seen seen[kBatchRows];
+      int end = 0, begin = kKeyTile;
+      bool is_whole = true;
+      for (int i = 0; i < batch; ++i) {
+        seen[i] = seen_of(t, item.start + (r + i) / heads, first, tile.end);
+        end = seen[i].end > end ? seen[i].end : end, begin = seen[i].begin < begin ? seen[i].begin : begin;
+        is_whole &= seen[i].begin == 0 && seen[i].end == kKeyTile;
+      }
+      if (begin >= end) continue;
+      for (int i = 0, group; i < batch; i += group) {
+        group = next_group(batch - i);
+        multiply_some<N, 0>(group, desk.q + r + i, desk.keys, dim_words, desk.scores + i * kPanel, nullptr, end, nullptr);
+      }
+      (is_whole ? weigh<N, true> : weigh<N, false>)(batch, seen, desk.scores, desk.weights, t.scale * kLog2e, desk.highest + r, desk.sums + r, desk.kept);
+      for (int i = 0, group; i < batch; i += group) {
+        group = next_group(batch - i);
+        for (int p = 0; p < dim_panels; ++p) {
+          const int width = dim - p * kPanel < kPanel ? dim - p * kPanel : kPanel;
+          float* c = desk.out + (p * rows + r + i) * kPanel;
+          multiply_some<N, 0>(group, desk.w + i, desk.values + p * value_words, (end + N::kPerWord - 1) / N::kPerWord, c, desk.kept + i, width, nullptr);
+        }
+      }
+    }
+  }
+}
+
+// Some tokens of one sequence and `num_heads` KV heads, with the heads that read them.
+template <typename N>
+static void attention(const AttentionTask& t, const AttentionPiece& piece, float* scratch) {
+  const AttentionItem& item = *piece.item;
+  Desk<N> desk;
+  if (item.num_tokens * (t.num_heads / t.num_kv_heads) <= kMaxRows) {
+    set_up(desk, t, item, piece.first_head, piece.num_heads, scratch);
+    attend_few(desk, t, item, piece.first_head, piece.num_heads, piece);
+    write_out(desk, t, item, piece.first_head, piece.num_heads);
+    return;
+  }
+  for (int head = piece.first_head, end = head + piece.num_heads; head < end; ++head) {
+    set_up(desk, t, item, head, 1, scratch);
+    attend_many(desk, t, item, head, piece);
+    write_out(desk, t, item, head, 1);
   }
 }
 

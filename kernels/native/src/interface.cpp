@@ -196,9 +196,11 @@ int baton_attention(const char* path, int is_bf16, const void* q, int num_heads,
     Memory scratch(sizeof(float) * scratch_floats(head_dim));
     for (int64_t first = 0; first < num_tokens; first += most) {
       AttentionItem item{table, first, start + first, static_cast<int>(num_tokens - first < most ? num_tokens - first : most)};
-      AttentionTask task{&item, 1, static_cast<const uint32_t*>(q), stride, static_cast<const char*>(kv), 2 * num_kv_heads * block_size * head_dim * value_bytes, block_size,
+      AttentionTask task{static_cast<const uint32_t*>(q), stride, static_cast<const char*>(kv), 2 * num_kv_heads * block_size * head_dim * value_bytes, block_size,
                          num_heads, num_kv_heads, head_dim, window, scale, static_cast<uint32_t*>(out), stride};
-      for (int head = 0; head < num_kv_heads; ++head) kernels.attention(task, 0, head, scratch.as<float>());
+      const int rows = item.num_tokens * (num_heads / num_kv_heads), together = rows > kFewRows ? 1 : std::min(num_kv_heads, kTileRows / rows);
+      for (int head = 0; head < num_kv_heads; head += together)
+        kernels.attention(task, {&item, head, std::min(together, num_kv_heads - head), nullptr, 0}, scratch.as<float>());
     }
   });
 }

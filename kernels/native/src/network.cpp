@@ -123,9 +123,20 @@ void Network::lay_out(const BatonStep& step) {
     }
     first_block = step.table_ends[i];
   }
-  // Long contexts first, so that the last pieces to finish are short ones.
-  for (auto* items : {&items_, &told_items_})
-    std::stable_sort(items->begin(), items->end(), [](const AttentionItem& a, const AttentionItem& b) { return a.start + a.num_tokens > b.start + b.num_tokens; });
+  cut(&items_, &pieces_), cut(&told_items_, &told_pieces_);
+}
+
+// Long contexts first, so that the last pieces to finish are short ones. Of few rows a head, heads stay together while every thread has two pieces.
+void Network::cut(std::vector<AttentionItem>* items, std::vector<AttentionPiece>* pieces) const {
+  std::stable_sort(items->begin(), items->end(), [](const AttentionItem& a, const AttentionItem& b) { return a.start + a.num_tokens > b.start + b.num_tokens; });
+  const int kv_heads = shape_.num_kv_heads, heads = shape_.num_heads / kv_heads;
+  const int64_t share = std::max<int64_t>(1, static_cast<int64_t>(items->size()) * kv_heads / (2 * threads_.size()));
+  pieces->clear();
+  for (const AttentionItem& item : *items) {
+    const int rows = item.num_tokens * heads, together = rows > kFewRows ? 1 : static_cast<int>(std::min<int64_t>(share, kTileRows / rows));
+    for (int head = 0; head < kv_heads; head += together) pieces->push_back({&item, head, std::min(together, kv_heads - head), nullptr, 0});
+  }
+  for (size_t i = 0; i + 1 < pieces->size(); ++i) (*pieces)[i].next = (*pieces)[i + 1].item, (*pieces)[i].next_head = (*pieces)[i + 1].first_head;
 }
 
 void Network::embed(const BatonStep& step, int64_t num_rows) {
@@ -184,14 +195,11 @@ void Network::run_layer(int index, int64_t num_rows) {
   // Beyond here the last layer is computed for the rows whose logits are told.
   const bool is_last = index == shape_.num_layers - 1;
   if (is_last && (num_rows = keep_told_rows(num_rows)) == 0) return;
-  const std::vector<AttentionItem>& items = is_last ? told_items_ : items_;
-  const AttentionTask attention{items.data(), static_cast<int64_t>(items.size()), q_.as<uint32_t>(), words(q_size_), pool_ + index * layer_bytes, block_bytes, shape_.block_size,
+  const std::vector<AttentionPiece>& pieces = is_last ? told_pieces_ : pieces_;
+  const AttentionTask attention{q_.as<uint32_t>(), words(q_size_), pool_ + index * layer_bytes, block_bytes, shape_.block_size,
                                 shape_.num_heads, shape_.num_kv_heads, shape_.head_dim, layer.window, 1.0f / sqrtf(static_cast<float>(shape_.head_dim)),
                                 attended_.as<uint32_t>(), words(q_size_)};
-  const int64_t kv_heads = shape_.num_kv_heads;
-  threads_.each(items.size() * kv_heads, [&](int thread, int64_t i) {
-    path_.attention(attention, i / kv_heads, static_cast<int>(i % kv_heads), scratch_.of(thread));
-  });
+  threads_.each(pieces.size(), [&](int thread, int64_t i) { path_.attention(attention, pieces[i], scratch_.of(thread)); });
   multiply(layer.output, attended_, num_rows, After::kAdd, residual_, is_last ? told_rows_.data() : nullptr);
   norm(layer.mlp_norm, nullptr, num_rows);
   if (layer.experts.router.words) return mixture_->add(layer.experts, normed_.as<uint32_t>(), num_rows, residual_.as<float>(), scratch_);

@@ -38,6 +38,7 @@ class Network {
   void place_weights();
   void lay_out(const BatonStep& step);
   void embed(const BatonStep& step, int64_t num_rows);
+  void cut(std::vector<AttentionItem>* items, std::vector<AttentionPiece>* pieces) const;
   void run_layer(int index, int64_t num_rows);
   int64_t keep_told_rows(int64_t num_rows);
   void finish(const BatonStep& step);
@@ -65,6 +66,7 @@ class Network {
   // Of the last layer only keys and values are needed of every row; all else of the rows whose logits are told: one an entry that has some.
   std::vector<int64_t> told_rows_, told_of_entry_;  // ascending rows; entry: which of them, -1: none
   std::vector<AttentionItem> told_items_;
+  std::vector<AttentionPiece> pieces_, told_pieces_;
   Scratch scratch_;
   std::vector<DrawScratch> draw_scratch_;  // of each thread
 };

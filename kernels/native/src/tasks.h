@@ -12,6 +12,7 @@ constexpr int kMaxHeadDim = 512;
 constexpr int kRowSlice = 192; // rows of a linear computed by one thread at a time
 constexpr int kTileRows = 96;  // rows (tokens x heads of a group) of one attention item
 constexpr int kBatchRowsMost = 12;  // of these, weighed together
+constexpr int kFewRows = 6;  // rows a KV head of an item whose heads stay together: as many as the widest register tile holds
 constexpr int kLanesMax = 16;
 constexpr int kMassBlock = 512;  // neighbouring tokens whose weights are summed together, to find one among them sooner
 constexpr double kWeightUnit = 0x1p-34;  // of weights up to 1: their sums are exact in double up to 2^19 tokens
@@ -87,9 +88,14 @@ struct AttentionItem {  // some consecutive tokens of one sequence
   int num_tokens;
 };
 
+struct AttentionPiece {  // what one thread computes at a time
+  const AttentionItem* item;
+  int first_head, num_heads;  // KV heads; of an item with few rows a head as many as kTileRows allows, else one
+  const AttentionItem* next;  // of the piece this thread most likely computes next: fetched ahead; null: there is none
+  int next_head;
+};
+
 struct AttentionTask {
-  const AttentionItem* items;
-  int64_t num_items;
   const uint32_t* q;
   int64_t q_stride;
   const char* kv;
@@ -116,7 +122,7 @@ struct Path {
   void (*linear)(const LinearTask&, int64_t panel, int64_t first_row, int64_t num_rows, float* scratch);
   void (*norm)(const NormTask&, int64_t row);
   void (*rotary)(const RotaryTask&, int64_t row);
-  void (*attention)(const AttentionTask&, int64_t item, int kv_head, float* scratch);
+  void (*attention)(const AttentionTask&, const AttentionPiece&, float* scratch);
   void (*widen)(float* y, const void* x, int64_t size);
   void (*silu_mul)(const float* gate, const float* up, uint32_t* y, int64_t size);
   // Index of the first of the greatest; -1: not all are finite.
