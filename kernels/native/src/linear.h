@@ -21,7 +21,7 @@ constexpr int kVectorsAlone = kPanel / kLanes < 8 ? kPanel / kLanes : 8;  // of 
 constexpr float kAll[6] = {1, 1, 1, 1, 1, 1};
 
 // c[row][column] = kept[row] * c[row][column] + x[row] . panel[column] for R rows and V vectors of columns; kept null: c is not read.
-// Fetches `Lines` of each 256 bytes from `ahead` on.
+// Fetches `Lines` lines of 64 bytes a word meanwhile, in the order they lie, from `ahead` on.
 template <typename N, int R, int V, int Lines>
 INLINE void multiply(const uint32_t* const* x, const uint32_t* panel, int64_t num_words, float* c, const float* kept, const char* ahead) {
   Floats sum[R][V];
@@ -35,7 +35,7 @@ INLINE void multiply(const uint32_t* const* x, const uint32_t* panel, int64_t nu
   for (int64_t k = 0; k < num_words; ++k) {
     const uint32_t* line = panel + k * kPanel;
 #pragma GCC unroll 4
-    for (int i = 0; i < Lines; ++i) prefetch(ahead + k * (kPanel * 4) + i * 64);
+    for (int i = 0; i < Lines; ++i) prefetch(ahead + (k * Lines + i) * 64);
     typename N::Factor b[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) b[v] = N::factor(load(line + v * kLanes));
@@ -185,7 +185,7 @@ static void linear(const LinearTask& t, int64_t panel, int64_t first_row, int64_
         multiply_some<N, 1>(group, x, words, num_words, c, kept, columns, ahead);
       else
         multiply_some<N, 2>(group, x, words, num_words, c, kept, columns, ahead);
-      lines_left -= lines, ahead += lines * 64;
+      lines_left -= lines, ahead += num_words * lines * 64;
       if (is_last) finish_rows<N>(t, panel, first_row + r, group, c);
       r += group;
     }
