@@ -16,7 +16,7 @@ from protocol.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
 MAX_HEAD_DIM = 512  # kMaxHeadDim of src/tasks.h
-MAX_GROUP = 96  # query heads that share one KV head: kTileRows of src/tasks.h
+MAX_GROUP = 192  # query heads that share one KV head: kTileRows of src/tasks.h
 LIBRARY = Path(__file__).parent / LIBRARY_NAME
 POINTER = c_void_p
 

@@ -31,7 +31,7 @@ from protocol.worker import Role  # noqa: E402
 from tests.native_paths import PATHS  # noqa: E402
 from tests.torch_driver import TorchDriver  # noqa: E402
 
-LARGEST_GROUP = {"head_dim": 2, "hidden_size": 96, "num_attention_heads": 96, "num_key_value_heads": 1}
+LARGEST_GROUP = {"head_dim": 2, "hidden_size": 192, "num_attention_heads": 192, "num_key_value_heads": 1}
 
 
 @pytest.fixture
@@ -97,9 +97,9 @@ def test_the_best_path_is_chosen_and_others_can_be_asked_for() -> None:
         assert choose_kernels(path, dtype="float32").name == path  # type: ignore[arg-type]
     assert choose_kernels("torch", dtype="float32").note == "", "asked for, so nothing to tell"
     assert "no float16" in choose_kernels(dtype="float16").note
-    assert choose_kernels(dtype="float32", head_dim=512, group=96).name == PATHS[0]
+    assert choose_kernels(dtype="float32", head_dim=512, group=192).name == PATHS[0]
     assert "head_dim 514 exceeds the 512" in choose_kernels(dtype="float32", head_dim=514).note
-    assert "97 query heads share a KV head" in choose_kernels(dtype="float32", group=97).note
+    assert "193 query heads share a KV head" in choose_kernels(dtype="float32", group=193).note
     with pytest.raises(ConfigError, match=r"head_dim 514 .* use auto or torch"):
         choose_kernels("portable", dtype="float32", head_dim=514)
     unknown: Kernels = "avx10"  # type: ignore[assignment]
@@ -157,7 +157,7 @@ def test_the_largest_shapes_are_computed(shape: dict[str, int], path: Kernels, t
     assert (rows[0] - rows[1]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("shape", [{"head_dim": 514}, LARGEST_GROUP | {"hidden_size": 97, "num_attention_heads": 97}])
+@pytest.mark.parametrize("shape", [{"head_dim": 514}, LARGEST_GROUP | {"hidden_size": 193, "num_attention_heads": 193}])
 def test_a_shape_beyond_the_native_kernels_is_computed_in_torch(shape: dict[str, int], tiny_checkpoint: Callable[..., Path]) -> None:
     with TorchDriver(tiny_checkpoint("llama", num_hidden_layers=1, **shape)) as driver:
         assert isinstance(driver.executor._runner, ModelRunner)

@@ -191,6 +191,7 @@ struct Seen {  // keys [begin, end) of a tile, by one row
 // IsWhole: every row sees every key.
 template <typename N, bool IsWhole>
 static void weigh(int num_rows, const Seen* seen, float* scores, typename N::Stored* weights, float scale, float* highest, Sixteen* sums, float* kept) {
+  constexpr bool kIsRough = sizeof(typename N::Stored) == 2;
   float most[kLanes];
   store(most, splat(-INFINITY));
   for (int r = 0; r < num_rows; ++r) {
@@ -203,7 +204,7 @@ static void weigh(int num_rows, const Seen* seen, float* scores, typename N::Sto
   }
   const Floats before = load_part<Floats>(highest, num_rows), top = maximum(load(most) * splat(scale), before);
   float tops[kLanes], factors[kLanes];
-  store(tops, -top), store(factors, power_of_two(before - top)), store_part(highest, top, num_rows);
+  store(tops, -top), store(factors, power_of_two<kIsRough>(before - top)), store_part(highest, top, num_rows);
   for (int r = 0; r < num_rows; ++r) {
     const float* row = scores + r * kPanel;
     const Floats lowered = splat(tops[r]), factor = splat(factors[r]);
@@ -212,7 +213,7 @@ static void weigh(int num_rows, const Seen* seen, float* scores, typename N::Sto
 #pragma GCC unroll 4
     for (int i = 0; i < kKeyTile; i += kLanes) {
       const Floats score = load(row + i);
-      Floats weight = power_of_two(fma(score, splat(scale), lowered));
+      Floats weight = power_of_two<kIsRough>(fma(score, splat(scale), lowered));
       if (!IsWhole) weight = score == splat(-INFINITY) ? splat(0.0f) : weight;
       sum.part[i % 16 / kLanes] = sum.part[i % 16 / kLanes] + weight;
       N::write(weights + r * kKeyTile + i, weight);

@@ -119,18 +119,34 @@ INLINE Floats exponential(Floats x) {
   return y * (Floats)power;
 }
 
-// 2^x to about 2e-7 relative, for x <= 1 (Cephes exp2f); below -125 it stays at 2^-125.
+// 2^x for x <= 1, to about 2e-7 relative (Cephes exp2f) or, roughly, to 3e-6 (a minimax polynomial that is 1 at 0): below what bfloat16
+// tells apart. Below -125 it is next to nothing or 0.
+template <bool IsRough>
 INLINE Floats power_of_two(Floats x) {
+#if defined(__AVX512F__)
+  const Floats n = (Floats)_mm512_maskz_roundscale_ps((__mmask16)-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT), r = x - n;
+#else
   x = maximum(splat(-125.0f), x);
-  Floats shifted = x + splat(12582912.0f), r = x - (shifted - splat(12582912.0f));
-  Floats y = splat(1.535336188319500e-4f);
-  y = fma(y, r, splat(1.339887440266574e-3f));
-  y = fma(y, r, splat(9.618437357674640e-3f));
-  y = fma(y, r, splat(5.550332471162809e-2f));
-  y = fma(y, r, splat(2.402264791363012e-1f));
-  y = fma(y, r, splat(6.931472028550421e-1f));
+  const Floats shifted = x + splat(12582912.0f), r = x - (shifted - splat(12582912.0f));
+#endif
+  Floats y = splat(IsRough ? 9.582853108e-3f : 1.535336188319500e-4f);
+  if (IsRough) {
+    y = fma(y, r, splat(5.590642468e-2f));
+    y = fma(y, r, splat(2.402409861e-1f));
+    y = fma(y, r, splat(6.931241934e-1f));
+  } else {
+    y = fma(y, r, splat(1.339887440266574e-3f));
+    y = fma(y, r, splat(9.618437357674640e-3f));
+    y = fma(y, r, splat(5.550332471162809e-2f));
+    y = fma(y, r, splat(2.402264791363012e-1f));
+    y = fma(y, r, splat(6.931472028550421e-1f));
+  }
   y = fma(y, r, splat(1.0f));
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_scalef_ps((__mmask16)-1, (__m512)y, (__m512)n);
+#else
   return (Floats)((Words)y + ((Words)shifted << 23));
+#endif
 }
 
 INLINE Floats silu_times(Floats gate, Floats up) { return gate / (splat(1.0f) + exponential(-gate)) * up; }

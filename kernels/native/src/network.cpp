@@ -22,7 +22,7 @@ Network::Network(const BatonShape& shape, const char* path)
       scratch_(scratch_floats(shape.head_dim), shape.num_threads) {
   require(shape.head_dim > 0 && shape.head_dim % 2 == 0 && shape.head_dim <= kMaxHeadDim, "head_dim must be even and at most 512");
   require(shape.num_heads % shape.num_kv_heads == 0, "heads must be a multiple of KV heads");
-  require(shape.num_heads / shape.num_kv_heads <= kTileRows, "at most 96 heads share one KV head");
+  require(shape.num_heads / shape.num_kv_heads <= kTileRows, "at most 192 heads share one KV head");
   require(shape.block_size > 0 && shape.block_size % kRun == 0, "block_size must be a multiple of 16");
   for (int i = 0; i < shape.num_layers; ++i) layers_[i].window = shape.windows[i];
   frequencies_.assign(shape.frequencies, shape.frequencies + shape.head_dim / 2);
