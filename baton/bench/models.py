@@ -97,9 +97,16 @@ def bytes_per_token(model: ModelConfig) -> int:
 
 
 def prefill_flops(model: ModelConfig, num_tokens: int) -> float:
-    """Of linears (two a weight a token, the head for the last token alone) and of causal attention (half the square)."""
-    linears = 2.0 * _linear_weights(model) * num_tokens + 2.0 * model.vocab_size * model.hidden_size
-    return linears + 2.0 * num_tokens * num_tokens * model.num_heads * model.head_dim * model.num_layers
+    """What the first token of a prompt needs: linears (two a weight a token) and causal attention (half the square).
+
+    Of the last layer that is keys and values of every token; all else there, and the head, of the last token alone. Engines that
+    compute more do so in vain, and it is not counted for them.
+    """
+    *layers, last = _layer_weights(model)
+    kv_weights = 2 * model.num_kv_heads * model.head_dim * model.hidden_size
+    linears = (sum(layers) + kv_weights) * num_tokens + last - kv_weights + model.vocab_size * model.hidden_size
+    keys_seen = (model.num_layers - 1) * num_tokens * num_tokens / 2 + num_tokens
+    return 2.0 * linears + 4.0 * keys_seen * model.num_heads * model.head_dim
 
 
 def resident_weights_bytes(model: ModelConfig) -> int:
@@ -109,12 +116,17 @@ def resident_weights_bytes(model: ModelConfig) -> int:
 
 
 def _linear_weights(model: ModelConfig) -> int:
-    """Of all layers, with the experts a token is given to; norms are nothing beside them."""
-    total, experts = 0, model.experts
+    return sum(_layer_weights(model))
+
+
+def _layer_weights(model: ModelConfig) -> list[int]:
+    """Of each layer, with the experts a token is given to; norms are nothing beside them."""
+    totals, experts = [0] * model.num_layers, model.experts
     for name, shape in expected_tensors(model).items():
         if ".layers." not in name:
             continue
         size = math.prod(shape)
         is_expert = experts is not None and f".{experts.names.block}.experts." in name
-        total += size * experts.num_chosen // experts.num_experts if is_expert and experts is not None else size
-    return total
+        layer = int(name.split(".layers.")[1].partition(".")[0])
+        totals[layer] += size * experts.num_chosen // experts.num_experts if is_expert and experts is not None else size
+    return totals

@@ -8,7 +8,8 @@ were prompt (preemption), blocks of 16, 32 or 48 in scattered places, sequences 
 first blocks another sequence computed, and a copy of its last one (prefix hit, copy-on-write). Compared with torch.equal.
 
 Seen to fail when the reference linear is torch's linear on all rows at once, when silu_mul takes torch's silu (odd sizes),
-and when an expert's rows are multiplied at once, without row tiles; natively when experts are added in the order of how many chose them.
+and when an expert's rows are multiplied at once, without row tiles; natively when experts are added in the order of how many chose them,
+and when of two rows in the last layer the told one is not moved to the front.
 """
 
 from __future__ import annotations

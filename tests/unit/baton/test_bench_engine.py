@@ -174,7 +174,24 @@ def test_arithmetic_counts_what_a_token_reads(name: str, millions: float, tmp_pa
     model = read_model(tmp_path)
     assert bytes_per_token(model) / 2e6 == pytest.approx(millions, rel=0.05)
     inner = bytes_per_token(model) / 2 - model.vocab_size * model.hidden_size
-    assert prefill_flops(model, 2048) > 2 * inner * 2048
+    but_last = inner * (model.num_layers - 1) / model.num_layers
+    assert (
+        2 * but_last * 2048
+        < prefill_flops(model, 2048)
+        < 2 * inner * 2048 + 2048 * 2048 * 2 * model.num_layers * model.num_heads * model.head_dim
+    )
+
+
+def test_one_token_of_prefill_is_two_flops_a_weight_and_one_key(tmp_path: Path) -> None:
+    """Seen to fail with the last layer's MLP counted for every token, by the next assertion's difference."""
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["15m"]))
+    model = read_model(tmp_path)
+    attended = 4 * model.num_heads * model.head_dim
+    one, two = prefill_flops(model, 1), prefill_flops(model, 2)
+    assert one == pytest.approx(bytes_per_token(model) + attended * ((model.num_layers - 1) / 2 + 1), rel=1e-6)
+    inner = bytes_per_token(model) / 2 - model.vocab_size * model.hidden_size
+    kv = 2 * model.num_kv_heads * model.head_dim * model.hidden_size
+    assert two - one == pytest.approx(2 * (inner * 5 / 6 + kv) + attended * (5 * 3 / 2 + 1), rel=1e-3)
 
 
 # --- rounds and rows --------------------------------------------------------------------------------------------------
