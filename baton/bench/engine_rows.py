@@ -111,9 +111,21 @@ def _shares(measured: MeasuredModel, workload: Workload) -> Iterator[Row]:
     bound = _SHARES.get((workload.name, measured.label))
     target = None if bound is None else Target(relation=">=", bound=bound)
     if workload.name == "one_stream":
-        share = bytes_per_token(measured.model) / (value / 1e3) / statistics.median(measured.stream_bytes_per_s)
+        read_bytes = bytes_per_token(measured.model)
+        shares = [
+            read_bytes / (samples[i].values[0] / 1e3) / beside
+            for i, beside in measured.stream_beside.items()
+            if i in samples and samples[i].is_disturbed is quiet[0].is_disturbed
+        ]
+        if not shares:
+            return
         yield Row(
-            name=f"{measured.label}/{workload.name}/stream_share", value=_round(share), unit="ratio", target=target, is_decided=is_decided
+            name=f"{measured.label}/{workload.name}/stream_share",
+            value=_round(statistics.median(shares)),
+            unit="ratio",
+            target=target,
+            is_decided=is_decided,
+            details={"rounds": [_round(share) for share in shares]},
         )
     if workload.name.startswith("prefill"):
         flops = prefill_flops(measured.model, workload.num_prompt_tokens)

@@ -238,6 +238,22 @@ def test_nothing_is_decided_where_every_pair_was_disturbed() -> None:
     assert row.value == 2.0 and row.details["verdict"] == "undecided" and row.ok is None
 
 
+def test_each_streams_share_is_of_the_bandwidth_beside_it() -> None:
+    """Half the bandwidth makes tokens twice as slow, and the share stays 0.9. Seen to fail with the median of all rounds' bandwidth."""
+    from engine.models.config import parse_model_config
+
+    engines = (Contender(name=OURS, command=()),)
+    plan = BenchPlan(workloads=parse_workloads("one_stream"), contenders=engines, num_threads=2, num_rounds=5, num_retries=0, seed=0)
+    model = parse_model_config(MODELS["0.5b"], {})
+    measured = MeasuredModel(label="0.5b", model=model, stream_bytes_per_s=[60e9] * 5, peak_flops_per_s=[1e12] * 5)
+    measured.stream_beside = {i: 30e9 if i % 2 else 60e9 for i in range(5)}
+    of_round = {i: 1e3 * bytes_per_token(model) / (0.9 * beside) for i, beside in measured.stream_beside.items()}
+    measured.samples[OURS, "one_stream"] = {i: Sample(values=(ms,), others=0.0, num_tries=1) for i, ms in of_round.items()}
+    share = next(row for row in rows_of(plan, measured) if row.name == "0.5b/one_stream/stream_share")
+    assert share.value == pytest.approx(0.9, rel=1e-3) and share.ok is not None
+    assert share.details["rounds"] == pytest.approx([0.9] * 5, rel=1e-3)
+
+
 def comparison(ratios: list[float], others: list[float]) -> tuple[BenchPlan, MeasuredModel]:
     engines = tuple(Contender(name=name, command=()) for name in (OURS, "vllm"))
     plan = BenchPlan(workloads=parse_workloads("batch32"), contenders=engines, num_threads=2, num_rounds=9, num_retries=0, seed=0)
