@@ -1,0 +1,216 @@
+"""The figures of README and docs, written from benchmarks/results between two marks; a test fails when a page and the results differ.
+
+python -m benchmarks.figures    writes the pages anew
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+PAGES = {HERE.parent / "docs" / "benchmarks.md": "all", HERE.parent / "README.md": "short"}
+BEGIN, END = "<!-- figures of benchmarks/results -->", "<!-- end of figures -->"
+ENGINE, DISAGG, START = "baton.bench.engine.v1", "baton.bench.disagg.v1", "baton.bench.start.v1"
+OURS = "baton"
+WORKLOADS = {  # in the order of the tables
+    "one_stream": "one stream",
+    "batch8": "8 x (256 in, 64 out)",
+    "batch32": "32 x (256 in, 64 out)",
+    "batch64": "64 x (256 in, 64 out)",
+    "shared_prefix": "32 x (1,152 in, 1,024 shared, 16 out)",
+    "prefill2k": "prefill of 2,048",
+    "prefill8k": "prefill of 8,192",
+}
+MODELS = ("15m", "125m", "0.5b", "moe", None)  # the order of the tables; None: no engine's document
+PEERS = {"vllm": "vLLM", "llamacpp": "llama.cpp", "transformers": "transformers"}
+
+Document = Mapping[str, Any]
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+def main() -> None:
+    documents = read_results()
+    for page, kind in PAGES.items():
+        page.write_text(with_figures(page.read_text(encoding="utf-8"), documents, kind), encoding="utf-8")
+        print(page)
+
+
+def read_results() -> list[Document]:
+    """Every document: engines from the smallest model on, then the others by file name."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    return sorted(found, key=lambda document: MODELS.index(next(iter(document.get("engines", {None: 0})))))
+
+
+def with_figures(page: str, documents: Sequence[Document], kind: str) -> str:
+    """The page with what stands between the marks made anew.
+
+    Raises:
+        ValueError: the page lacks a mark.
+    """
+    before, after = page.index(BEGIN) + len(BEGIN), page.index(END)
+    text = short_figures(documents) if kind == "short" else all_figures(documents)
+    return f"{page[:before]}\n\n{text}\n\n{page[after:]}"
+
+
+def short_figures(documents: Sequence[Document]) -> str:
+    """Ours beside vLLM: a line a workload, a column a model."""
+    of_model = dict(_engine_models(documents))
+    lines = [["", *of_model]]
+    for workload in ("one_stream", "batch32", "shared_prefix", "prefill2k"):
+        ratios = [rows.get(f"{model}/{workload}/vs_vllm") for model, rows in of_model.items()]
+        lines.append([WORKLOADS[workload], *("" if row is None else _ratio(row) for row in ratios)])
+    return _table(lines)
+
+
+def all_figures(documents: Sequence[Document]) -> str:
+    parts = [_engine_part(document) for document in documents if document["schema"] == ENGINE]
+    parts += [_disagg_part(document) for document in documents if document["schema"] == DISAGG]
+    parts += [_start_part(document) for document in documents if document["schema"] == START]
+    return "\n\n".join(parts)
+
+
+def _engine_models(documents: Sequence[Document]) -> Iterator[tuple[str, Rows]]:
+    for document in documents:
+        if document["schema"] == ENGINE:
+            for model in document["engines"]:
+                yield model, _by_name(document)
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+
+def _engine_part(document: Document) -> str:
+    rows = _by_name(document)
+    lines = [["", "Baton", "beside", "theirs", "ratio", "95 % interval", "verdict", "asked for"]]
+    is_one = len(document["engines"]) == 1
+    for model in document["engines"]:
+        of = "" if is_one else f"{model}: "
+        for workload, title in WORKLOADS.items():
+            lines += _workload_lines(rows, model, workload, of + title)
+        ready = rows[f"{model}/ready/{OURS}"]
+        lines.append([f"{of}worker ready", _value(ready), *[""] * 5, _asked(ready)])
+        memory = rows[f"{model}/memory_beyond/{OURS}"]
+        lines.append([f"{of}memory beyond weights and KV pool", _value(memory), *[""] * 5, _asked(memory)])
+    engines = {told["engine"] for of_model in document["engines"].values() for told in of_model.values() if "engine" in told}
+    machine = []
+    for model, of_model in document["engines"].items():
+        of = "" if is_one else f"{model}: "
+        machine.append(f"{of}stream {_value(rows[f'{model}/stream'])}, GEMM peak {_value(rows[f'{model}/gemm_peak'])}")
+        for name, told in of_model.items():
+            if name != OURS and told.get("tokens") is not None:
+                machine.append(f"{of}tokens of {PEERS[name]} in float32 {told['tokens']}")
+    who = f"{', '.join(sorted(engines))}; {document['threads']} threads, bfloat16, medians of {document['rounds']} rounds"
+    about = "; ".join([who, *machine]) + "."
+    return f"{_heading(document)}\n\n{about}\n\n{_table(lines)}"
+
+
+def _workload_lines(rows: Rows, model: str, workload: str, title: str) -> Iterator[list[str]]:
+    """Ours beside each peer, then ours beside the machine."""
+    at = f"{model}/{workload}"
+    ours = rows.get(f"{at}/{OURS}")
+    if ours is None:
+        return
+    value, is_alone = _value(ours), True
+    for peer, name in PEERS.items():
+        ratio = rows.get(f"{at}/vs_{peer}")
+        if ratio is not None:
+            is_alone = False
+            theirs = "" if rows[f"{at}/{peer}"]["value"] is None else _value(rows[f"{at}/{peer}"])
+            yield [title, value, name, theirs, *_verdict(ratio), _asked(ratio)]
+    if is_alone:
+        yield [title, value, *[""] * 6]
+    for share, of_what in (("stream_share", "stream bandwidth"), ("peak_share", "GEMM peak")):
+        row = rows.get(f"{at}/{share}")
+        if row is not None and row["target"] is not None:
+            yield [title, value, of_what, "", f"{row['value']:.3f}", "", "", _asked(row)]
+
+
+# --- servers ----------------------------------------------------------------------------------------------------------
+
+
+def _disagg_part(document: Document) -> str:
+    rows, workload = _by_name(document), document["workload"]
+    figures = list(dict.fromkeys(name.rpartition("/")[0] for name in rows))
+    servers = list(document["servers"])
+    lines = [["ms", *servers]]
+    for figure in figures:
+        lines.append([_figure_title(figure), *(f"{rows[f'{figure}/{server}']['value']:,.1f}" for server in servers)])
+    ratios = [["theirs / ours", "ratio", "95 % interval", "verdict", "asked for"]]
+    for name, row in rows.items():
+        if row["target"] is not None:
+            ratios.append([_figure_title(name.replace(f"{OURS}_", "")), *_verdict(row), _asked(row)])
+    threads = document["threads"]
+    asked = f"{workload['rate_requests_per_s']:g} requests a second of {workload['input_len']:,} in and {workload['output_len']} out"
+    about = (
+        f"{document['model']}, {asked}, {document['rounds']} rounds of {workload['num_requests']}: "
+        f"one prefill and one decode worker of {threads['of_each_worker']} thread each; "
+        f"vLLM with {threads['of_a_colocated_engine']} threads and its `max-num-batched-tokens` behind its name."
+    )
+    drawing = RESULTS / f"disagg-{workload['rate_requests_per_s']:g}.svg"
+    shown = f"\n\n![TTFT against pauses](../benchmarks/results/{drawing.name})" if drawing.exists() else ""
+    return f"{_heading(document)}\n\n{about}\n\n{_table(lines)}\n\n{_table(ratios)}{shown}"
+
+
+def _start_part(document: Document) -> str:
+    rows = _by_name(document)
+    lines = [[f"start of {document['model']}, 1 + 1 workers", "value", "asked for"]]
+    for name, row in rows.items():
+        value = f"{row['value']:.2f}x ({row['verdict']})" if "verdict" in row else _value(row)
+        lines.append([name.partition("/")[2].replace("/", ": "), value, _asked(row)])
+    return f"{_heading(document)}\n\n{_table(lines)}"
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _by_name(document: Document) -> Rows:
+    return {row["name"]: row for row in document["rows"]}
+
+
+def _heading(document: Document) -> str:
+    machine = document["machine"]
+    title = {ENGINE: "The engine", DISAGG: "Prefill and decode apart", START: "Starting"}[document["schema"]]
+    what = ", ".join(document["engines"]) if document["schema"] == ENGINE else document["model"]
+    chosen = ", ".join(machine["instructions"])
+    host = f"{machine['cpu']} ({machine['num_cores']} cores, {chosen}, {machine['memory_gib']:g} GiB)"
+    return f"### {title}: {what}\n\n{host}, commit `{document['commit'][:12]}`."
+
+
+def _figure_title(name: str) -> str:
+    return " ".join({"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT"}.get(part, part.replace("_", " ")) for part in name.split("/"))
+
+
+def _value(row: Mapping[str, Any]) -> str:
+    value = row["value"]
+    return f"{value:,.0f} {row['unit']}" if value >= 1000 else f"{value:.4g} {row['unit']}"
+
+
+def _verdict(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Ratio, interval, verdict; the reason where there is none."""
+    if row["value"] is None:
+        return "", "", str(row["reason"])
+    low, high = row["interval"]
+    return f"{row['value']:.2f}", f"{low:.2f} .. {high:.2f}", row["verdict"]
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    return "" if row["value"] is None else f"{row['value']:.2f}x, {row['verdict']}"
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    if row["target"] is None:
+        return ""
+    return f"{row['target']}: {'undecided' if row['ok'] is None else 'met' if row['ok'] else 'missed'}"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
+
+
+if __name__ == "__main__":
+    main()
