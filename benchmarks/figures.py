@@ -181,7 +181,8 @@ def _heading(document: Document) -> str:
 
 
 def _figure_title(name: str) -> str:
-    return " ".join({"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT"}.get(part, part.replace("_", " ")) for part in name.split("/"))
+    words = {"ttft": "TTFT", "itl": "ITL", "itl_worst": "longest pause", "tpot": "TPOT"}
+    return " ".join(words.get(part, part.replace("_", " ")) for part in name.split("/"))
 
 
 def _value(row: Mapping[str, Any]) -> str:
