@@ -22,6 +22,8 @@ from kvtransfer.transport import Region
 log = logging.getLogger("baton.kvtransfer")
 
 NICENESS = 10
+DELAY_S = 0.05  # blocks are asked for when a prompt or a copy is about to begin: with enough left, they have the machine first
+ENOUGH = 0.25  # of `ahead_bytes`
 PIECE_BYTES = HUGE_PAGE_BYTES  # between two pieces the thread may be told to end; a piece takes about 1 ms
 
 
@@ -35,7 +37,8 @@ class FaultAhead:
         self._first_block: int = np.frombuffer(region.blocks, dtype=np.uint8).ctypes.data  # of a page: kvtransfer.region pads for it
         # Counted from the first block; negative at first: pieces begin at huge pages, and the generation words lie before the blocks.
         self._resident_bytes = -(self._first_block % HUGE_PAGE_BYTES)
-        self._wanted_bytes = min(ahead_bytes, self._size_bytes)
+        self._reached_bytes = 0
+        self._is_under_way = True  # some pieces more are wanted, no pause before them
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="kv-fault-ahead", daemon=True)
@@ -43,10 +46,10 @@ class FaultAhead:
 
     def reached(self, block_id: int) -> None:
         """`block_id` is about to be written."""
-        wanted = min((block_id + 1) * self._block_bytes + self._ahead_bytes, self._size_bytes)
-        if wanted > self._wanted_bytes:
+        reached_bytes = (block_id + 1) * self._block_bytes
+        if reached_bytes > self._reached_bytes:
             with self._changed:
-                self._wanted_bytes = wanted
+                self._reached_bytes = reached_bytes
                 self._changed.notify()
 
     def close(self) -> None:
@@ -55,13 +58,23 @@ class FaultAhead:
             self._changed.notify()
         self._thread.join()
 
+    @property
+    def _wanted_bytes(self) -> int:
+        return min(self._reached_bytes + self._ahead_bytes, self._size_bytes)
+
+    def _is_short(self) -> bool:
+        return self._resident_bytes - self._reached_bytes <= ENOUGH * self._ahead_bytes
+
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while self._resident_bytes < self._size_bytes:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._wanted_bytes > self._resident_bytes)
+                if not self._is_under_way:
+                    self._changed.wait_for(lambda: self._closing or self._is_short(), DELAY_S)
                 if self._closing:
                     return
+            self._is_under_way = self._resident_bytes + PIECE_BYTES < self._wanted_bytes
             done = self._resident_bytes
             size = min(PIECE_BYTES, self._size_bytes - done)
             why_not = make_resident(self._first_block + done, size)

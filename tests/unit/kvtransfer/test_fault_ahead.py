@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from kvtransfer import fault_ahead
 from kvtransfer.fault_ahead import PIECE_BYTES, FaultAhead
 from kvtransfer.mapping import HUGE_PAGE_BYTES
 from kvtransfer.region import PoolMemory
@@ -16,6 +17,7 @@ from tests.sim_cluster import layout
 pytestmark = pytest.mark.pure
 
 AHEAD_BYTES = 2 * PIECE_BYTES
+DELAY_S = 0.3
 
 
 def resident_bytes(pool: PoolMemory) -> int:
@@ -46,6 +48,35 @@ def test_memory_stays_ahead_of_the_blocks_in_use() -> None:
     finally:
         ahead.close()
     assert bytes(pool.region.blocks[4:9]) == b"\0abc\0"
+    pool.close()
+
+
+def test_who_asks_for_blocks_has_the_machine_first_unless_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With most of it left the next pages wait for DELAY_S; with little left they come at once.
+
+    Seen to fail without the wait, and with ENOUGH at 0.
+    """
+    monkeypatch.setattr(fault_ahead, "DELAY_S", DELAY_S)
+    block_bytes = layout().block_bytes
+    far = 8 * PIECE_BYTES
+    pool = PoolMemory.create(layout(), 20 * PIECE_BYTES // block_bytes)
+    ahead = FaultAhead(pool.region, far)
+    try:
+        wait_until(lambda: resident_bytes(pool) >= far)
+        time.sleep(DELAY_S)
+        before = resident_bytes(pool)
+        asked_s = time.monotonic()
+        ahead.reached(PIECE_BYTES // block_bytes)
+        wait_until(lambda: resident_bytes(pool) > before)
+        assert time.monotonic() - asked_s >= DELAY_S
+        wait_until(lambda: resident_bytes(pool) >= PIECE_BYTES + far)
+        time.sleep(DELAY_S)
+        monkeypatch.setattr(fault_ahead, "DELAY_S", 60.0)
+        before = resident_bytes(pool)
+        ahead.reached(8 * PIECE_BYTES // block_bytes)  # one of eight pieces is left
+        wait_until(lambda: resident_bytes(pool) > before)
+    finally:
+        ahead.close()
     pool.close()
 
 
