@@ -10,12 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from baton.bench.disagg import SCHEMA as DISAGG
+from baton.bench.engine_rows import SCHEMA as ENGINE
+from baton.bench.peers import OURS
+from baton.bench.start import SCHEMA as START
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PAGES = {HERE.parent / "docs" / "benchmarks.md": "all", HERE.parent / "README.md": "short"}
 BEGIN, END = "<!-- figures of benchmarks/results -->", "<!-- end of figures -->"
-ENGINE, DISAGG, START = "baton.bench.engine.v1", "baton.bench.disagg.v1", "baton.bench.start.v1"
-OURS = "baton"
 WORKLOADS = {  # in the order of the tables
     "one_stream": "one stream",
     "batch8": "8 x (256 in, 64 out)",
