@@ -320,7 +320,9 @@ INLINE Seen seen_of(const AttentionTask& t, int64_t position, int64_t first, int
 // Rows of a head as few as a register tile holds read keys and values as they lie. Heads lie side by side in a block: they are passed over
 // for each tile, so that memory is read in long runs, and the maxima and weights of several are computed together.
 template <typename N>
-static void attend_few(Desk<N>& desk, const AttentionTask& t, const AttentionItem& item, int first_head, int num_heads, const AttentionPiece& piece) {
+static void attend_few(Desk<N>& desk, const AttentionTask& t, const AttentionPiece& piece) {
+  const AttentionItem& item = *piece.item;
+  const int first_head = piece.first_head, num_heads = piece.num_heads;
   const int heads = t.num_heads / t.num_kv_heads, rows = item.num_tokens * heads, dim_panels = (t.head_dim + kPanel - 1) / kPanel;
   const int64_t context = item.start + item.num_tokens, head_stride = t.block_size * t.head_dim;
   const int together = kBatchRows / rows;
@@ -346,7 +348,8 @@ static void attend_few(Desk<N>& desk, const AttentionTask& t, const AttentionIte
 
 // More rows than that: a tile is packed first. A batch of rows goes all the way from scores to sums while they are in the first-level cache.
 template <typename N>
-static void attend_many(Desk<N>& desk, const AttentionTask& t, const AttentionItem& item, int head, const AttentionPiece& piece) {
+static void attend_many(Desk<N>& desk, const AttentionTask& t, const AttentionPiece& piece, int head) {
+  const AttentionItem& item = *piece.item;
   const int heads = t.num_heads / t.num_kv_heads, rows = item.num_tokens * heads, dim = t.head_dim;
   const int dim_words = dim / N::kPerWord, dim_panels = (dim + kPanel - 1) / kPanel, value_words = kKeyTile / N::kPerWord * kPanel;
   const int64_t context = item.start + item.num_tokens;
@@ -389,13 +392,13 @@ static void attention(const AttentionTask& t, const AttentionPiece& piece, float
   Desk<N> desk;
   if (item.num_tokens * (t.num_heads / t.num_kv_heads) <= kMaxRows) {
     set_up(desk, t, item, piece.first_head, piece.num_heads, scratch);
-    attend_few(desk, t, item, piece.first_head, piece.num_heads, piece);
+    attend_few(desk, t, piece);
     write_out(desk, t, item, piece.first_head, piece.num_heads);
     return;
   }
   for (int head = piece.first_head, end = head + piece.num_heads; head < end; ++head) {
     set_up(desk, t, item, head, 1, scratch);
-    attend_many(desk, t, item, head, piece);
+    attend_many(desk, t, piece, head);
     write_out(desk, t, item, head, 1);
   }
 }
