@@ -25,12 +25,15 @@ from engine.core.events import (
     CancelPull,
     CancelReceived,
     Command,
+    CompleteOffer,
+    CompletePull,
     DrainStarted,
     DropSource,
     Emit,
     Event,
     GatewayLost,
     LeaseRenewed,
+    OfferCompletedReceived,
     OfferKv,
     PeerAcked,
     PeerDropped,
@@ -49,13 +52,14 @@ from engine.core.executor import Executor, StepResult
 from engine.core.worker_core import WorkerCore
 from kvtransfer.endpoint import KVEndpoint
 from kvtransfer.peers import OnPeerMessage
-from protocol.kv import Outcome
+from protocol.kv import HandoffCompletion, KVHandoff, Outcome
 from protocol.links import MembershipWatch
 from protocol.messages import (
     AckHandoff,
     Cancel,
     DropHandoff,
     KvEvents,
+    OfferCompleted,
     Offered,
     Ping,
     Pong,
@@ -122,7 +126,9 @@ class WorkerHost:
             Emit: self._emit,
             Tell: lambda c: self._send(c.gateway, c.message),
             OfferKv: self._offer,
+            CompleteOffer: self._complete_offer,
             StartPull: self._start_pull,
+            CompletePull: lambda c: self._endpoint.complete_pull(c.handoff, c.deadline_s),
             CancelPull: lambda c: self._endpoint.cancel(c.handoff_id),
             AckSource: lambda c: self._endpoint.send_to_source(c.handoff, AckHandoff(handoff_id=c.handoff.handoff_id)),
             DropSource: lambda c: self._endpoint.send_to_source(c.handoff, DropHandoff(handoff_id=c.handoff.handoff_id, reason=c.reason)),
@@ -220,12 +226,24 @@ class WorkerHost:
     def _offer(self, command: OfferKv) -> None:
         """Digests are read from the blocks: for a large offer on another thread, the blocks are leased and stay as they are."""
         handoff = command.handoff
-        if self._endpoint.offer_read_bytes(handoff) <= INLINE_OFFER_BYTES:
+        if not handoff.is_complete or self._endpoint.offer_read_bytes(handoff) <= INLINE_OFFER_BYTES:
             self._send(command.gateway, Offered(handoff=self._endpoint.fill_offer(handoff)))
             return
         assert self._loop is not None
         filling = self._loop.run_in_executor(None, self._endpoint.fill_offer, handoff)
         filling.add_done_callback(lambda filled: self._send(command.gateway, Offered(handoff=filled.result())))
+
+    def _complete_offer(self, command: CompleteOffer) -> None:
+        """As `_offer`, of what an early one could not say."""
+        handoff = command.handoff
+        if not command.is_kept:
+            self._send(command.gateway, _completed(handoff, ()))
+        elif self._endpoint.offer_read_bytes(handoff) <= INLINE_OFFER_BYTES:
+            self._send(command.gateway, _completed(handoff, (self._endpoint.digests_of(handoff),)))
+        else:
+            assert self._loop is not None
+            reading = self._loop.run_in_executor(None, self._endpoint.digests_of, handoff)
+            reading.add_done_callback(lambda digests: self._send(command.gateway, _completed(handoff, (digests.result(),))))
 
     def _start_pull(self, command: StartPull) -> None:
         self._endpoint.start_pull(
@@ -234,6 +252,7 @@ class WorkerHost:
             command.target_block_ids,
             command.deadline_s,
             partial(self._pull_done, command.handoff.handoff_id),
+            target_start_tokens=command.target_start_tokens,
         )
 
     def _pull_done(self, handoff_id: str, outcome: Outcome) -> None:
@@ -270,6 +289,8 @@ class WorkerHost:
             self._turn(SubmitReceived(gateway=connection.peer.name, submit=message))
         elif isinstance(message, Cancel):
             self._turn(CancelReceived(request_id=message.request_id, attempt=message.attempt))
+        elif isinstance(message, OfferCompleted):
+            self._turn(OfferCompletedReceived(completed=message))
         elif isinstance(message, Subscribe):
             self._subscribe(connection, message)
         elif isinstance(message, Ping):
@@ -323,3 +344,8 @@ class WorkerHost:
         self._subscribers[connection] = wants
         if wants.snapshots:
             connection.send(SnapshotFrame(snapshot=self.snapshot()))
+
+
+def _completed(handoff: KVHandoff, digests: tuple[bytes, ...]) -> OfferCompleted:
+    completion = HandoffCompletion(handoff_id=handoff.handoff_id, first_tokens=handoff.first_tokens, digests=digests)
+    return OfferCompleted(request_id=handoff.request_id, attempt=handoff.attempt, completion=completion)

@@ -98,6 +98,7 @@ FLAGS: tuple[Flag, ...] = (
     _row("Engine", "--kv-cache-memory-bytes", "workers.kv_cache_memory_bytes", "KV cache of each worker, such as 2GiB."),
     _row("Engine", "--max-num-seqs", "workers.max_num_seqs", "Most sequences of one batch."),
     _row("Engine", "--max-num-batched-tokens", "workers.max_num_batched_tokens", "Most tokens of one step."),
+    _row("Engine", "--offer-early", "workers.offer_early", "Hand KV over layer by layer while prefill still computes."),
     _row("Engine", "--enable-prefix-caching", "workers.enable_prefix_caching", "Reuse the KV of prompts that begin alike."),
     _row("Routing", "--policy", "router.policy", "Placement policy, NAME or NAME:k=v,..."),
     _row("Routing", "--kv-transport", "transport.kv_transport", "How KV blocks move: auto, shm or tcp."),

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from engine.core.executor import NOTHING_SAMPLED, BatchPlan, StepResult
 from engine.hash_model import WORD_BYTES, HashModel
 from engine.step_time import StepTimeModel, plan_shape
+from kvtransfer.layer_clock import LayerClock
 from kvtransfer.transport import Region
 from protocol.errors import ConfigError
 from protocol.kv import DTYPE_SIZE_BYTES
@@ -92,6 +93,8 @@ class PacedExecutor:
     ) -> None:
         """eos_period: one token in so many is EOS, where the request has one; 0: never."""
         self._model = HashModel(RegionMemory(region), vocab_size=vocab_size, eos_period=eos_period)
+        self._num_layers = region.layout.num_layers
+        self._clock = LayerClock(region)
         self._step_time = step_time
         self._plans: queue.Queue[BatchPlan | None] = queue.Queue(maxsize=MAX_QUEUED_STEPS)
         self._closing = threading.Event()
@@ -129,7 +132,20 @@ class PacedExecutor:
         except (AssertionError, LookupError, ValueError) as error:  # a plan that cannot be computed is the plan's failure, not ours
             log.exception("step failed", extra={"step": plan.step_id})
             return StepResult(step_id=plan.step_id, sampled=NOTHING_SAMPLED, duration_s=time.monotonic() - began, error=repr(error))
-        left_s = began + self._step_time.step_s(plan_shape(plan)) - time.monotonic()
+        self._pace(plan, began)
+        self._clock.step_done(plan.step_id)
+        return StepResult(step_id=plan.step_id, sampled=sampled, duration_s=time.monotonic() - began)
+
+    def _pace(self, plan: BatchPlan, began: float) -> None:
+        """Sleep for what is left of the step's time; where it computes prompts, its layers are told as they would become ready."""
+        step_s = self._step_time.step_s(plan_shape(plan))
+        if any(size > 1 for size in plan.entries.sizes):
+            for layer in range(self._num_layers):
+                self._sleep_until(began + step_s * (layer + 1) / self._num_layers)
+                self._clock.layer_done(plan.step_id, layer)
+        self._sleep_until(began + step_s)
+
+    def _sleep_until(self, moment: float) -> None:
+        left_s = moment - time.monotonic()
         if left_s > 0:
             self._closing.wait(left_s)
-        return StepResult(step_id=plan.step_id, sampled=sampled, duration_s=time.monotonic() - began)

@@ -17,6 +17,7 @@ from protocol.messages import (
     Cancel,
     Done,
     HandoffDone,
+    OfferCompleted,
     Offered,
     Place,
     PlaceAck,
@@ -42,7 +43,7 @@ class WorkerSaid:
     """A fact about an attempt, as the worker told it."""
 
     worker_id: str
-    fact: TokenRun | Offered | HandoffDone | TransferFailed | AttemptFailed
+    fact: TokenRun | Offered | OfferCompleted | HandoffDone | TransferFailed | AttemptFailed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +146,14 @@ class SubmitTo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompleteAt:
+    """Send on to the worker that has the early offer."""
+
+    worker_id: str
+    completed: OfferCompleted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CancelAt:
     worker_id: str
     cancel: Cancel
@@ -189,4 +198,4 @@ class Abandon:
 
 
 End = Finish | Fail | Abandon
-Command = SendPlace | PlaceWithoutRouter | TellRouter | SubmitTo | CancelAt | Deliver | AttemptEnded | End
+Command = SendPlace | PlaceWithoutRouter | TellRouter | SubmitTo | CompleteAt | CancelAt | Deliver | AttemptEnded | End

@@ -32,6 +32,7 @@ from gateway.events import (
     ChoiceStopped,
     ClientGone,
     Command,
+    CompleteAt,
     Deliver,
     End,
     Event,
@@ -301,6 +302,8 @@ class GatewayService:
                 self.metrics.fallbacks.labels("least_work").inc()
                 log.warning("placed without the router", extra={"request_id": live.request_id, "attempt": place.attempt})
                 self._post(live, NoPlace() if assignment is None else Assigned(assignment=assignment))
+            case CompleteAt(worker_id=worker_id, completed=completed):
+                self.workers.send(worker_id, completed)
             case CancelAt(worker_id=worker_id, cancel=cancel):
                 self.workers.send(worker_id, cancel)
             case AttemptEnded():

@@ -24,6 +24,7 @@ from gateway.events import (
     ChoiceStopped,
     ClientGone,
     Command,
+    CompleteAt,
     Deliver,
     End,
     Event,
@@ -60,6 +61,7 @@ from protocol.messages import (
     Cancel,
     Done,
     HandoffDone,
+    OfferCompleted,
     Offered,
     Place,
     PlaceAck,
@@ -100,6 +102,7 @@ class Session:
         self._avoided_workers: tuple[str, ...] = ()  # gave this request up; asked again when nobody else is there
         self._num_failed = 0  # attempts a worker lost or gave up
         self._handoff: Offered | None = None  # of this attempt
+        self._is_offered = False  # it is complete; an early offer is taken by its target while prefill goes on
         self._cancel_at_end = False  # we ended a choice that its worker still computes
         self._early: list[dict[int, TokenRun]] = [{} for _ in range(n)]  # by position
         # While QUEUED: ask (again) at `_place_at_s`; hear from the router by `_answer_by_s`; give up at `_place_by_s`.
@@ -123,7 +126,7 @@ class Session:
         assignment = self.assignment
         if assignment is None or self.state not in _WORKING:
             return ()
-        if self._handoff is None and self.state is _A.PREFILLING and assignment.prefill_worker != assignment.decode_worker:
+        if not self._is_offered and self.state is _A.PREFILLING and assignment.prefill_worker != assignment.decode_worker:
             return (assignment.prefill_worker, assignment.decode_worker)
         return (assignment.decode_worker,)
 
@@ -270,6 +273,9 @@ class Session:
                 self._on_run(fact, now, by_decoder=worker_id == assignment.decode_worker)
             case Offered(handoff=handoff) if handoff.attempt == number and self.state is _A.PREFILLING and self._handoff is None:
                 self._on_offer(fact, assignment, now)
+            case OfferCompleted(attempt=n) if n == number and self._handoff is not None and not self._is_offered:
+                self._hand_on(now)
+                self._out.append(CompleteAt(worker_id=assignment.decode_worker, completed=fact))
             case HandoffDone(attempt=n) if n == number and self.state is _A.WAITING_KV:
                 self.state = advance(self.state, _A.DECODING)
                 for timeline in self.timelines:
@@ -328,8 +334,8 @@ class Session:
 
     def _on_offer(self, offered: Offered, assignment: Assignment, now: float) -> None:
         self._handoff = offered
-        self._prefilled(now)
-        self.state = advance(self.state, _A.WAITING_KV)
+        if offered.handoff.is_complete:
+            self._hand_on(now)
         # What each choice had when the attempt began, with the choices that ended on their first token left out.
         attempt = replace(self.attempt, finished=self._finished)
         self._out.append(
@@ -338,6 +344,11 @@ class Session:
                 submit=Submit(attempt=attempt, prefill_only=False, handoff=offered.handoff),
             )
         )
+
+    def _hand_on(self, now: float) -> None:
+        self._is_offered = True
+        self._prefilled(now)
+        self.state = advance(self.state, _A.WAITING_KV)
 
     def _prefilled(self, now: float) -> None:
         for timeline in self.timelines:
@@ -367,7 +378,8 @@ class Session:
 
     def _stop(self, end: End, state: AttemptState, reason: str, now: float) -> None:
         """The request is over."""
-        if state is not _A.FINISHED or self._cancel_at_end:
+        is_ahead = self._handoff is not None and not self._is_offered  # its target waits for what will not come
+        if state is not _A.FINISHED or self._cancel_at_end or is_ahead:
             self._cancel_work(except_at="")
         self._end_attempt(state, reason)
         self._place_at_s = self._answer_by_s = self._place_by_s = self._deadline_s = NEVER_S
@@ -420,6 +432,7 @@ class Session:
         )
         self.state = _A.QUEUED
         self._handoff = None
+        self._is_offered = False
         self._cancel_at_end = False
         for early in self._early:
             early.clear()

@@ -19,6 +19,7 @@ from protocol.messages import (
     Cancel,
     HandoffDone,
     Membership,
+    OfferCompleted,
     Offered,
     SnapshotFrame,
     StepOutput,
@@ -30,6 +31,8 @@ from protocol.wire import Connection, Identity
 from protocol.worker import Role, WorkerAddress, WorkerSnapshot, WorkerState
 
 log = logging.getLogger("baton.gateway")
+
+_ToWorker = Submit | OfferCompleted | Cancel
 
 MAX_REMEMBERED_LOST = 1024
 
@@ -96,7 +99,9 @@ class Workers:
         self._on_fact = on_fact
         self._on_lost = on_lost
         self._links = Links(identity, secret, on_up=self._up, on_down=self._down, on_message=self._receive)
-        self._pending: dict[str, deque[tuple[float, Submit | Cancel]]] = {}  # for a worker still being dialed: (until, message)
+        self._pending: dict[
+            str, deque[tuple[float, Submit | OfferCompleted | Cancel]]
+        ] = {}  # for a worker still being dialed: (until, message)
         self._lost: deque[str] = deque(maxlen=MAX_REMEMBERED_LOST)
 
     def follow(self, membership: Membership) -> None:
@@ -118,7 +123,7 @@ class Workers:
     def is_up(self, worker_id: str) -> bool:
         return self._links.get(worker_id) is not None
 
-    def send(self, worker_id: str, message: Submit | Cancel) -> None:
+    def send(self, worker_id: str, message: _ToWorker) -> None:
         """Now, or when the link is up within link_wait_s; else on_lost for a submit."""
         if self._links.send(worker_id, message):
             return
@@ -186,5 +191,5 @@ class Workers:
             row = self.rows.get(worker_id)
             if row is not None and row.address.epoch == message.snapshot.epoch:
                 row.take(message.snapshot, self._clock())
-        elif isinstance(message, (Offered, HandoffDone, TransferFailed, AttemptFailed)):
+        elif isinstance(message, (Offered, OfferCompleted, HandoffDone, TransferFailed, AttemptFailed)):
             self._on_fact(WorkerSaid(worker_id=worker_id, fact=message))

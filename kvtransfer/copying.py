@@ -13,35 +13,56 @@ import numpy.typing as npt
 
 from kernels.copy_runs import Runs, copy_runs
 from kvtransfer.lanes import Pull, PullFailed
+from kvtransfer.layer_clock import wait_for
+from kvtransfer.layers import Layers, layer_spans, split_by_readiness
 from kvtransfer.region import first_stale
-from kvtransfer.reshard import block_runs
 from kvtransfer.transport import Region
 from protocol.kv import TransferError
 
 
-def copy_verified(source: Region, pull: Pull, look_up: Callable[[], None], *, slice_bytes: int) -> None:
+def copy_verified(source: Region, pull: Pull, look_up: Callable[[float], None], *, slice_bytes: int) -> None:
     """Copy the pull's blocks; raise PullFailed unless all generations are the expected ones before and after.
 
-    `look_up` is called at least every `slice_bytes` and may raise. The copy itself runs without the interpreter lock.
+    `look_up(seconds)` is called at least every `slice_bytes`; it may wait so long, and may raise. Blocks that are still being computed
+    are followed layer by layer. The copy itself runs without the interpreter lock.
     """
     block_ids = np.frombuffer(pull.source_block_ids, dtype=np.uint32)
     if len(block_ids) and int(block_ids.max()) >= source.num_blocks:
         raise PullFailed(TransferError.REFUSED, f"block {int(block_ids.max())} of a pool of {source.num_blocks}")
     expected = np.frombuffer(pull.generations, dtype=np.uint64)
     _check_generations(source, block_ids, expected, "before")
-    for runs in _slices(block_ids, np.frombuffer(pull.transfer.target_block_ids, dtype=np.uint32), source.layout.block_bytes, slice_bytes):
-        look_up()
-        copy_runs(source.blocks, pull.target.blocks, runs)
-    look_up()
+    for layers in follow(source, pull, look_up):
+        for runs in _slices(pull, layers, slice_bytes):
+            look_up(0.0)
+            copy_runs(source.blocks, pull.target.blocks, runs)
+    look_up(0.0)
     _check_generations(source, block_ids, expected, "after")
 
 
-def _slices(source_ids: npt.NDArray[np.uint32], target_ids: npt.NDArray[np.uint32], block_bytes: int, slice_bytes: int) -> Iterator[Runs]:
-    """Runs of blocks adjacent on both sides, in order, in arrays of at most `slice_bytes` (or one block) each."""
-    max_blocks = max(1, slice_bytes // block_bytes)
+def follow(source: Region, pull: Pull, look_up: Callable[[float], None]) -> Iterator[Layers]:
+    """The parts of a pull in the order in which they become ready, each when it is, as many layers at once as are."""
+    shard = pull.transfer.source
+    whole, growing = split_by_readiness(pull)
+    if shard.layer_clock:
+        wait_for(source, shard.layer_clock, look_up)
+    yield Layers(places=whole, offset=0, size_bytes=source.layout.block_bytes)
+    spans = layer_spans(source.layout)
+    done = 0
+    while len(growing) and done < len(spans):
+        clock = wait_for(source, shard.layer_clock + done + 1, look_up)
+        end = min(len(spans), clock - shard.layer_clock)
+        yield Layers.of(source.layout, growing, done, end - done)
+        done = end
+
+
+def _slices(pull: Pull, layers: Layers, slice_bytes: int) -> Iterator[Runs]:
+    """Runs that are contiguous on both sides, in order, in arrays of at most `slice_bytes` (or one block) each."""
+    source_ids = np.frombuffer(pull.source_block_ids, dtype=np.uint32)[layers.places]
+    target_ids = np.frombuffer(pull.transfer.target_block_ids, dtype=np.uint32)[layers.places]
+    max_blocks = max(1, slice_bytes // layers.size_bytes)
     for first in range(0, len(source_ids), max_blocks):
         end = first + max_blocks
-        yield block_runs(source_ids[first:end], target_ids[first:end]) * block_bytes
+        yield layers.runs(pull.target.layout, source_ids[first:end], target_ids[first:end])
 
 
 def _check_generations(region: Region, block_ids: npt.NDArray[np.uint32], expected: npt.NDArray[np.uint64], when: str) -> None:

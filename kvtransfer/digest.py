@@ -14,6 +14,7 @@ from array import array
 
 import xxhash
 
+from kvtransfer.layers import layer_spans
 from kvtransfer.transport import Region
 from protocol.kv import DigestMode, KVLayout
 
@@ -84,15 +85,3 @@ def _digests(
 
 def _seed(generation: int, layer: int) -> int:
     return (generation << 16 | layer) & 0xFFFF_FFFF_FFFF_FFFF
-
-
-def layer_spans(layout: KVLayout) -> list[tuple[int, int]]:
-    """(offset in a block, size) in bytes of K and V of each layer, in memory order."""
-    spans = []
-    start = 0
-    for group in layout.groups:
-        size = layout.block_size_tokens * group.token_bytes // group.num_layers
-        for _ in range(group.num_layers):
-            spans.append((start, size))
-            start += size
-    return spans

@@ -2,6 +2,7 @@
 
     source                                            target
     fill_offer(handoff) ── via the gateway ─────────► start_pull ── transport ──► generations ok ── digests ok ──► on_done
+    digests_of(handoff) ── later, of an early one ──► complete_pull: only then the digests can be looked at
     on_peer_message ◄───────────────────────────────── send_to_source(AckHandoff | RenewLease | DropHandoff)
 
 Leases, retries with other workers and recomputation are decided elsewhere (kvtransfer.handoff, the worker core); here a pull is
@@ -25,7 +26,7 @@ from kvtransfer.config import TransportConfig
 from kvtransfer.fault_ahead import FaultAhead
 from kvtransfer.local import LocalExchange, LocalTransport
 from kvtransfer.peers import OnPeerMessage, PeerMessage, PeerPost
-from kvtransfer.pulls import Part, PullState, place_staged, plan_parts, release_staging, verify_parts
+from kvtransfer.pulls import Part, PullState, complete_parts, place_staged, plan_parts, release_staging, verify_parts
 from kvtransfer.region import PoolMemory
 from kvtransfer.shm import ShmTransport
 from kvtransfer.tcp import TcpTransport
@@ -115,7 +116,7 @@ class KVEndpoint:
         return self._endpoint
 
     def fill_offer(self, handoff: KVHandoff) -> KVHandoff:
-        """The offer with endpoint, epoch, region, digest mode and digests of our one shard. Reads the blocks' content.
+        """The offer with endpoint, epoch, region, digest mode and digests of our one shard. Reads the blocks, those of an early offer not.
 
         May be called from another thread: digests of 256 MiB take about 10 ms in mode SAMPLED of 32 layers, 30 ms in FULL.
         """
@@ -130,13 +131,22 @@ class KVEndpoint:
             region_id=region.region_id,
             layout=region.layout,
             digest_mode=mode,
-            digests=digest.compute(region, shard.block_ids, shard.generations, mode, handoff.handoff_id),
+            digests=b"",
         )
+        filled_handoff = replace(handoff, shards=(filled,))
+        if handoff.is_complete:
+            filled_handoff = replace(filled_handoff, shards=(replace(filled, digests=self.digests_of(handoff)),))
         self.counters["offers"] += 1
-        return replace(handoff, shards=(filled,))
+        return filled_handoff
+
+    def digests_of(self, handoff: KVHandoff) -> bytes:
+        """Of the blocks of our one shard, as they are now; may be called from another thread."""
+        (shard,) = handoff.shards
+        mode = self._config.offer_digest_mode
+        return digest.compute(self._pool.region, shard.block_ids, shard.generations, mode, handoff.handoff_id)
 
     def offer_read_bytes(self, handoff: KVHandoff) -> int:
-        """What `fill_offer` would read of the blocks."""
+        """What `digests_of` would read of the blocks."""
         num_blocks = sum(len(shard.block_ids) for shard in handoff.shards)
         return num_blocks * digest.read_bytes(self._pool.region.layout, self._config.offer_digest_mode)
 
@@ -151,6 +161,8 @@ class KVEndpoint:
         target_start_tokens: int | None = None,
     ) -> None:
         """Fill our blocks from the offer, verify them, call `on_done` once; never before this returns.
+
+        An early offer's layers are followed as they are computed, and `complete_pull` must be called before it can succeed.
 
         With one layout on both sides block source_indices[i] of the hand-off goes to target_block_ids[i]. Otherwise the planner
         comes between: source_indices must be consecutive, target_block_ids are consecutive blocks of the sequence from token
@@ -180,17 +192,34 @@ class KVEndpoint:
             return
         self._next_region_id += len(pull.parts)
         self._pulls[handoff.handoff_id] = pull
-        self._launch(pull)
+        if handoff.is_complete or self._config.kv_transport != "local":
+            self._launch(pull)
+
+    def complete_pull(self, handoff: KVHandoff, deadline_s: float) -> None:
+        """The early offer of a pull under way, with what it could not say; there are `deadline_s` left. Ended pulls are passed over."""
+        assert self._loop is not None
+        pull = self._pulls.get(handoff.handoff_id)
+        if pull is None or pull.handoff.is_complete:
+            return
+        pull.deadline = self._loop.time() + deadline_s
+        pull.expiry = self._loop.call_at(
+            pull.deadline, self._stop, pull, TransferError.DEADLINE, f"not done {deadline_s:g} s after prefill"
+        )
+        try:
+            complete_parts(pull, handoff)
+        except LayoutMismatch as mismatch:
+            self._stop(pull, TransferError.LEASE_EXPIRED, str(mismatch))
+            return
+        if self._config.kv_transport == "local":
+            self._launch(pull)
+        elif pull.has_arrived:
+            self._arrived(pull)
 
     def cancel(self, handoff_id: str) -> None:
         """Stop soon; `on_done` still comes, with CANCELLED or what was first. Unknown ids are ignored."""
         pull = self._pulls.get(handoff_id)
-        if pull is None:
-            return
-        pull.cancelled = True
-        for (path, ticket), (owner, _) in list(self._tickets.items()):
-            if owner is pull:
-                self._transports[path].cancel(ticket)
+        if pull is not None:
+            self._stop(pull, TransferError.CANCELLED, "cancelled")
 
     def raise_generations(self, block_ids: array[int], generations: array[int]) -> None:
         """The blocks are about to be written anew: from here on nobody reads them for what they were."""
@@ -265,22 +294,39 @@ class KVEndpoint:
                 transport.forget(part.region.region_id)
             pull.outcomes.append(outcome)
             if outcome.error is not None:
-                self._stop_other_parts(pull)
-            if len(pull.outcomes) == len(pull.parts):
+                self._cancel_transfers(pull)
+            if pull.has_arrived:
                 self._arrived(pull)
 
-    def _stop_other_parts(self, pull: PullState) -> None:
-        for (path, ticket), (owner, _) in self._tickets.items():
-            if owner is pull:
-                self._transports[path].cancel(ticket)
+    def _stop(self, pull: PullState, error: TransferError, detail: str) -> None:
+        """Let nothing more come of it; the first reason counts."""
+        assert self._loop is not None
+        if pull.stopped is None:
+            pull.stopped, pull.stop_detail = error, detail
+        if not self._cancel_transfers(pull) and not pull.checking:  # it waits for its completion, and nothing else will end it
+            self._loop.call_soon(self._arrived, pull)
+
+    def _cancel_transfers(self, pull: PullState) -> int:
+        """How many are under way."""
+        tickets = [key for key, (owner, _) in self._tickets.items() if owner is pull]
+        for path, ticket in tickets:
+            self._transports[path].cancel(ticket)
+        return len(tickets)
 
     def _arrived(self, pull: PullState) -> None:
-        """All parts have ended: check what came on a thread of its own, or end."""
+        """All parts have ended: check what came on a thread of its own, end, or wait for what an early offer could not say."""
         assert self._loop is not None
+        if self._pulls.get(pull.handoff.handoff_id) is not pull or pull.checking:
+            return
         failed = next((o for o in pull.outcomes if o.error not in (None, TransferError.CANCELLED)), None)
         failed = failed or next((o for o in pull.outcomes if o.error is not None), None)
-        if failed is not None:
+        if failed is not None and (pull.stopped is None or failed.error is not TransferError.CANCELLED):
             self._failed(pull, failed)
+            return
+        if pull.stopped is not None:
+            self._failed(pull, pull.combined(error=pull.stopped, detail=pull.stop_detail, now=self._now()))
+            return
+        if not pull.handoff.is_complete:
             return
         pull.checking = True
         checked = self._loop.run_in_executor(self._checker, _check, pull)
@@ -295,14 +341,14 @@ class KVEndpoint:
         bad_blocks = check.result()
         if bad_blocks:
             self._failed(pull, pull.combined(error=TransferError.DIGEST_MISMATCH, detail=bad_blocks, now=self._now()))
-        elif pull.cancelled:
-            self._failed(pull, pull.combined(error=TransferError.CANCELLED, detail="cancelled", now=self._now()))
+        elif pull.stopped is not None:
+            self._failed(pull, pull.combined(error=pull.stopped, detail=pull.stop_detail, now=self._now()))
         else:
             self._finish(pull, pull.combined(error=None, detail="", now=self._now()))
 
     def _failed(self, pull: PullState, outcome: Outcome) -> None:
         pull.tried |= {part.path for part in pull.parts}
-        retry = outcome.error in _WORTH_ANOTHER_PATH and not pull.cancelled and len(pull.tried) <= self._config.pull_retries
+        retry = outcome.error in _WORTH_ANOTHER_PATH and pull.stopped is None and len(pull.tried) <= self._config.pull_retries
         if retry and all(choose_path(self._config.kv_transport, p.shard.endpoint, tried=pull.tried).path for p in pull.parts):
             self.counters["pull_retries"] += 1
             self._launch(pull)
@@ -322,6 +368,8 @@ class KVEndpoint:
     def _finish(self, pull: PullState, outcome: Outcome) -> None:
         if self._pulls.get(pull.handoff.handoff_id) is pull:
             del self._pulls[pull.handoff.handoff_id]
+        if pull.expiry is not None:
+            pull.expiry.cancel()
         release_staging(pull.parts)
         if outcome.error is None:
             for part in pull.outcomes:

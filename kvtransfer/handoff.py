@@ -3,6 +3,9 @@
     source   OFFERED ──(target renews: RESERVED)──(target acknowledges)──► RELEASED       or FAILED (dropped), EXPIRED (lease ran out)
     target   OFFERED ─► RESERVED ─► PULLING ─► VERIFIED ─► ACKED ─► RELEASED              or FAILED(reason)
 
+An offer may come before the end of the prefill's last step (`KVHandoff.is_complete` is false): its target reserves and pulls behind the
+source's layers, and is VERIFIED only after the HandoffCompletion, which brings first tokens and digests.
+
 Both sides keep time with their own clock: a lease is a duration. The source keeps the blocks until acknowledged, dropped or expired,
 whichever is first, and raises their generations before it reuses them; so a target that comes too late is told by its copy.
 Whoever owns blocks and sockets acts on these moves (engine/core/offers.py, engine/core/intake.py).
@@ -11,9 +14,11 @@ Whoever owns blocks and sockets acts on these moves (engine/core/offers.py, engi
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from protocol.kv import KVHandoff, KVLayout, Outcome, TransferError
+from kvtransfer.reshard import check_compatible
+from protocol.errors import LayoutMismatch
+from protocol.kv import HandoffCompletion, KVHandoff, KVLayout, Outcome, TransferError
 from protocol.lifecycle import HandoffState, advance, is_final
 
 _WAY = (
@@ -82,6 +87,7 @@ class TargetHandoff:
     give_up_s: float  # when it has waited too long for room, on our clock; a pull has its own deadline
     renew_interval_s: float
     next_renewal_s: float
+    completed_s: float  # when it was complete, on our clock; of an early offer: not before `complete` is called
     state: HandoffState = HandoffState.OFFERED
     refusal: Refusal | None = None  # set by `fail`
 
@@ -92,6 +98,15 @@ class TargetHandoff:
     @property
     def is_pulling(self) -> bool:
         return self.state is HandoffState.PULLING
+
+    @property
+    def has_failed(self) -> bool:
+        return self.state is HandoffState.FAILED
+
+    def complete(self, completion: HandoffCompletion, now: float) -> None:
+        """The source has computed everything. Allowed in every state: a copy may have failed meanwhile."""
+        self.handoff = complete(self.handoff, completion)
+        self.completed_s = now
 
     def reserve(self) -> None:
         """Blocks are set aside for it."""
@@ -123,6 +138,24 @@ class TargetHandoff:
         return True
 
 
+def complete(handoff: KVHandoff, completion: HandoffCompletion) -> KVHandoff:
+    """The early offer with what it could not say. Digests of another number of shards than it has: none, so that no check passes."""
+    assert completion.handoff_id == handoff.handoff_id and not handoff.is_complete
+    shards = handoff.shards
+    digests = completion.digests if len(completion.digests) == len(shards) else (b"",) * len(shards)
+    return replace(
+        handoff,
+        layer_watermark=shards[0].layout.num_layers,
+        first_tokens=completion.first_tokens,
+        shards=tuple(replace(shard, digests=said) for shard, said in zip(shards, digests, strict=True)),
+    )
+
+
+def step_begin(step_id: int, num_layers: int) -> int:
+    """A region's clock (kvtransfer.layer_clock) from the end of the step before until layer 0 of step `step_id` is written; not 0."""
+    return (step_id + 1) * (num_layers + 1)
+
+
 def refuse(handoff: KVHandoff, *, fingerprint: bytes, layout: KVLayout, token_ids: array[int]) -> Refusal | None:
     """Why `handoff` must not be read into a pool of `layout` for a sequence of `token_ids`; None when it may.
 
@@ -131,17 +164,19 @@ def refuse(handoff: KVHandoff, *, fingerprint: bytes, layout: KVLayout, token_id
     if handoff.fingerprint != fingerprint:
         detail = f"offered by a model with fingerprint {handoff.fingerprint.hex()}, this worker's is {fingerprint.hex()}"
         return Refusal(error=TransferError.REFUSED, detail=detail)
-    if len(handoff.shards) != 1 or handoff.shards[0].layout != layout:
-        return Refusal(error=TransferError.REFUSED, detail="layouts of source and target differ")
+    try:
+        check_compatible(layout, [shard.layout for shard in handoff.shards])
+    except LayoutMismatch as mismatch:
+        return Refusal(error=TransferError.REFUSED, detail=str(mismatch))
     if handoff.token_ids != token_ids:
         detail = f"KV of {len(handoff.token_ids)} tokens is offered for a sequence of {len(token_ids)}, or the tokens differ"
         return Refusal(error=TransferError.REFUSED, detail=detail)
-    if handoff.layer_watermark != layout.num_layers:
-        detail = f"{handoff.layer_watermark} of {layout.num_layers} layers are ready"
+    if not handoff.is_complete and not all(shard.layer_clock for shard in handoff.shards):
+        detail = f"{handoff.layer_watermark} of {layout.num_layers} layers are ready, and nothing says when the others will be"
         return Refusal(error=TransferError.TRUNCATED, detail=detail)
-    shard = handoff.shards[0]
-    num_blocks = -(-len(token_ids) // layout.block_size_tokens)
-    if len(shard.block_ids) != num_blocks or len(shard.generations) != num_blocks:
-        detail = f"{len(shard.block_ids)} blocks with {len(shard.generations)} generations are offered, the tokens need {num_blocks}"
-        return Refusal(error=TransferError.TRUNCATED, detail=detail)
+    for shard in handoff.shards:
+        num_blocks = -(-len(token_ids) // shard.layout.block_size_tokens)
+        if len(shard.block_ids) != num_blocks or len(shard.generations) != num_blocks:
+            detail = f"{len(shard.block_ids)} blocks with {len(shard.generations)} generations are offered, the tokens need {num_blocks}"
+            return Refusal(error=TransferError.TRUNCATED, detail=detail)
     return None

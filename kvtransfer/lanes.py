@@ -16,6 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from array import array
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -97,8 +98,11 @@ class PeerTransport(ABC):
         """An authenticated link to the peer that made the offer. Runs on a lane's thread."""
 
     @abstractmethod
-    def copy(self, link: Link, pull: Pull) -> None:
-        """Fill the target blocks, or raise PullFailed, OSError or WireError. Runs on a lane's thread."""
+    def copy(self, link: Link, pull: Pull, rest: Callable[[float], None]) -> None:
+        """Fill the target blocks, or raise PullFailed, OSError or WireError. Runs on a lane's thread.
+
+        `rest(seconds)` waits so long, and raises PullFailed when there is no reason to go on.
+        """
 
     def register(self, region: Region) -> None:
         self._regions[region.region_id] = region
@@ -261,7 +265,7 @@ class Lane:
             if link is None:
                 link = self._open(pull)
             _check_peer(link.session.peer, pull.transfer.source, self._identity.fingerprint)
-            self._backend.copy(link, pull)
+            self._backend.copy(link, pull, self._rest)
         except PullFailed as failed:
             error, detail = failed.error, str(failed)
         except (HandshakeRefused, LayoutMismatch) as refused:
@@ -295,6 +299,14 @@ class Lane:
             earliest = min(pull.deadline, self._connect_by or pull.deadline, self._drop_ended())
             if self._poll(fd, events, earliest):
                 return
+
+    def _rest(self, seconds: float) -> None:
+        """Look around, also at the pulls that wait behind this one, and wait."""
+        assert self._current is not None
+        self._current.check()
+        if seconds:
+            self._drop_ended()
+            time.sleep(seconds)
 
     def _drop_ended(self) -> float:
         """Report pulls of the queue that were cancelled or are too late; the next deadline among the rest."""

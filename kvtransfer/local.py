@@ -48,7 +48,7 @@ class LocalTransport:
         error: TransferError | None = None
         detail = ""
         try:
-            copy_verified(self._source(pull), pull, pull.check, slice_bytes=pull.target.size_bytes)
+            copy_verified(self._source(pull), pull, lambda _: pull.check(), slice_bytes=pull.target.size_bytes)
         except PullFailed as failed:
             error, detail = failed.error, str(failed)
         self._outcomes.append((pull.ticket, pull.outcome(self.name, error, detail)))

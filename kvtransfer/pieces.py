@@ -1,12 +1,13 @@
 """Pulls in pieces, asked for and answered over one authenticated connection a pair of processes.
 
-    target ── Pull(blocks, generations) ──────────► source     at most two pieces asked for ahead: the credit
+    target ── Pull(blocks, generations, clock) ───► source     at most two pieces asked for ahead: the credit
     target ◄── ticket, size ── the piece's bytes ── PullTrailer ── source
 
 How the bytes go is the backend's (`Channel`): on the connection itself (kvtransfer.tcp), or beside it (kvtransfer.ucx,
 kvtransfer.nccl), where the connection is also how the death of a peer is told to a library that would wait for ever. The source
-looks at the generations before it sends and again after the last byte has left the pool, and says in the trailer what it saw.
-A pull stopped half-way ends the connection, since nothing else stops a stream.
+waits for its clock where the blocks are still being computed, looks at the generations before it sends and again after the last
+byte has left the pool, and says in the trailer what it saw. A pull stopped half-way ends the connection, since nothing else stops
+a stream.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import os
 import select
 import socket
 import struct
+import time
 from abc import abstractmethod
 from array import array
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +31,9 @@ import numpy.typing as npt
 from kernels.copy_runs import Runs
 from kvtransfer.config import TransportConfig
 from kvtransfer.lanes import Link, PeerTransport, Pull, PullFailed
+from kvtransfer.layer_clock import wait_for
+from kvtransfer.layers import Layers, Places, split_by_readiness
 from kvtransfer.region import first_stale
-from kvtransfer.reshard import block_runs
 from kvtransfer.session import Announcement, Pause, PeerServer, RegionCard, Session
 from kvtransfer.transport import Region
 from protocol import wire
@@ -110,20 +114,40 @@ class PiecewiseTransport(PeerTransport):
     def _answer(self, session: Session, channel: Channel, request: PullRequest) -> None:
         region = self._regions.get(request.region_id)
         block_ids = np.frombuffer(request.block_ids, dtype=np.uint32)
+        layers = None
         error: TransferError | None = None
         if request.epoch != self._identity.epoch:
             error = TransferError.STALE_EPOCH
-        elif region is None or not _can_be_sent(region, block_ids, channel.piece_bytes_max):
+        elif region is None or (layers := _asked_for(region, block_ids, request, channel.piece_bytes_max)) is None:
             error = TransferError.REFUSED
+        elif not self._wait_for_clock(session, region, request.clock):
+            error = TransferError.DEADLINE
         elif first_stale(region, block_ids, np.frombuffer(request.generations, dtype=np.uint64)) is not None:
             error = TransferError.STALE_GENERATION
-        if error is not None or region is None:
+        if error is not None or region is None or layers is None:
             _send_trailer(session, request.ticket, array("Q"), error, _HEAD.pack(request.ticket, 0))
             return
-        session.send([_HEAD.pack(request.ticket, len(block_ids) * region.layout.block_bytes)])
-        channel.send(region.blocks, _spans(region, block_ids, np.arange(len(block_ids)), source=True))
+        session.send([_HEAD.pack(request.ticket, len(block_ids) * layers.size_bytes)])
+        channel.send(region.blocks, layers.runs(region.layout, block_ids, np.arange(len(block_ids)))[:, [0, 2]])
         words = np.frombuffer(region.generations, dtype=np.uint64)
         _send_trailer(session, request.ticket, array("Q", words[block_ids].tobytes()), None)
+
+    def _wait_for_clock(self, session: Session, region: Region, clock: int) -> bool:
+        """True once the layers asked for are computed; False when that takes as long as a peer may stall."""
+        give_up = time.monotonic() + self._config.stall_timeout_s
+
+        def rest(seconds: float) -> None:
+            if session.has_hung_up():
+                raise ConnectionResetError(f"{session.peer.name} went away while it waited for layers")
+            if time.monotonic() >= give_up:
+                raise TimeoutError
+            session.rest(seconds)
+
+        try:
+            wait_for(region, clock, rest)
+        except TimeoutError:
+            return False
+        return True
 
     # --- target side, on a lane's thread ---
 
@@ -141,21 +165,19 @@ class PiecewiseTransport(PeerTransport):
             session.close()
             raise
 
-    def copy(self, link: Link, pull: Pull) -> None:
+    def copy(self, link: Link, pull: Pull, rest: Callable[[float], None]) -> None:
         assert isinstance(link, _Conversation)
         source = pull.transfer.source
         card = link.regions.get(source.region_id)
         if card is None or card.layout != source.layout:
             raise PullFailed(TransferError.REFUSED, f"region {source.region_id} is not there, or not of the layout offered")
-        size = source.layout.block_bytes
         piece_bytes = min(self._config.max_inflight_bytes // _PIECES_AHEAD, link.channel.piece_bytes_max)
-        piece_blocks = max(1, min(_PIECE_BLOCKS_MAX, piece_bytes // size))
-        asked: deque[tuple[int, int, int]] = deque()
-        for start, end in _pieces(len(pull.source_block_ids), piece_blocks):
+        asked: deque[tuple[int, _Piece]] = deque()
+        for piece in _pieces(pull, piece_bytes):
             if len(asked) == _PIECES_AHEAD:
                 _receive_piece(link, pull, *asked.popleft())
-            pull.check()
-            asked.append((link.ask(source, pull.source_block_ids[start:end], pull.generations[start:end]), start, end))
+            rest(0.0)
+            asked.append((link.ask(pull, piece), piece))
         while asked:
             _receive_piece(link, pull, *asked.popleft())
         link.in_step = True
@@ -171,11 +193,19 @@ class _Conversation:
         self.in_step = True
         self._last_ticket = 0
 
-    def ask(self, source: HandoffShard, block_ids: array[int], generations: array[int]) -> int:
+    def ask(self, pull: Pull, piece: _Piece) -> int:
         self.in_step = False
         self._last_ticket += 1
+        source = pull.transfer.source
         request = PullRequest(
-            ticket=self._last_ticket, epoch=source.epoch, region_id=source.region_id, block_ids=block_ids, generations=generations
+            ticket=self._last_ticket,
+            epoch=source.epoch,
+            region_id=source.region_id,
+            block_ids=array("I", np.frombuffer(pull.source_block_ids, dtype=np.uint32)[piece.layers.places].tobytes()),
+            generations=piece.generations(pull),
+            clock=piece.clock,
+            first_layer=piece.first_layer,
+            num_layers=piece.num_layers,
         )
         self.session.send([wire.encode(request)])
         return self._last_ticket
@@ -185,18 +215,34 @@ class _Conversation:
         self.session.close()
 
 
-def _receive_piece(link: _Conversation, pull: Pull, ticket: int, start: int, end: int) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Piece:
+    """Layers of some blocks of a pull, asked for and answered at once."""
+
+    layers: Layers
+    clock: int  # the source sends it when its region's clock is there
+    first_layer: int = 0
+    num_layers: int = 0  # 0: whole blocks
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.layers.places) * self.layers.size_bytes
+
+    def generations(self, pull: Pull) -> array[int]:
+        return array("Q", np.frombuffer(pull.generations, dtype=np.uint64)[self.layers.places].tobytes())
+
+
+def _receive_piece(link: _Conversation, pull: Pull, ticket: int, piece: _Piece) -> None:
     pull.check()
-    session, region = link.session, pull.target
-    size = region.layout.block_bytes
+    session, region, places = link.session, pull.target, piece.layers.places
     head = bytearray(_HEAD.size)
     session.receive_into([memoryview(head)])
     said_ticket, said_bytes = _HEAD.unpack(head)
-    if said_ticket != ticket or said_bytes not in (0, (end - start) * size):
-        raise MalformedFrame(f"asked for {(end - start) * size} bytes as {ticket}, announced are {said_bytes} as {said_ticket}")
+    if said_ticket != ticket or said_bytes not in (0, piece.size_bytes):
+        raise MalformedFrame(f"asked for {piece.size_bytes} bytes as {ticket}, announced are {said_bytes} as {said_ticket}")
     if said_bytes:
-        targets = np.frombuffer(pull.transfer.target_block_ids, dtype=np.uint32)[start:end]
-        link.channel.receive(region.blocks, _spans(region, np.arange(end - start), targets, source=False))
+        targets = np.frombuffer(pull.transfer.target_block_ids, dtype=np.uint32)[places]
+        link.channel.receive(region.blocks, piece.layers.runs(region.layout, np.arange(len(places)), targets)[:, [1, 2]])
     trailer = wire.decode(session.receive_frame())
     if not isinstance(trailer, PullTrailer) or trailer.ticket != ticket:
         raise MalformedFrame(f"expected the trailer of {ticket}, got {type(trailer).__name__}")
@@ -204,23 +250,35 @@ def _receive_piece(link: _Conversation, pull: Pull, ticket: int, start: int, end
         raise PullFailed(_error_named(trailer.error), f"{session.peer.name} refused: {trailer.error}")
     if not said_bytes:
         raise MalformedFrame("nothing was sent, and the trailer does not say why")
-    if trailer.generations != pull.generations[start:end]:
+    if trailer.generations != piece.generations(pull):
         raise PullFailed(TransferError.STALE_GENERATION, f"{session.peer.name} wrote blocks anew while they were sent")
 
 
-def _can_be_sent(region: Region, block_ids: npt.NDArray[np.uint32], piece_bytes_max: int) -> bool:
-    size_bytes = len(block_ids) * region.layout.block_bytes
-    return 0 < size_bytes <= piece_bytes_max and int(block_ids.max()) < region.num_blocks
+def _asked_for(region: Region, block_ids: npt.NDArray[np.uint32], request: PullRequest, piece_bytes_max: int) -> Layers | None:
+    """None: it asks for what is not there, or for more than a piece may carry."""
+    first, count = request.first_layer, request.num_layers
+    if first < 0 or count < 0 or first + count > region.layout.num_layers:
+        return None
+    layers = Layers.of(region.layout, np.arange(len(block_ids)), first, count)
+    size_bytes = len(block_ids) * layers.size_bytes
+    return layers if 0 < size_bytes <= piece_bytes_max and int(block_ids.max()) < region.num_blocks else None
 
 
-def _spans(region: Region, sources: npt.NDArray[Any], targets: npt.NDArray[Any], *, source: bool) -> Runs:
-    """(offset, size) in bytes of the runs on one side, in the order in which both sides send and receive them."""
-    runs = block_runs(sources, targets) * region.layout.block_bytes
-    return runs[:, [0 if source else 1, 2]]
+def _pieces(pull: Pull, piece_bytes: int) -> Iterator[_Piece]:
+    """In the order in which they become ready: whole blocks, then the layers of those that are still being computed, one by one."""
+    layout, clock = pull.target.layout, pull.transfer.source.layer_clock
+    whole, growing = split_by_readiness(pull)
+    for places in _slices(whole, piece_bytes // layout.block_bytes):
+        yield _Piece(layers=Layers.of(layout, places, 0, 0), clock=clock)
+    for layer in range(layout.num_layers if len(growing) else 0):
+        layers = Layers.of(layout, growing, layer, 1)
+        for places in _slices(growing, piece_bytes // layers.size_bytes):
+            yield _Piece(layers=replace(layers, places=places), clock=clock + layer + 1, first_layer=layer, num_layers=1)
 
 
-def _pieces(num_blocks: int, max_blocks: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + max_blocks, num_blocks)) for start in range(0, num_blocks, max_blocks))
+def _slices(places: Places, max_blocks: int) -> Iterator[Places]:
+    step = max(1, min(_PIECE_BLOCKS_MAX, max_blocks))
+    return (places[start : start + step] for start in range(0, len(places), step))
 
 
 def _send_trailer(session: Session, ticket: int, generations: array[int], error: TransferError | None, head: bytes = b"") -> None:

@@ -6,6 +6,7 @@ there as the source laid it out, and only then spread over our blocks by the pla
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,8 +44,14 @@ class PullState:
     parts: list[Part] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)  # of the current try
     tried: set[str] = field(default_factory=set)
-    cancelled: bool = False
+    stopped: TransferError | None = None  # why nothing more is to come of it, whatever the backend says
+    stop_detail: str = ""
     checking: bool = False  # the checking thread has it
+    expiry: asyncio.TimerHandle | None = None  # of a completed one; before that the backend keeps the deadline
+
+    @property
+    def has_arrived(self) -> bool:
+        return len(self.outcomes) == len(self.parts)
 
     def combined(self, *, error: TransferError | None, detail: str, now: float) -> Outcome:
         """One outcome for all parts; the path is that of the first."""
@@ -52,7 +59,7 @@ class PullState:
             num_blocks=sum(o.num_blocks for o in self.outcomes),
             size_bytes=sum(o.size_bytes for o in self.outcomes),
             duration_s=now - self.started,
-            path=self.outcomes[0].path,
+            path=self.outcomes[0].path if self.outcomes else "",
             error=error,
             detail=detail,
         )
@@ -77,7 +84,7 @@ def plan_parts(
     """
     shards = _without_replicas(handoff.shards)
     for shard in shards:
-        _check_shard(shard, source_indices)
+        check_shard(shard, source_indices, is_complete=handoff.is_complete)
     if len(shards) == 1 and shards[0].layout == pool.layout:
         return [Part(shard=shards[0], source_indices=source_indices, block_ids=target_block_ids, region=pool)]
     check_coverage(pool.layout, [shard.layout for shard in shards])
@@ -106,6 +113,19 @@ def plan_parts(
         release_staging(parts)
         raise
     return parts
+
+
+def complete_parts(pull: PullState, handoff: KVHandoff) -> None:
+    """Put what the completed offer says of each shard in place of what the early one said.
+
+    Raises:
+        LayoutMismatch: it has not the digests that its mode calls for.
+    """
+    said = {(shard.worker_id, shard.rank): shard for shard in handoff.shards}
+    for part in pull.parts:
+        part.shard = said[part.shard.worker_id, part.shard.rank]
+        check_shard(part.shard, part.source_indices, is_complete=True)
+    pull.handoff = handoff
 
 
 def verify_parts(handoff: KVHandoff, parts: list[Part]) -> str:
@@ -158,11 +178,12 @@ def _without_replicas(shards: tuple[HandoffShard, ...]) -> list[HandoffShard]:
     return list(kept.values())
 
 
-def _check_shard(shard: HandoffShard, source_indices: array[int]) -> None:
+def check_shard(shard: HandoffShard, source_indices: array[int], *, is_complete: bool) -> None:
     num_blocks = len(shard.block_ids)
     if not len(source_indices) or max(source_indices) >= num_blocks:
         raise LayoutMismatch(f"{len(source_indices)} blocks asked for of an offer of {num_blocks}, not all of them in it")
-    if len(shard.generations) != num_blocks or not digest.digests_fit(num_blocks, shard.digest_mode, shard.digests):
+    has_digests = digest.digests_fit(num_blocks, shard.digest_mode, shard.digests) if is_complete else not shard.digests
+    if len(shard.generations) != num_blocks or not has_digests:
         raise LayoutMismatch(
             f"the offer of {num_blocks} blocks has {len(shard.generations)} generations and {len(shard.digests)} bytes of digests"
         )

@@ -1,6 +1,6 @@
 """The memory of a KV pool: one anonymous file that peers may map read-only, with a generation word in front of each block.
 
-    memfd = [ uint64 generation of block 0, 1, ... | padding to a page | block 0 | block 1 | ... ]
+    memfd = [ uint64 generation of block 0, 1, ... | uint64 clock | padding to a page | block 0 | block 1 | ... ]
 
 The file has no name, so nothing is left behind by kill -9. Its size is sealed, so a mapping can never fault; and it is sealed
 against new writable mappings, so a peer that received the descriptor can read the pool and nothing else.
@@ -42,6 +42,7 @@ class PoolMemory:
             fd=fd,
             blocks=whole[start : start + num_blocks * layout.block_bytes],
             generations=whole[: 8 * num_blocks].cast("Q"),
+            clock=whole[8 * num_blocks : 8 * num_blocks + 8].cast("Q"),
         )
         self._mapping: memoryview | mmap.mmap | None = mapping
         self._whole = whole
@@ -103,6 +104,7 @@ class PoolMemory:
         with contextlib.suppress(BufferError):
             self.region.blocks.release()
             self.region.generations.release()
+            self.region.clock.release()
             self._whole.release()
             if isinstance(self._mapping, mmap.mmap):
                 self._mapping.close()
@@ -112,14 +114,14 @@ class PoolMemory:
 
 
 def pool_bytes(layout: KVLayout, num_blocks: int) -> int:
-    """Size of the file: generation words, padding, blocks."""
+    """Size of the file: generation words, clock, padding, blocks."""
     assert num_blocks > 0, f"a pool of {num_blocks} blocks"
     return blocks_offset(num_blocks) + num_blocks * layout.block_bytes
 
 
 def blocks_offset(num_blocks: int) -> int:
-    """Where block 0 starts: the first page after the generation words."""
-    return -(-8 * num_blocks // mmap.PAGESIZE) * mmap.PAGESIZE
+    """Where block 0 starts: the first page after the generation words and the clock."""
+    return -(-8 * (num_blocks + 1) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def first_stale(region: Region, block_ids: npt.NDArray[np.uint32], expected: npt.NDArray[np.uint64]) -> int | None:

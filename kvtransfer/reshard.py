@@ -108,6 +108,19 @@ def block_runs(source_blocks: npt.ArrayLike, target_blocks: npt.ArrayLike) -> np
     return np.stack((sources[starts], targets[starts], counts), axis=1)
 
 
+def check_compatible(target: KVLayout, sources: Sequence[KVLayout]) -> None:
+    """Blocks of `sources` together can be turned into blocks of `target`.
+
+    Raises:
+        LayoutMismatch: says what differs, or what nobody holds.
+    """
+    if len(sources) == 1 and sources[0] == target:
+        return
+    for source in sources:
+        _shared_rows(source, target)
+    check_coverage(target, sources)
+
+
 def check_coverage(target: KVLayout, sources: Sequence[KVLayout]) -> None:
     """Every (layer, head) of `target` is held by a source.
 

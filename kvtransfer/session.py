@@ -19,6 +19,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,7 @@ class Session:
         sock.setblocking(False)
         self.peer = Identity(name="", kind="", epoch=0)
         self.pause = pause
+        self.rest: Callable[[float], None] = time.sleep  # a short wait for something else than the socket; may raise to give up
         self._socket = sock
 
     def fileno(self) -> int:
@@ -167,6 +169,12 @@ class Session:
             return True
         return True
 
+    def has_hung_up(self) -> bool:
+        """True when the peer is gone, whatever it said before and we have not read."""
+        poller = select.poll()
+        poller.register(self._socket, select.POLLRDHUP)
+        return bool(poller.poll(0))
+
     def close(self) -> None:
         self._socket.close()
 
@@ -240,6 +248,7 @@ class PeerServer:
         try:
             session.handshake(self._identity, self._secret, dialed=False)
             session.pause = self._serving_pause
+            session.rest = self._rest
             self._serve(session)
         except (OSError, WireError, _ServerClosed) as error:
             log.debug("kv peer left", extra={"peer": session.peer.name, "reason": str(error)})
@@ -259,6 +268,10 @@ class PeerServer:
             raise _ServerClosed
         if not ready:
             raise TimeoutError(f"peer stalled for {timeout_s} s")
+
+    def _rest(self, seconds: float) -> None:
+        if self._closed_within(seconds):
+            raise _ServerClosed
 
     def _closed_within(self, timeout_s: float) -> bool:
         return bool(select.select([self._closing], [], [], timeout_s)[0])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 
 from kvtransfer.config import TransportConfig
 from kvtransfer.copying import copy_verified
@@ -76,14 +77,14 @@ class ShmTransport(PeerTransport):
             session.close()
             raise
 
-    def copy(self, link: Link, pull: Pull) -> None:
+    def copy(self, link: Link, pull: Pull, rest: Callable[[float], None]) -> None:
         assert isinstance(link, _Attached)
         pool = link.pools.get(pull.transfer.source.region_id)
         if pool is None or pool.region.layout != pull.transfer.source.layout:
             raise PullFailed(TransferError.REFUSED, f"region {pull.transfer.source.region_id} is not there, or not of the layout offered")
 
-        def look_up() -> None:
-            pull.check()
+        def look_up(seconds: float) -> None:
+            rest(seconds)
             if link.session.has_ended():
                 raise ConnectionResetError(f"{link.session.peer.name} went away during the copy")
 

@@ -29,9 +29,10 @@ class Region:
     kind: RegionKind
     layout: KVLayout
     num_blocks: int
-    fd: int  # memfd of [generation words | blocks]; -1 unless kind is MEMFD
+    fd: int  # memfd of [generation words | clock word | blocks]; -1 unless kind is MEMFD
     blocks: memoryview  # uint8, num_blocks * layout.block_bytes
     generations: memoryview  # uint64 words, one a block, readable by peers
+    clock: memoryview  # one uint64: how far the steps that write the pool have come (kvtransfer.layer_clock)
 
     @property
     def size_bytes(self) -> int:

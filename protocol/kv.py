@@ -136,7 +136,11 @@ class HandoffShard:
     block_ids: array[int]  # uint32
     generations: array[int]  # uint64
     digest_mode: DigestMode
-    digests: bytes  # 8 bytes a block (xxh3_64, seeded by generation and layer); empty when the mode is OFF
+    digests: bytes  # 8 bytes a block (xxh3_64, seeded by generation and layer); empty when the mode is OFF, or the offer is early
+    # An offer made before its last step is done: layer l of the blocks from `num_whole_blocks` on is ready once the region's clock
+    # (kvtransfer.layer_clock) is at layer_clock + l + 1, those before once it is at layer_clock. Nothing to wait for: 0.
+    layer_clock: int = 0
+    num_whole_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +161,7 @@ class KVHandoff:
     attempt: int
     fingerprint: bytes  # ModelFingerprint.digest of the source
     token_ids: array[int]  # the tokens whose KV is offered; the target compares them with its own before it reads
-    layer_watermark: int  # layers ready so far; == num_layers when complete
+    layer_watermark: int  # layers ready when it was made; less than num_layers: an early offer, and a HandoffCompletion follows
     first_tokens: tuple[FirstToken, ...]
     lease: Lease
     shards: tuple[HandoffShard, ...]
@@ -165,6 +169,19 @@ class KVHandoff:
     @property
     def num_valid_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def is_complete(self) -> bool:
+        return all(self.layer_watermark == shard.layout.num_layers for shard in self.shards)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffCompletion:
+    """What an early offer could not say yet: the source has computed everything."""
+
+    handoff_id: str
+    first_tokens: tuple[FirstToken, ...]
+    digests: tuple[bytes, ...]  # of each shard of the offer; none: the source does not keep the blocks any more
 
 
 class TransferError(Enum):

@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from protocol.kv import KVHandoff
+from protocol.kv import HandoffCompletion, KVHandoff
 from protocol.request import Attempt, FinishReason
 from protocol.worker import KvEvent, WorkerAddress, WorkerSnapshot
 
@@ -125,9 +125,18 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offered:
-    """Prefill is done (its tokens were in the StepOutput before); here is the KV."""
+    """Here is the KV. Prefill is done (its tokens were in the StepOutput before), or in its last step: then OfferCompleted follows."""
 
     handoff: KVHandoff
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfferCompleted:
+    """An offer that was made early is complete. From its source to the gateway, and on to the target that has the offer."""
+
+    request_id: str
+    attempt: int
+    completion: HandoffCompletion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -387,6 +396,9 @@ class Pull:
     region_id: int
     block_ids: array[int]
     generations: array[int]
+    clock: int = 0  # once the region's clock is there; 0: now
+    first_layer: int = 0
+    num_layers: int = 0  # from first_layer on; 0: whole blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,7 +411,7 @@ class PullTrailer:
 
 
 MESSAGES: tuple[type, ...] = (
-    Submit, Cancel, StepOutput, Offered, HandoffDone, TransferFailed, AttemptFailed,
+    Submit, Cancel, StepOutput, Offered, OfferCompleted, HandoffDone, TransferFailed, AttemptFailed,
     SnapshotFrame, Subscribe, KvEvents, KvSnapshot,
     Place, PlaceAck, Assigned, Refused, PrefillDone, Done,
     Register, RegisterService, Watch, Membership,

@@ -18,6 +18,7 @@ class SimPool:
     def __init__(self, num_blocks: int, block_size_tokens: int) -> None:
         self.block_size_tokens = block_size_tokens
         self.generations = array("Q", bytes(num_blocks * WORD_BYTES))
+        self.num_steps_done = 0  # KV of steps with a lower id is written
         self._words = array("Q", bytes(num_blocks * block_size_tokens * WORD_BYTES))
 
     def raise_generations(self, block_ids: array[int], generations: array[int]) -> None:
@@ -25,6 +26,9 @@ class SimPool:
             assert generation > self.generations[block_id]
             self.generations[block_id] = generation
             self.write_block(block_id, array("Q", [0xDEAD << 48 | generation] * self.block_size_tokens))
+
+    def step_done(self, step_id: int) -> None:
+        self.num_steps_done = step_id + 1
 
     def write(self, block_table: array[int], start: int, words: array[int]) -> None:
         size = self.block_size_tokens
@@ -58,6 +62,7 @@ class SimExecutor:
 
     def __init__(self, loop: VirtualLoop, model: HashModel, step_time: StepTimeModel) -> None:
         self.error: Callable[[BatchPlan], str | None] = lambda _: None  # a seeded fault: the whole step fails with this text
+        self.after_step: Callable[[int], None] = lambda _: None  # told the id of each step whose KV is written
         self._loop = loop
         self._model = model
         self._step_time = step_time
@@ -96,6 +101,7 @@ class SimExecutor:
             return
         error = self.error(plan)
         sampled = self._model.run(plan, num_steps)
+        self.after_step(plan.step_id)
         if error is not None:
             sampled = NOTHING_SAMPLED
         done = StepResult(step_id=plan.step_id, sampled=sampled, duration_s=duration_s, error=error, num_steps=num_steps)

@@ -9,9 +9,9 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engine.core.events import CancelReceived, SubmitReceived
+from engine.core.events import CancelReceived, OfferCompletedReceived, SubmitReceived
 from protocol.kv import KVHandoff
-from protocol.messages import AttemptFailed, HandoffDone, Offered, StepOutput, Submit, TokenRun, TransferFailed
+from protocol.messages import AttemptFailed, HandoffDone, OfferCompleted, Offered, StepOutput, Submit, TokenRun, TransferFailed
 from protocol.request import Attempt, FinishReason, Request, token_buffer
 from simulator.loop import VirtualLoop
 from simulator.sim_worker import FromWorker, SimWorker
@@ -30,6 +30,7 @@ class Ledger:
     prefill_worker: str = ""
     decode_worker: str = ""
     decodes_elsewhere: bool = False  # the hand-off was sent on: the prefill worker's end no longer matters
+    is_ahead: bool = False  # an early offer was sent on
     tokens: list[array[int]] = field(default_factory=list)  # by choice, by position
     finish: list[FinishReason | None] = field(default_factory=list)
     num_cached_tokens: list[int] = field(default_factory=list)  # as told by each attempt
@@ -86,7 +87,7 @@ class SimGateway:
     def _begin(self, ledger: Ledger) -> None:
         attempt = self._attempt(ledger)
         ledger.prefill_worker, ledger.decode_worker = self._place(attempt)
-        ledger.decodes_elsewhere = False
+        ledger.decodes_elsewhere = ledger.is_ahead = False
         is_split = ledger.prefill_worker != ledger.decode_worker
         self._send(ledger.prefill_worker, Submit(attempt=attempt, prefill_only=is_split, handoff=None))
 
@@ -135,7 +136,14 @@ class SimGateway:
             return
         match message:
             case Offered():
+                ledger.decodes_elsewhere = message.handoff.is_complete
+                ledger.is_ahead = not message.handoff.is_complete
                 self._hand_on(ledger, message.handoff)
+            case OfferCompleted():
+                ledger.decodes_elsewhere = True
+                event = OfferCompletedReceived(completed=message)
+                worker = self.workers[ledger.decode_worker]
+                self._loop.call_later(self._latency_s, lambda: worker.take(event))
             case HandoffDone():
                 ledger.num_handoffs += 1
             case TransferFailed():
@@ -149,7 +157,6 @@ class SimGateway:
 
     def _hand_on(self, ledger: Ledger, handoff: KVHandoff) -> None:
         """As the session does: the attempt's delivered tokens are those of its start, the first tokens come with the hand-off."""
-        ledger.decodes_elsewhere = True
         first = {t.choice for t in handoff.first_tokens}
         attempt = Attempt(
             request=ledger.request,
@@ -171,4 +178,6 @@ class SimGateway:
         tokens.extend(run.token_ids)
         ledger.finish[run.choice] = run.finish_reason
         if all(reason is not None for reason in ledger.finish):
+            if ledger.is_ahead and not ledger.decodes_elsewhere:
+                self._cancel_attempt(ledger)  # an early offer may wait for a first token that was the last
             self._close(ledger, "finished", "")

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
-from engine.core.events import Event, LeaseRenewed, PeerAcked, PeerDropped, StartPull
+from engine.core.events import CompletePull, Event, LeaseRenewed, PeerAcked, PeerDropped, StartPull
+from kvtransfer.handoff import step_begin
 from protocol.kv import KVHandoff, Outcome, TransferError
 from simulator.loop import VirtualLoop
 
 if TYPE_CHECKING:
     from simulator.sim_worker import SimWorker
+
+_FOLLOW_S = 0.0005  # how often a copy looks whether its source has computed more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,7 @@ class SimTransport:
         self._latency_s = latency_s
         self._block_s = block_s
         self._cancels: dict[tuple[str, str], Callable[[], None]] = {}  # (target worker, handoff id) of each copy under way
+        self._completions: dict[tuple[str, str], Callable[[CompletePull], None]] = {}
 
     def send(self, handoff: KVHandoff, event: PeerAcked | PeerDropped | LeaseRenewed) -> None:
         """To the source of `handoff`: later, perhaps never, perhaps twice."""
@@ -64,6 +68,9 @@ class SimTransport:
         began_s = self._loop.now
         num_blocks = len(command.source_indices)
         is_open = True
+        is_complete = handoff.is_complete
+        is_copied = False
+        deadline = self._loop.call_later(command.deadline_s, lambda: end(TransferError.DEADLINE))
 
         def end(error: TransferError | None) -> None:
             nonlocal is_open
@@ -71,7 +78,7 @@ class SimTransport:
                 return
             is_open = False
             deadline.cancel()
-            del self._cancels[key]
+            del self._cancels[key], self._completions[key]
             moved = 0 if error is not None else num_blocks
             on_done(
                 Outcome(
@@ -88,6 +95,8 @@ class SimTransport:
                 return
             if not self._is_fresh(command):
                 end(self._why_stale(command))
+            elif not self._is_computed(command):
+                self._loop.call_later(_FOLLOW_S, begin)
             elif self._rng.random() >= self._faults.hang_pull:
                 copy_s = num_blocks * self._block_s + self._delay_s()
                 self._loop.call_later(copy_s * self._rng.random(), copy)
@@ -100,16 +109,34 @@ class SimTransport:
                     target.pool.write_block(block_id, source.pool.read_block(handoff.shards[0].block_ids[index]))
 
         def verify() -> None:
+            nonlocal is_copied
+            if not is_open:
+                return
             if not self._is_fresh(command):
                 end(self._why_stale(command))
             elif self._rng.random() < self._faults.fail_pull:
                 end(self._rng.choice((TransferError.PEER_LOST, TransferError.DIGEST_MISMATCH)))
-            else:
+            elif is_complete:
                 end(None)
+            is_copied = True
 
-        deadline = self._loop.call_later(command.deadline_s, lambda: end(TransferError.DEADLINE))
+        def complete(completed: CompletePull) -> None:
+            """An early offer's copy counts only with its digests; none: the source did not keep the blocks."""
+            nonlocal is_complete, deadline
+            is_complete = True
+            deadline.cancel()
+            deadline = self._loop.call_later(completed.deadline_s, lambda: end(TransferError.DEADLINE))
+            if is_copied:
+                self._loop.call_later(self._delay_s(), lambda: end(None))
+
+        self._completions[key] = complete
         self._cancels[key] = lambda: end(TransferError.CANCELLED)
         self._loop.call_later(self._delay_s(), begin)
+
+    def complete_pull(self, target: SimWorker, command: CompletePull) -> None:
+        complete = self._completions.get((target.worker_id, command.handoff.handoff_id))
+        if complete is not None:
+            complete(command)
 
     def cancel_pull(self, target: SimWorker, handoff_id: str) -> None:
         """The outcome still comes, a moment later."""
@@ -121,6 +148,11 @@ class SimTransport:
         """The live worker that made the offer; None when it is gone, or came back as another."""
         worker = self.workers.get(handoff.shards[0].worker_id)
         return worker if worker is not None and worker.is_alive and worker.epoch == handoff.shards[0].epoch else None
+
+    def _is_computed(self, command: StartPull) -> bool:
+        """Steps are computed at their end; that of an early offer has to be over."""
+        source, shard = self._source(command.handoff), command.handoff.shards[0]
+        return source is not None and step_begin(source.pool.num_steps_done, shard.layout.num_layers) > shard.layer_clock
 
     def _is_fresh(self, command: StartPull) -> bool:
         source = self._source(command.handoff)

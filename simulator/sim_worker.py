@@ -8,6 +8,8 @@ from engine.core.events import (
     AckSource,
     CancelPull,
     Command,
+    CompleteOffer,
+    CompletePull,
     DropSource,
     Emit,
     Event,
@@ -26,13 +28,14 @@ from engine.core.events import (
     Tick,
 )
 from engine.core.worker_core import WorkerCore
-from protocol.messages import AttemptFailed, HandoffDone, Offered, StepOutput, TransferFailed
+from protocol.kv import HandoffCompletion
+from protocol.messages import AttemptFailed, HandoffDone, OfferCompleted, Offered, StepOutput, TransferFailed
 from protocol.worker import KvEvent
 from simulator.loop import VirtualLoop
 from simulator.sim_executor import SimExecutor, SimPool
 from simulator.sim_transport import SimTransport
 
-FromWorker = StepOutput | Offered | HandoffDone | TransferFailed | AttemptFailed
+FromWorker = StepOutput | Offered | OfferCompleted | HandoffDone | TransferFailed | AttemptFailed
 
 
 class SimWorker:
@@ -64,6 +67,7 @@ class SimWorker:
         self._to_gateway = to_gateway
         self._tick_s = tick_s
         transport.workers[worker_id] = self
+        executor.after_step = pool.step_done
         executor.start(lambda result: self.take(StepDone(result=result)))
         self._tick()
 
@@ -101,9 +105,17 @@ class SimWorker:
                 self._to_gateway(command.gateway, command.message)
             case OfferKv():
                 self._to_gateway(command.gateway, Offered(handoff=command.handoff))
+            case CompleteOffer():
+                offer = command.handoff
+                digests = (b"",) * len(offer.shards) if command.is_kept else ()
+                completion = HandoffCompletion(handoff_id=offer.handoff_id, first_tokens=offer.first_tokens, digests=digests)
+                completed = OfferCompleted(request_id=offer.request_id, attempt=offer.attempt, completion=completion)
+                self._to_gateway(command.gateway, completed)
             case StartPull():
                 handoff_id = command.handoff.handoff_id
                 self._transport.start_pull(self, command, lambda o: self.take(PullDone(handoff_id=handoff_id, outcome=o)))
+            case CompletePull():
+                self._transport.complete_pull(self, command)
             case CancelPull():
                 self._transport.cancel_pull(self, command.handoff_id)
             case AckSource():

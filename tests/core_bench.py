@@ -34,7 +34,8 @@ class Bench:
     def __init__(
         self, *, worker_id: str = "w0", num_blocks: int = 32, max_model_len: int = 300, core: dict[str, Any] | None = None, **scheduler: Any
     ):
-        config = WorkerCoreConfig(**({"scheduler": SchedulerConfig(**({"max_num_seqs": 8} | scheduler))} | (core or {})))
+        settings = {"scheduler": SchedulerConfig(**({"max_num_seqs": 8} | scheduler)), "offer_early": False} | (core or {})
+        config = WorkerCoreConfig(**settings)
         self.core = WorkerCore(
             config,
             worker_id=worker_id,

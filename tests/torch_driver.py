@@ -49,8 +49,8 @@ class TorchDriver:
         self._rows: Any = None
         forward = self.executor._runner.forward
 
-        def recording(*args: Any) -> Any:
-            made = forward(*args)
+        def recording(*args: Any, **options: Any) -> Any:
+            made = forward(*args, **options)
             self._rows = made.logits
             return made
 

@@ -29,6 +29,7 @@ from protocol.messages import (
     AttemptFailed,
     Cancel,
     HandoffDone,
+    OfferCompleted,
     Offered,
     SnapshotFrame,
     StepOutput,
@@ -68,7 +69,9 @@ def _zero_one_pulled_block(host: Any) -> None:
     endpoint = host._endpoint
     start_pull = endpoint.start_pull
 
-    def sabotaged(handoff: Any, source_indices: Any, target_block_ids: Any, deadline_s: float, on_done: Callable[[Any], None]) -> None:
+    def sabotaged(
+        handoff: Any, source_indices: Any, target_block_ids: Any, deadline_s: float, on_done: Callable[[Any], None], **options: Any
+    ) -> None:
         def done(outcome: Any) -> None:
             region = endpoint._pool.region
             size = region.layout.block_bytes
@@ -76,7 +79,7 @@ def _zero_one_pulled_block(host: Any) -> None:
             region.blocks[start : start + size] = bytes(size)
             on_done(outcome)
 
-        start_pull(handoff, source_indices, target_block_ids, deadline_s, done)
+        start_pull(handoff, source_indices, target_block_ids, deadline_s, done, **options)
 
     endpoint.start_pull = sabotaged
 
@@ -86,9 +89,9 @@ def _shift_positions(host: Any) -> None:
     runner = host._executor._runner
     forward = runner.forward
 
-    def sabotaged(entries: Any, tokens: Any, sampled_entries: Any) -> Any:
+    def sabotaged(entries: Any, tokens: Any, sampled_entries: Any, **options: Any) -> Any:
         late = Entries.of(replace(e, start=e.start + 1, block_table=e.block_table + e.block_table[-1:]) for e in entries)
-        return forward(late, tokens, sampled_entries)
+        return forward(late, tokens, sampled_entries, **options)
 
     runner.forward = sabotaged
 
@@ -200,7 +203,7 @@ class WireGateway:
                 self._put(run.request_id, run.attempt, name, run)
         elif isinstance(message, Offered):
             self._put(message.handoff.request_id, message.handoff.attempt, name, message)
-        elif isinstance(message, (HandoffDone, TransferFailed, AttemptFailed)):
+        elif isinstance(message, (OfferCompleted, HandoffDone, TransferFailed, AttemptFailed)):
             self._put(message.request_id, message.attempt, name, message)
 
     def _put(self, request_id: str, attempt: int, name: str, message: Any) -> None:
@@ -234,11 +237,16 @@ class WireGateway:
         key = (attempt.request.request_id, attempt.number)
         inbox = self._inbox[key] = asyncio.Queue()
         assert self._links.send(prefill, Submit(attempt=attempt, prefill_only=prefill != decode, handoff=None))
+        is_ahead = False
         async with asyncio.timeout(timeout_s):
             while not all(reason is not None or done for reason, done in zip(completion.finish, attempt.finished, strict=True)):
                 _, message = await inbox.get()
                 if isinstance(message, Offered):
                     assert self._links.send(decode, Submit(attempt=attempt, prefill_only=False, handoff=message.handoff))
+                    is_ahead = not message.handoff.is_complete
+                elif isinstance(message, OfferCompleted):
+                    assert self._links.send(decode, message)
+                    is_ahead = False
                 elif isinstance(message, HandoffDone):
                     completion.path = message.path
                 elif isinstance(message, TransferFailed):
@@ -252,6 +260,8 @@ class WireGateway:
                     have.extend(message.token_ids)
                     completion.logprobs[message.choice].extend(message.logprobs)
                     completion.finish[message.choice] = message.finish_reason
+        if is_ahead:  # the first token was the last: nothing completes the offer
+            self._links.send(decode, Cancel(request_id=attempt.request.request_id, attempt=attempt.number))
         del self._inbox[key]
         return completion
 

@@ -25,6 +25,7 @@ class LiveAttempt:
     sequences: dict[int, Sequence] = field(default_factory=dict)  # by choice, those not ended
     leader: Sequence | None = None  # the sequence whose blocks hold the shared tokens; None before `open_attempt` is done
     first_tokens: list[FirstToken] = field(default_factory=list)  # prefill only: of the choices that go on elsewhere
+    early_offer: KVHandoff | None = None  # prefill only: made before the last step of its prefill was done
 
     @property
     def part(self) -> PartKey:
@@ -71,8 +72,11 @@ class Limits:
 
 
 def choice_tokens(attempt: Attempt, handoff: KVHandoff | None) -> dict[int, array[int]]:
-    """All known tokens of each choice to go on with, by choice. After a hand-off: those that have a first token, with it."""
-    if handoff is None:
+    """All known tokens of each choice to go on with, by choice. After a hand-off: those that have a first token, with it.
+
+    An early offer has none yet: they come with its completion.
+    """
+    if handoff is None or not handoff.is_complete:
         return {choice: attempt.tokens(choice) for choice in attempt.live_choices}
     first = {t.choice: t.token_id for t in handoff.first_tokens}
     return {choice: attempt.tokens(choice) + array("I", [first[choice]]) for choice in attempt.live_choices if choice in first}

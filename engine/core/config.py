@@ -55,6 +55,7 @@ class WorkerCoreConfig:
     max_handoff_wait_s: float = 120.0  # an offer may wait this long for room here before it is given back and computed again
     max_offered_bytes: int = 1 << 40  # KV kept for targets; at the bound no further prompt is begun for a hand-off
     digest_mode: DigestMode = DigestMode.SAMPLED
+    offer_early: bool = True  # offer KV when the last step of its prefill begins, so that the target's copy follows the layers
 
     def __post_init__(self) -> None:
         for name in ("max_waiting", "max_remembered_attempts", "lease_s", "pull_deadline_s", "max_handoff_wait_s", "max_offered_bytes"):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.core.executor import BatchPlan, StepResult
 from protocol.kv import KVHandoff, Outcome
-from protocol.messages import NO_TOKENS, AttemptFailed, HandoffDone, Submit, TokenColumns, TokenRun, TransferFailed
+from protocol.messages import NO_TOKENS, AttemptFailed, HandoffDone, OfferCompleted, Submit, TokenColumns, TokenRun, TransferFailed
 from protocol.worker import KvEvent, Role
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -71,6 +71,13 @@ class LeaseRenewed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OfferCompletedReceived:
+    """What an early offer to us could not say."""
+
+    completed: OfferCompleted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoleChanged:
     role: Role
 
@@ -94,6 +101,7 @@ Event = (
     | PeerAcked
     | PeerDropped
     | LeaseRenewed
+    | OfferCompletedReceived
     | RoleChanged
     | DrainStarted
     | Tick
@@ -142,7 +150,7 @@ class Tell:
 class OfferKv:
     """Fill in endpoint, epoch, region and digests of the shard, then send Offered to the gateway.
 
-    The core has put block_ids and generations in place and keeps the blocks until the hand-off ends.
+    The core has put block_ids and generations in place and keeps the blocks until the hand-off ends. An early offer has no digests yet.
     """
 
     gateway: str
@@ -150,16 +158,39 @@ class OfferKv:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompleteOffer:
+    """The prefill of an early offer is done: digest its blocks and send OfferCompleted to the gateway.
+
+    handoff: the offer as it was made, with its first tokens now. is_kept: False when the blocks are not kept any more; then there
+    are no digests.
+    """
+
+    gateway: str
+    handoff: KVHandoff
+    is_kept: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StartPull:
     """Copy the offered blocks into ours; PullDone must follow, also after CancelPull and at the deadline.
 
     Pairs (source_indices[i], target_block_ids[i]): the source index counts in the hand-off's block order, so that
-    blocks which the target already has are skipped.
+    blocks which the target already has are skipped. With another block size at the source the lists are not pairs: the target blocks
+    begin at token `target_start_tokens`. Of an early offer only a failure is told before CompletePull.
     """
 
     handoff: KVHandoff
     source_indices: array[int]
     target_block_ids: array[int]
+    target_start_tokens: int
+    deadline_s: float  # a duration from now
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletePull:
+    """The early offer that is being pulled is complete."""
+
+    handoff: KVHandoff
     deadline_s: float  # a duration from now
 
 
@@ -196,5 +227,17 @@ class PublishKvEvents:
 
 
 Command = (
-    RaiseGenerations | RunStep | Emit | Tell | OfferKv | StartPull | CancelPull | AckSource | DropSource | RenewSource | PublishKvEvents
+    RaiseGenerations
+    | RunStep
+    | Emit
+    | Tell
+    | OfferKv
+    | CompleteOffer
+    | StartPull
+    | CompletePull
+    | CancelPull
+    | AckSource
+    | DropSource
+    | RenewSource
+    | PublishKvEvents
 )

@@ -1,5 +1,7 @@
 """The target's side of hand-offs in a worker: accept an offer, reserve, pull, verify, acknowledge; or give it up and compute here.
 
+An early offer is pulled while its source still computes; it ends well only after `complete` has brought first token and digests.
+
 Target blocks are quarantined while a copy may write them: whatever becomes of the attempt, they are given back only at PullDone.
 """
 
@@ -9,13 +11,15 @@ from array import array
 
 from engine.core.attempts import LiveAttempt
 from engine.core.config import WorkerCoreConfig
-from engine.core.events import AckSource, CancelPull, Command, DropSource, RenewSource, StartPull, Tell
+from engine.core.events import AckSource, CancelPull, Command, CompletePull, DropSource, RenewSource, StartPull, Tell
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
 from kvtransfer.handoff import Refusal, TargetHandoff, refuse
-from protocol.kv import KVHandoff, KVLayout, Outcome, TransferError
+from protocol.kv import HandoffCompletion, KVHandoff, KVLayout, Outcome, TransferError
 from protocol.messages import HandoffDone, TransferFailed
 from protocol.request import Attempt
+
+NOTHING_PULLED = Outcome(num_blocks=0, size_bytes=0, duration_s=0.0, path="cached")
 
 
 class Intake:
@@ -37,34 +41,58 @@ class Intake:
         self._fingerprint = fingerprint
         self._open: dict[str, LiveAttempt] = {}  # by handoff id: waiting for room, or pulling
         self._waiting: set[str] = set()  # those of them that wait
+        self._cached: set[str] = set()  # early ones that need no copy: only their completion is waited for
         self._quarantine: dict[str, array[int]] = {}  # blocks of attempts that ended while their copy ran
 
     def __len__(self) -> int:
         return len(self._open) + len(self._quarantine)
 
     def accept(self, live: LiveAttempt, handoff: KVHandoff, attempt: Attempt, now: float) -> list[Command]:
-        """Look at an offer before the attempt goes to the inbox. Refused: the source is told, and the prompt is computed here."""
+        """Look at an offer; call it when the attempt is in the inbox. Refused: the source is told, and the prompt is computed here."""
         target = TargetHandoff(
             handoff=handoff,
             give_up_s=now + self._config.max_handoff_wait_s,
             renew_interval_s=handoff.lease.duration_s / 6,
             next_renewal_s=now + handoff.lease.duration_s / 6,
+            completed_s=now,
         )
         refusal = None
         for choice in live.sequences:
             token_ids = attempt.tokens(choice)
             refusal = refusal or refuse(handoff, fingerprint=self._fingerprint, layout=self._layout, token_ids=token_ids)
+        if not handoff.is_complete and len(live.sequences) != 1:
+            refusal = Refusal(error=TransferError.REFUSED, detail=f"an early offer to {len(live.sequences)} choices; one is the limit")
         if handoff.handoff_id in self._open or handoff.handoff_id in self._quarantine:
             refusal = Refusal(error=TransferError.REFUSED, detail="this offer is being taken already")
         if refusal is not None:
             target.fail(refusal)
-            return self._told_of_failure(live, target)
+            return self._without_kv(live, target)
         live.handoff = target
         self._open[handoff.handoff_id] = live
         self._waiting.add(handoff.handoff_id)
         return []
 
-    def start(self) -> list[Command]:
+    def complete(self, live: LiveAttempt, completion: HandoffCompletion, now: float) -> list[Command]:
+        """The source of an early offer has computed everything, and sampled the first token. Late or doubled ones are passed over."""
+        target = live.handoff
+        if target is None or target.handoff_id != completion.handoff_id or target.handoff.is_complete:
+            self._counters["late_messages"] += 1
+            return []
+        ((choice, sequence),) = live.sequences.items()
+        first = {token.choice: token.token_id for token in completion.first_tokens}
+        target.complete(completion, now)
+        if target.has_failed:
+            live.handoff = None
+            sequence.take_first_token(first[choice])
+            self._scheduler.unpark(sequence)
+            return self._told_of_failure(live, target)
+        self._scheduler.take_first_token(sequence, first[choice])
+        if target.handoff_id in self._cached:
+            self._cached.remove(target.handoff_id)
+            return self.finish(target.handoff_id, NOTHING_PULLED, now)
+        return [CompletePull(handoff=target.handoff, deadline_s=self._config.pull_deadline_s)] if target.is_pulling else []
+
+    def start(self, now: float) -> list[Command]:
         """Pull what has room now; offers whose tokens all lie in the local cache need no copy."""
         commands: list[Command] = []
         if not self._waiting:
@@ -76,22 +104,29 @@ class Intake:
             self._waiting.remove(target.handoff_id)
             target.reserve()
             target.pull()
-            first = sequence.num_computed_tokens // self._layout.block_size_tokens  # blocks before are here already
-            if first < len(sequence.block_table):
-                commands.append(
-                    StartPull(
-                        handoff=target.handoff,
-                        source_indices=array("I", range(first, len(sequence.block_table))),
-                        target_block_ids=sequence.block_table[first:],
-                        deadline_s=self._config.pull_deadline_s,
-                    )
-                )
-            else:
-                nothing = Outcome(num_blocks=0, size_bytes=0, duration_s=0.0, path="cached")
-                commands += self.finish(target.handoff_id, nothing)
+            commands += self._pull(live.handoff, sequence, now)
         return commands
 
-    def finish(self, handoff_id: str, outcome: Outcome) -> list[Command]:
+    def _pull(self, target: TargetHandoff, sequence: Sequence, now: float) -> list[Command]:
+        handoff, size = target.handoff, self._layout.block_size_tokens
+        first = sequence.num_computed_tokens // size  # blocks before are here already
+        if first == len(sequence.block_table):
+            if handoff.is_complete:
+                return self.finish(target.handoff_id, NOTHING_PULLED, now)
+            self._cached.add(target.handoff_id)
+            return []
+        shard = handoff.shards[0]
+        return [
+            StartPull(
+                handoff=handoff,
+                source_indices=array("I", range(first * size // shard.layout.block_size_tokens, len(shard.block_ids))),
+                target_block_ids=sequence.block_table[first:],
+                target_start_tokens=first * size,
+                deadline_s=self._config.pull_deadline_s if handoff.is_complete else self._config.max_handoff_wait_s,
+            )
+        ]
+
+    def finish(self, handoff_id: str, outcome: Outcome, now: float) -> list[Command]:
         """A copy has stopped, well or not."""
         if handoff_id in self._quarantine:
             self._scheduler.residence.give_back(self._quarantine.pop(handoff_id), -1)
@@ -103,9 +138,8 @@ class Intake:
         target = live.handoff
         target.finish_pull(outcome)
         if target.refusal is not None:
-            self._end(live)
-            self._scheduler.back_to_waiting(_leader(live))
-            return self._told_of_failure(live, target)
+            return self._without_kv(live, target)
+        assert target.handoff.is_complete, "verified without the digests of an early offer"
         self._end(live)
         self._counters["handoffs_taken"] += 1
         self._counters["handoff_bytes_in"] += outcome.size_bytes
@@ -115,7 +149,7 @@ class Intake:
             request_id=live.key.request_id,
             attempt=live.key.attempt,
             size_bytes=outcome.size_bytes,
-            duration_s=outcome.duration_s,
+            duration_s=min(outcome.duration_s, now - target.completed_s),
             path=outcome.path,
         )
         return [AckSource(handoff=target.handoff), Tell(gateway=live.gateway, message=done)]
@@ -126,7 +160,12 @@ class Intake:
         if target is None:
             return []
         commands: list[Command] = []
-        if target.is_pulling:
+        if target.has_failed:
+            live.handoff = None
+            return [DropSource(handoff=target.handoff, reason=TransferError.CANCELLED.value)]
+        if target.handoff_id in self._cached:
+            self._cached.remove(target.handoff_id)
+        elif target.is_pulling:
             self._quarantine[target.handoff_id] = _leader(live).give_up_blocks()
             commands.append(CancelPull(handoff_id=target.handoff_id))
         target.fail(Refusal(error=TransferError.CANCELLED, detail="the attempt was cancelled"))
@@ -143,17 +182,37 @@ class Intake:
             if not target.is_pulling and now >= target.give_up_s:
                 detail = f"no room here within {self._config.max_handoff_wait_s:g} s"
                 target.fail(Refusal(error=TransferError.NO_BLOCKS, detail=detail))
-                self._end(live)
-                commands += self._told_of_failure(live, target)
+                commands += self._without_kv(live, target)
             elif target.take_renewal(now):
                 commands.append(RenewSource(handoff=target.handoff))
         return commands
 
+    def overdue(self, now: float) -> list[LiveAttempt]:
+        """Attempts whose early offer came to nothing, and that wait too long for their first token: to be given back."""
+        parked = [sequence.attempt for sequence in self._scheduler.parked.values()]
+        return [live for live in parked if live.handoff is not None and now >= live.handoff.give_up_s]
+
     def _end(self, live: LiveAttempt) -> None:
         assert live.handoff is not None
-        del self._open[live.handoff.handoff_id]
+        self._open.pop(live.handoff.handoff_id, None)
         self._waiting.discard(live.handoff.handoff_id)
         live.handoff = None
+
+    def _without_kv(self, live: LiveAttempt, target: TargetHandoff) -> list[Command]:
+        """No KV comes of it. An early offer's first token does: it must be the one its source delivers, so nothing is computed before.
+
+        The source keeps its blocks until then, or until the lease is over: it is in the middle of computing them.
+        """
+        was_pulling = _leader(live).sequence_id in self._scheduler.pulling
+        if live.handoff is target:
+            self._end(live)
+        if not target.handoff.is_complete:
+            live.handoff = target
+            self._scheduler.park(_leader(live))
+            return []
+        if was_pulling:
+            self._scheduler.back_to_waiting(_leader(live))
+        return self._told_of_failure(live, target)
 
     def _told_of_failure(self, live: LiveAttempt, target: TargetHandoff) -> list[Command]:
         refusal = target.refusal

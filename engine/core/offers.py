@@ -43,9 +43,13 @@ class Offers:
     def __len__(self) -> int:
         return len(self._open)
 
-    def make(self, live: LiveAttempt, token_ids: array[int], now: float) -> KVHandoff:
-        """Lease the leader's blocks; the driver fills in endpoint, region and digests."""
-        assert live.leader is not None and live.first_tokens
+    def make(self, live: LiveAttempt, token_ids: array[int], now: float, *, clock: int = 0, num_whole_blocks: int = 0) -> KVHandoff:
+        """Lease the leader's blocks; the driver fills in endpoint, region and digests.
+
+        clock: of the region when the last step of this prefill begins, for an offer that precedes the step's end; `num_whole_blocks`
+        are computed in steps before it.
+        """
+        assert live.leader is not None and bool(live.first_tokens) != bool(clock)
         block_ids = live.leader.block_table[: -(-len(token_ids) // self._layout.block_size_tokens)]
         self._pool.lease(block_ids)
         self._num_made += 1
@@ -68,6 +72,8 @@ class Offers:
             generations=array("Q", [self._pool.generation(b) for b in block_ids]),
             digest_mode=self._digest_mode,
             digests=b"",
+            layer_clock=clock,
+            num_whole_blocks=num_whole_blocks,
         )
         return KVHandoff(
             handoff_id=handoff_id,
@@ -76,7 +82,7 @@ class Offers:
             attempt=live.key.attempt,
             fingerprint=self._fingerprint,
             token_ids=token_ids,
-            layer_watermark=self._layout.num_layers,
+            layer_watermark=0 if clock else self._layout.num_layers,
             first_tokens=tuple(live.first_tokens),
             lease=Lease(duration_s=self._lease_s),
             shards=(shard,),
@@ -96,6 +102,14 @@ class Offers:
         if (offer := self._find(handoff_id)) is not None:
             offer.drop()
             self._close(offer)
+
+    def withdraw(self, handoff_id: str) -> None:
+        """It will not be completed; it may have ended before."""
+        if handoff_id in self._open:
+            self.drop(handoff_id)
+
+    def is_open(self, handoff_id: str) -> bool:
+        return handoff_id in self._open
 
     def cancel(self, key: AttemptKey) -> None:
         """The attempt is not wanted any more; a target still reading sees the generations rise."""

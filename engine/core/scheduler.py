@@ -42,6 +42,7 @@ class Scheduler:
         self.waiting = Inbox()
         self.running: list[Sequence] = []  # in order
         self.pulling: dict[int, Sequence] = {}  # by sequence id: blocks reserved, KV on its way
+        self.parked: dict[int, Sequence] = {}  # by sequence id: no KV came, and its first token is not known yet
         self.inflight: deque[StepInFlight] = deque()
         self.offered_bytes = 0  # KV kept for other workers; told by the core
         self._config = config
@@ -70,6 +71,8 @@ class Scheduler:
             self._stop_running(sequence)
         elif sequence.sequence_id in self.pulling:
             self._stop_pulling(sequence)
+        elif sequence.sequence_id in self.parked:
+            del self.parked[sequence.sequence_id]
         else:
             self.waiting.remove(sequence)
         self._give_up_blocks(sequence)
@@ -355,6 +358,27 @@ class Scheduler:
         for member in members:
             member.prefill_end = num_tokens  # what is left of each is its first token: a decode
 
+    def take_first_token(self, sequence: Sequence, token_id: int) -> None:
+        """Of a sequence that waits for KV, wherever it does."""
+        was_waiting = self.waiting.remove(sequence)
+        sequence.take_first_token(token_id)
+        if was_waiting:
+            self.waiting.add(sequence)
+
+    def park(self, sequence: Sequence) -> None:
+        """No KV will come, but another worker is about to sample the first token: it waits for that, outside the inbox."""
+        if sequence.sequence_id in self.pulling:
+            self._stop_pulling(sequence)
+            self._give_up_blocks(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self.parked[sequence.sequence_id] = sequence
+
+    def unpark(self, sequence: Sequence) -> None:
+        """Its first token is known: it computes its tokens itself when its turn comes."""
+        del self.parked[sequence.sequence_id]
+        self.waiting.add(sequence)
+
     def back_to_waiting(self, sequence: Sequence) -> None:
         """The pull failed: its blocks are free, and it computes its tokens itself when its turn comes."""
         self._stop_pulling(sequence)
@@ -396,7 +420,7 @@ class Scheduler:
 
     def _bytes_being_made(self) -> int:
         """KV of running prompts that will be offered."""
-        return sum(self._table_bytes(s) for s in self.running if s.attempt.prefill_only)
+        return sum(self._table_bytes(s) for s in self.running if s.attempt.prefill_only and s.attempt.early_offer is None)
 
     def _table_bytes(self, sequence: Sequence) -> int:
         return len(sequence.block_table) * self._config.block_size_tokens * self._token_bytes

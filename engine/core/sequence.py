@@ -97,6 +97,12 @@ class Sequence:
         shortest = min(len(s.tokens) for s in self.members())
         return min(self.compute_end, shortest - 1)
 
+    def take_first_token(self, token_id: int) -> None:
+        """Another worker sampled it, after this one began to wait for the KV before it."""
+        assert self.num_planned_tokens == len(self.tokens) and not self.is_known_to_executor
+        self.tokens.append(token_id)
+        self.num_planned_tokens += 1
+
     def move(self, to: SequenceState) -> None:
         self.state = advance(self.state, to)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.core.attempts import Limits, LiveAttempt, PartKey, open_sequences
 from engine.core.block_pool import BlockPool
@@ -19,12 +19,14 @@ from engine.core.config import WorkerCoreConfig
 from engine.core.events import (
     CancelReceived,
     Command,
+    CompleteOffer,
     DrainStarted,
     DropSource,
     Emit,
     Event,
     GatewayLost,
     LeaseRenewed,
+    OfferCompletedReceived,
     OfferKv,
     PeerAcked,
     PeerDropped,
@@ -47,9 +49,10 @@ from engine.core.residence import StepInFlight
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
 from engine.step_time import FittedStepTime, StepTimeModel
-from protocol.kv import FirstToken, KVLayout
+from kvtransfer.handoff import step_begin
+from protocol.kv import FirstToken, KVHandoff, KVLayout
 from protocol.lifecycle import SequenceState
-from protocol.messages import NO_TOKENS, AttemptFailed, KvSnapshot, Submit, TokenColumns, TokenLogprobs, TokenRun
+from protocol.messages import NO_TOKENS, AttemptFailed, KvSnapshot, OfferCompleted, Submit, TokenColumns, TokenLogprobs, TokenRun
 from protocol.request import AttemptKey, FinishReason
 from protocol.worker import Role, WorkerSnapshot, WorkerState
 
@@ -164,13 +167,15 @@ class WorkerCore:
                 self._end(live)
             self._offers.cancel_of(event.gateway)
         elif isinstance(event, PullDone):
-            self._out += self._intake.finish(event.handoff_id, event.outcome)
+            self._out += self._intake.finish(event.handoff_id, event.outcome, now)
         elif isinstance(event, PeerAcked):
             self._offers.acknowledge(event.handoff_id)
         elif isinstance(event, PeerDropped):
             self._offers.drop(event.handoff_id)
         elif isinstance(event, LeaseRenewed):
             self._offers.renew(event.handoff_id, now)
+        elif isinstance(event, OfferCompletedReceived):
+            self._complete(event.completed, now)
         elif isinstance(event, RoleChanged):
             self._role = event.role
         elif isinstance(event, DrainStarted):
@@ -179,16 +184,21 @@ class WorkerCore:
             assert isinstance(event, Tick)
             self._offers.expire(now)
             self._out += self._intake.tick(now)
-        return self._with_steps()
+            for live in self._intake.overdue(now):
+                self._fail(live, f"no first token within {self._config.max_handoff_wait_s:g} s of an early offer", retryable=True)
+        return self._with_steps(now)
 
-    def _with_steps(self) -> list[Command]:
+    def _with_steps(self, now: float) -> list[Command]:
         """The commands of this turn, behind the steps and pulls that can start now."""
-        self._out += self._intake.start()
+        self._out += self._intake.start(now)
         self._scheduler.offered_bytes = self._offers.offered_bytes
         steps: list[Command] = []
         while (plan := self._scheduler.plan()) is not None:
             self._counters["max_batch"] = max(self._counters["max_batch"], len(plan.entries))
             steps.append(RunStep(plan=plan))
+            if self._config.offer_early:
+                self._offer_early(self._scheduler.inflight[-1], now)
+                self._scheduler.offered_bytes = self._offers.offered_bytes
         commands: list[Command] = []
         block_ids, generations = self._pool.take_raised()
         if block_ids:
@@ -206,7 +216,7 @@ class WorkerCore:
         if live.part in self._attempts or live.part in self._remembered:
             self._counters["duplicates_ignored"] += 1
             return
-        num_waiting = len(self._scheduler.waiting)
+        num_waiting = len(self._scheduler.waiting) + len(self._scheduler.parked)
         if self._state is WorkerState.DRAINING:
             self._refuse(live, submit, "the worker is draining", retryable=True)
         elif num_waiting >= self._config.max_waiting:
@@ -237,10 +247,10 @@ class WorkerCore:
         self._num_submits += 1
         self._next_sequence_id += len(live.sequences)
         self._attempts[live.part] = live
-        if submit.handoff is not None:
-            self._out += self._intake.accept(live, submit.handoff, attempt, now)
         assert live.leader is not None
         self._scheduler.add(live.leader)
+        if submit.handoff is not None:
+            self._out += self._intake.accept(live, submit.handoff, attempt, now)
 
     def _cancel(self, key: AttemptKey) -> None:
         for prefill_only in (True, False):
@@ -249,7 +259,16 @@ class WorkerCore:
                 self._end(live)
         self._offers.cancel(key)
 
+    def _complete(self, completed: OfferCompleted, now: float) -> None:
+        live = self._attempts.get((completed.request_id, completed.attempt, False))
+        if live is None:
+            self._counters["late_messages"] += 1
+        else:
+            self._out += self._intake.complete(live, completed.completion, now)
+
     def _fail(self, live: LiveAttempt, reason: str, *, retryable: bool) -> None:
+        if live.early_offer is not None:
+            self._offers.withdraw(live.early_offer.handoff_id)
         failed = AttemptFailed(request_id=live.key.request_id, attempt=live.key.attempt, reason=reason, retryable=retryable)
         self._end(live)
         self._out.append(Tell(gateway=live.gateway, message=failed))
@@ -394,11 +413,38 @@ class WorkerCore:
     def _offer(self, live: LiveAttempt, now: float) -> None:
         """The prompt is computed and every choice has its first token: keep the blocks for the worker that decodes."""
         assert live.leader is not None
-        if live.first_tokens:
+        if live.early_offer is not None:
+            self._complete_offer(live, live.early_offer)
+        elif live.first_tokens:
             token_ids: array[int] = live.leader.tokens[:-1]
             handoff = self._offers.make(live, token_ids, now)
             self._out.append(OfferKv(gateway=live.gateway, handoff=handoff))
         self._end(live)
+
+    def _complete_offer(self, live: LiveAttempt, handoff: KVHandoff) -> None:
+        if not live.first_tokens:
+            self._offers.withdraw(handoff.handoff_id)  # its first token was its last
+            return
+        handoff = replace(handoff, first_tokens=tuple(live.first_tokens))
+        self._out.append(CompleteOffer(gateway=live.gateway, handoff=handoff, is_kept=self._offers.is_open(handoff.handoff_id)))
+
+    def _offer_early(self, step: StepInFlight, now: float) -> None:
+        """Offer the prompts whose last tokens this step computes. Of one choice only: its target has nothing to share out meanwhile."""
+        for sequence in step.sampled_prompts:
+            live = sequence.attempt
+            if not live.prefill_only or len(live.sequences) != 1 or live.early_offer is not None:
+                continue
+            if sequence.num_outputs + 1 >= sequence.sampling.max_tokens:
+                continue
+            (start,) = [entry.start for entry in step.plan.entries if entry.sequence_id == sequence.sequence_id]
+            live.early_offer = self._offers.make(
+                live,
+                sequence.tokens[:],
+                now,
+                clock=step_begin(step.plan.step_id, self._limits.layout.num_layers),
+                num_whole_blocks=start // self._limits.layout.block_size_tokens,
+            )
+            self._out.append(OfferKv(gateway=live.gateway, handoff=live.early_offer))
 
     # --- what others see ---
 
@@ -415,7 +461,7 @@ class WorkerCore:
             age_s=0.0,
             step_count=self._counters["steps"],
             last_event_number=self._cache.last_event_number,
-            num_waiting=len(waiting) + len(self._scheduler.pulling),
+            num_waiting=len(waiting) + len(self._scheduler.pulling) + len(self._scheduler.parked),
             num_running=len(running),
             waiting_tokens=behind,
             running_kv_tokens=sum(s.num_computed_tokens for s in running),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +41,22 @@ class Decoder:
     lm_head: Linear
 
     def __call__(
-        self, token_ids: torch.Tensor, kv_layers: Sequence[torch.Tensor], inputs: AttentionInputs, logit_rows: torch.Tensor
+        self,
+        token_ids: torch.Tensor,
+        kv_layers: Sequence[torch.Tensor],
+        inputs: AttentionInputs,
+        logit_rows: torch.Tensor,
+        *,
+        on_layer: Callable[[int], None] = lambda _: None,
     ) -> torch.Tensor:
-        """token_ids [num_rows] int64 -> float32 logits [len(logit_rows), vocab_size] of the rows named."""
+        """token_ids [num_rows] int64 -> float32 logits [len(logit_rows), vocab_size] of the rows named.
+
+        on_layer: told the index of each layer once its KV is in the pool.
+        """
         x = self.embedding[token_ids]
-        for layer, kv in zip(self.layers, kv_layers, strict=True):
+        for index, (layer, kv) in enumerate(zip(self.layers, kv_layers, strict=True)):
             x = layer(x, kv, inputs)
+            on_layer(index)
         return self.lm_head(self.norm(x[logit_rows])).float()
 
     def linears(self) -> list[Linear]:

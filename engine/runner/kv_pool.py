@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.runner.weights import TORCH_DTYPES
+from kvtransfer.layer_clock import LayerClock
 from kvtransfer.transport import Region
 
 
@@ -25,6 +26,8 @@ class KVPool:
             region.num_blocks, layout.num_layers, 2, num_kv_heads, layout.block_size_tokens, head_dim
         )
         self.layers = self.blocks.unbind(1)  # each [num_blocks, 2, num_kv_heads, block_size, head_dim]
+        self.clock_word = region.clock
+        self.clock = LayerClock(region)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy one block over all layers (copy-on-write)."""

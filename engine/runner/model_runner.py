@@ -42,10 +42,10 @@ class ModelRunner:
         self._rope = RotaryFrequencies(model.rope, model.head_dim, device=str(self._device))
 
     @torch.inference_mode()
-    def forward(self, entries: Entries, token_ids: array[int], sampled_entries: array[int]) -> StepLogits:
+    def forward(self, entries: Entries, token_ids: array[int], sampled_entries: array[int], *, step_id: int = 0) -> StepLogits:
         """Compute KV of every entry; `token_ids` are those of all entries in order, uint32.
 
-        Gives the logits after the last token of the entries named.
+        Gives the logits after the last token of the entries named. The pool's clock tells of the layers of step `step_id`.
         """
         inputs = make_inputs(
             entries,
@@ -58,7 +58,15 @@ class ModelRunner:
             numerics=self._numerics,
         )
         logit_rows = torch.tensor([inputs.last_rows[i] for i in sampled_entries], dtype=torch.int64, device=self._device)
-        return with_most_likely(self._decoder(inputs.token_ids, self.pool.layers, inputs.attention, logit_rows))
+        return with_most_likely(
+            self._decoder(
+                inputs.token_ids,
+                self.pool.layers,
+                inputs.attention,
+                logit_rows,
+                on_layer=lambda layer: self.pool.clock.layer_done(step_id, layer),
+            )
+        )
 
     @torch.inference_mode()
     def draw(self, made: StepLogits, rows: Sequence[int], draws: Sequence[Draw]) -> list[int]:

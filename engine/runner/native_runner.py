@@ -20,6 +20,7 @@ from engine.runner.weights import MappedWeights
 from kernels.native.network import NO_LAYER, LinearPlace, NativeNetwork, NormPlace
 from kernels.numerics import Kernels
 from kernels.sampling import Draw
+from kvtransfer.handoff import step_begin
 
 ATTENTION = {
     LinearPlace.QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -42,10 +43,10 @@ class NativeRunner:
         self.packed = packed
         self._network = network
 
-    def forward(self, entries: Entries, token_ids: array[int], sampled_entries: array[int]) -> StepLogits:
+    def forward(self, entries: Entries, token_ids: array[int], sampled_entries: array[int], *, step_id: int = 0) -> StepLogits:
         """Compute KV of every entry; `token_ids` are those of all entries in order, uint32.
 
-        Gives the logits after the last token of the entries named.
+        Gives the logits after the last token of the entries named. The pool's clock tells of the layers of step `step_id`.
         """
         logits, most_likely = self._network.forward(
             starts=entries.starts,
@@ -53,6 +54,7 @@ class NativeRunner:
             token_ids=token_ids,
             block_tables=entries.block_tables,
             logit_entries=sampled_entries,
+            clock_begin=step_begin(step_id, self.model.num_layers),
         )
         return StepLogits(logits=logits, most_likely=most_likely)
 
@@ -81,6 +83,7 @@ def build_native_runner(
     if not shape.has_embedding:
         network.set_embedding(weights[EMBEDDING])
     network.set_pool(pool.blocks)
+    network.set_clock(pool.clock_word)
     _set_norms(network, model, weights)
     weights.let_go()
     return NativeRunner(model, network, pool, packed.packed)

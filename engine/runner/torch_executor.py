@@ -101,6 +101,7 @@ class TorchExecutor:
         except Exception as failure:  # whatever torch raised, the core must hear of it: it decides what to do with the step's sequences
             log.exception("step failed", extra={"step_id": plan.step_id, "num_tokens": plan.num_tokens})
             error = f"{type(failure).__name__}: {failure}"
+        self._runner.pool.clock.step_done(plan.step_id)
         return StepResult(step_id=plan.step_id, sampled=sampled, duration_s=time.perf_counter() - started, error=error)
 
     def _compute(self, plan: BatchPlan) -> Sampled:
@@ -114,7 +115,7 @@ class TorchExecutor:
         if not plan.entries:
             return NOTHING_SAMPLED
         entry_rows = {entry: row for row, entry in enumerate(dict.fromkeys(plan.samples.entry_indices))}  # one for all choices of an entry
-        made = self._runner.forward(plan.entries, self._token_ids(plan.entries), array("q", entry_rows))
+        made = self._runner.forward(plan.entries, self._token_ids(plan.entries), array("q", entry_rows), step_id=plan.step_id)
         return self._sample(plan.samples, made, [entry_rows[entry] for entry in plan.samples.entry_indices])
 
     def _admit(self, start: SequenceStart) -> _Sequence:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,6 +39,7 @@ class Step(ctypes.Structure):
     _fields_ = (
         ("num_entries", c_int64), ("starts", POINTER), ("sizes", POINTER), ("token_ids", POINTER), ("tables", POINTER),
         ("table_ends", POINTER), ("num_logits", c_int64), ("logit_entries", POINTER), ("logits", POINTER), ("greedy", POINTER),
+        ("clock", POINTER), ("clock_begin", c_uint64),
     )  # fmt: skip
 
 

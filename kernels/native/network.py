@@ -113,6 +113,13 @@ class NativeNetwork:
         self._kept["pool"] = blocks
         self._library.check(self._calls.baton_network_set_pool(self._network, blocks.data_ptr(), blocks.shape[0]))
 
+    def set_clock(self, word: memoryview) -> None:
+        """Borrowed: a uint64 that tells others which layers of a step have their KV (see `forward`)."""
+        assert word.nbytes == 8 and not word.readonly
+        clock = np.frombuffer(word, dtype=np.uint64)
+        self._kept["clock"] = clock
+        self._step.clock = clock.ctypes.data
+
     def forward(
         self,
         *,
@@ -121,12 +128,14 @@ class NativeNetwork:
         token_ids: array[int],
         block_tables: tuple[array[int], ...],
         logit_entries: array[int],
+        clock_begin: int = 0,
     ) -> tuple[torch.Tensor, list[int]]:
         """Compute KV of every entry: entry i computes positions [starts[i], starts[i] + sizes[i]) of its sequence.
 
         token_ids: of all entries in order, uint32, as are the block tables; starts, sizes and logit_entries are int64. Returns the logits
         after the last tokens of `logit_entries`, [num_logits, vocab_size] float32 and good until the next call, and of each row the index
-        of the first of its greatest, -1 where a logit is not finite.
+        of the first of its greatest, -1 where a logit is not finite. The clock, where one is set, becomes clock_begin + i + 1 once KV
+        of layer i is written.
 
         Raises:
             NativeError: an entry lies outside its blocks, a block outside the pool or a token id outside the vocabulary.
@@ -148,6 +157,7 @@ class NativeNetwork:
         step.logit_entries = logit_entries.buffer_info()[0]
         step.logits = logits.data_ptr()
         step.greedy = most_likely.buffer_info()[0]
+        step.clock_begin = clock_begin
         self._library.check(self._calls.baton_network_forward(self._network, self._step_pointer))
         return logits, most_likely.tolist()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections import deque
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,6 +25,7 @@ from gateway.events import (
     CancelAt,
     ChoiceStopped,
     ClientGone,
+    CompleteAt,
     Deliver,
     Event,
     Fail,
@@ -42,7 +44,20 @@ from gateway.events import (
     WorkerSaid,
 )
 from gateway.session import Session
-from protocol.kv import FirstToken, HandoffKind, KVHandoff, Lease
+from protocol.kv import (
+    DigestMode,
+    Endpoint,
+    FirstToken,
+    HandoffCompletion,
+    HandoffKind,
+    HandoffShard,
+    KVHandoff,
+    KVLayout,
+    LayerGroup,
+    LayerKind,
+    Lease,
+    ShardRectangle,
+)
 from protocol.lifecycle import is_final
 from protocol.messages import (
     Assigned,
@@ -50,6 +65,7 @@ from protocol.messages import (
     AttemptFailed,
     Done,
     HandoffDone,
+    OfferCompleted,
     Offered,
     Place,
     PlaceAck,
@@ -94,6 +110,7 @@ class World:
         self.pool: list[Event] = []
         self.next_worker = 0
         self.workers: dict[str, str] = {}  # id -> role
+        self.ahead: Submit | None = None  # with an early offer that is not complete yet
         for role in ("prefill", "prefill", "decode", "decode"):
             self.start_worker(role)
 
@@ -139,7 +156,20 @@ class World:
             case SubmitTo(worker_id=worker_id, submit=submit):
                 if worker_id not in self.workers:
                     return [WorkerLost(worker_id=worker_id)]
-                self.submit(worker_id, submit)
+                if submit.handoff is not None and not submit.handoff.is_complete:
+                    self.ahead = submit
+                    first_tokens = (FirstToken(choice=submit.attempt.live_choices[0], token_id=0),)
+                    completion = HandoffCompletion(handoff_id="h", first_tokens=first_tokens, digests=())
+                    completed = OfferCompleted(request_id="r", attempt=submit.attempt.number, completion=completion)
+                    self.pool.append(WorkerSaid(worker_id=self.session.assignments[-1].prefill_worker, fact=completed))
+                else:
+                    self.submit(worker_id, submit)
+            case CompleteAt(worker_id=worker_id, completed=completed):
+                assert self.ahead is not None and self.ahead.handoff is not None
+                if worker_id not in self.workers:
+                    return [WorkerLost(worker_id=worker_id)]
+                handoff = replace(self.ahead.handoff, layer_watermark=1, first_tokens=completed.completion.first_tokens)
+                self.submit(worker_id, replace(self.ahead, handoff=handoff))
             case AttemptEnded(number=number, state=state):
                 assert is_final(state)
                 self.attempts_ended.append(number)
@@ -210,7 +240,8 @@ class World:
             if start < self.lengths[c]:
                 going_on.append(c)
         if submit.prefill_only and going_on:
-            facts.append(Offered(handoff=self.offer(attempt.number, going_on)))
+            is_early = len(starts) == 1 and rng.random() < 0.5
+            facts.append(Offered(handoff=self.offer(attempt.number, going_on, is_early=is_early)))
         self.pool += [WorkerSaid(worker_id=worker_id, fact=f) for f in facts]  # type: ignore[arg-type]
 
     def run(self, number: int, choice: int, position: int, size: int) -> TokenRun:
@@ -221,11 +252,18 @@ class World:
             request_id="r", attempt=number, choice=choice, position=position, token_ids=tokens, logprobs=(), finish_reason=reason
         )
 
-    def offer(self, number: int, choices: list[int]) -> KVHandoff:
+    def offer(self, number: int, choices: list[int], *, is_early: bool) -> KVHandoff:
+        group = LayerGroup(kind=LayerKind.FULL, first_layer=0, num_layers=1, num_kv_heads=1, head_dim=1, dtype="float32")
+        rectangle = ShardRectangle(first_head=0, last_head=1, first_layer=0, last_layer=1)
+        shard = HandoffShard(
+            worker_id="p", rank=0, epoch=1, endpoint=Endpoint(), region_id=0,
+            layout=KVLayout(block_size_tokens=16, groups=(group,), shard=rectangle), block_ids=array("I"), generations=array("Q"),
+            digest_mode=DigestMode.OFF, digests=b"",
+        )  # fmt: skip
+        first_tokens = () if is_early else tuple(FirstToken(choice=c, token_id=0) for c in choices)
         return KVHandoff(
             handoff_id="h", kind=HandoffKind.PREFILL, request_id="r", attempt=number, fingerprint=b"", token_ids=token_buffer(),
-            layer_watermark=1, first_tokens=tuple(FirstToken(choice=c, token_id=0) for c in choices), lease=Lease(duration_s=1.0),
-            shards=(),
+            layer_watermark=0 if is_early else 1, first_tokens=first_tokens, lease=Lease(duration_s=1.0), shards=(shard,),
         )  # fmt: skip
 
     def hand_over(self) -> None:

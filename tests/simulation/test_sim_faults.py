@@ -60,6 +60,7 @@ def make_cluster(seed: int) -> SimCluster:
         "max_handoff_wait_s": rng.choice([0.2, 3]),
         "max_waiting": rng.choice([3, 100]),
         "max_offered_bytes": rng.choice([3000, 1 << 30]),
+        "offer_early": bool(seed % 2),
     }
     cluster = SimCluster(
         rng.choice(ROLES),
@@ -195,8 +196,8 @@ def cancel_without_quarantine(self: Intake, live: Any) -> Any:
     return commands
 
 
-def offer_without_lease(self: Offers, live: Any, token_ids: Any, now: float) -> Any:
-    handoff = OFFERS_MAKE(self, live, token_ids, now)
+def offer_without_lease(self: Offers, live: Any, token_ids: Any, now: float, **early: int) -> Any:
+    handoff = OFFERS_MAKE(self, live, token_ids, now, **early)
     self._pool.end_lease(handoff.shards[0].block_ids)
     return handoff
 

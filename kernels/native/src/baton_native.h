@@ -43,6 +43,8 @@ typedef struct {
   const int64_t* logit_entries; /* whose last tokens */
   float* logits; /* [num_logits][vocab_size] */
   int64_t* greedy; /* [num_logits]: the most likely token, -1 where a logit is not finite; or null */
+  uint64_t* clock; /* or null; becomes clock_begin + i + 1 once KV of layer i is written, for who reads the pool meanwhile */
+  uint64_t clock_begin;
 } BatonStep;
 
 /* One token to be drawn: kernels/sampling/reference.py says how. */

@@ -181,7 +181,7 @@ void Network::multiply(const PackedLinear& linear, const Memory& x, int64_t num_
   run_linear(path_, threads_, task, scratch_);
 }
 
-void Network::run_layer(int index, int64_t num_rows) {
+void Network::run_layer(const BatonStep& step, int index, int64_t num_rows) {
   const Layer& layer = layers_[index];
   const int64_t layer_bytes = int64_t{2} * shape_.num_kv_heads * shape_.block_size * shape_.head_dim * value_bytes();
   const int64_t block_bytes = layer_bytes * shape_.num_layers;
@@ -192,6 +192,7 @@ void Network::run_layer(int index, int64_t num_rows) {
                           shape_.head_dim, cos_sin_.as<float>(), q_.as<uint32_t>(), words(q_size_), slots_.data(),
                           pool_ + index * layer_bytes, block_bytes, shape_.block_size};
   threads_.each_row(num_rows, [&](int, int64_t row) { path_.rotary(rotary, row); });
+  if (step.clock) __atomic_store_n(step.clock, step.clock_begin + index + 1, __ATOMIC_RELEASE);
   // Beyond here the last layer is computed for the rows whose logits are told.
   const bool is_last = index == shape_.num_layers - 1;
   if (is_last && (num_rows = keep_told_rows(num_rows)) == 0) return;
@@ -243,7 +244,7 @@ void Network::forward(const BatonStep& step) {
   lay_out(step);
   const int64_t num_rows = positions_.size();
   embed(step, num_rows);
-  for (int layer = 0; layer < shape_.num_layers; ++layer) run_layer(layer, num_rows);
+  for (int layer = 0; layer < shape_.num_layers; ++layer) run_layer(step, layer, num_rows);
   if (step.num_logits) finish(step);
 }
 

@@ -39,7 +39,7 @@ class Network {
   void lay_out(const BatonStep& step);
   void embed(const BatonStep& step, int64_t num_rows);
   void cut(std::vector<AttentionItem>* items, std::vector<AttentionPiece>* pieces) const;
-  void run_layer(int index, int64_t num_rows);
+  void run_layer(const BatonStep& step, int index, int64_t num_rows);
   int64_t keep_told_rows(int64_t num_rows);
   void finish(const BatonStep& step);
   void norm(const std::vector<float>& weight, const int64_t* rows, int64_t num_rows);

@@ -268,7 +268,7 @@ class FakeWorker:
         live = [c for c, done in enumerate(task.done) if not done]
         return KVHandoff(
             handoff_id="0" * 32, kind=HandoffKind.PREFILL, request_id=attempt.request.request_id, attempt=attempt.number,
-            fingerprint=FINGERPRINT, token_ids=attempt.tokens(live[0]), layer_watermark=1,
+            fingerprint=FINGERPRINT, token_ids=attempt.tokens(live[0]), layer_watermark=0,
             first_tokens=tuple(FirstToken(choice=c, token_id=0) for c in live), lease=Lease(duration_s=30.0), shards=(shard,),
         )  # fmt: skip
 

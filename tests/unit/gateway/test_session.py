@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from gateway.events import (
     CancelAt,
     ChoiceStopped,
     ClientGone,
+    CompleteAt,
     Deliver,
     Fail,
     Finish,
@@ -32,7 +34,20 @@ from gateway.events import (
 from gateway.session import Session
 from protocol.block_hash import block_hashes
 from protocol.errors import DeadlineExceeded, InvalidRequest, NoWorker, Overloaded
-from protocol.kv import FirstToken, HandoffKind, KVHandoff, Lease
+from protocol.kv import (
+    DigestMode,
+    Endpoint,
+    FirstToken,
+    HandoffCompletion,
+    HandoffKind,
+    HandoffShard,
+    KVHandoff,
+    KVLayout,
+    LayerGroup,
+    LayerKind,
+    Lease,
+    ShardRectangle,
+)
 from protocol.lifecycle import AttemptState
 from protocol.messages import (
     Assigned,
@@ -40,6 +55,7 @@ from protocol.messages import (
     AttemptFailed,
     Done,
     HandoffDone,
+    OfferCompleted,
     Offered,
     PlaceAck,
     PrefillDone,
@@ -284,3 +300,53 @@ def test_deadline_ends_the_request() -> None:
     play(session, Start(), assigned(0))
     assert only(play(session, Tick(), now=60.0), CancelAt)
     assert isinstance(session.end, Fail) and isinstance(session.end.error, DeadlineExceeded)
+
+
+def early() -> WorkerSaid:
+    group = LayerGroup(kind=LayerKind.FULL, first_layer=0, num_layers=1, num_kv_heads=1, head_dim=1, dtype="float32")
+    rectangle = ShardRectangle(first_head=0, last_head=1, first_layer=0, last_layer=1)
+    shard = HandoffShard(
+        worker_id="p0", rank=0, epoch=1, endpoint=Endpoint(), region_id=0,
+        layout=KVLayout(block_size_tokens=16, groups=(group,), shard=rectangle), block_ids=array("I"), generations=array("Q"),
+        digest_mode=DigestMode.OFF, digests=b"",
+    )  # fmt: skip
+    fact = offered().fact
+    assert isinstance(fact, Offered)
+    return WorkerSaid(worker_id="p0", fact=Offered(handoff=replace(fact.handoff, layer_watermark=0, first_tokens=(), shards=(shard,))))
+
+
+COMPLETION = HandoffCompletion(handoff_id="h", first_tokens=(FirstToken(choice=0, token_id=5),), digests=(b"",))
+COMPLETED = WorkerSaid(worker_id="p0", fact=OfferCompleted(request_id="r", attempt=0, completion=COMPLETION))
+
+
+def test_an_early_offer_reaches_its_target_while_prefill_goes_on() -> None:
+    """Both workers are needed until it is complete. Seen to fail with `workers` looking at whether there is an offer."""
+    session = make()
+    play(session, Start(), assigned(0))
+    (submit,) = play(session, early(), now=0.2)
+    assert isinstance(submit, SubmitTo) and submit.worker_id == "d0" and submit.submit.attempt.delivered == (array("I"),)
+    assert session.state is AttemptState.PREFILLING and session.workers == ("p0", "d0")
+    play(session, run(0, 5, by="p0"))
+    told, complete = play(session, COMPLETED, now=0.3)
+    assert isinstance(told.message, PrefillDone) and complete == CompleteAt(worker_id="d0", completed=COMPLETED.fact)
+    assert session.state is AttemptState.WAITING_KV and session.workers == ("d0",)
+    assert play(session, COMPLETED) == [], "told twice"
+    play(session, DONE, now=0.4)
+    play(session, run(1, 6, reason=FinishReason.STOP))
+    assert isinstance(session.end, Finish) and session.timelines[0].prefill_end_s == 0.3
+
+
+def test_a_first_token_that_is_the_last_frees_the_target_of_an_early_offer() -> None:
+    """It waits for a completion that will not come. Seen to fail without `is_ahead` in `_stop`."""
+    session = make()
+    play(session, Start(), assigned(0), early())
+    commands = play(session, run(0, 5, reason=FinishReason.STOP, by="p0"))
+    assert isinstance(session.end, Finish) and [c.worker_id for c in only(commands, CancelAt)] == ["p0", "d0"]
+
+
+def test_prefill_lost_after_an_early_offer_is_tried_again_from_the_start() -> None:
+    session = make()
+    play(session, Start(), assigned(0), early())
+    commands = play(session, WorkerLost(worker_id="p0"))
+    assert [c.worker_id for c in only(commands, CancelAt)] == ["d0"] and session.attempt.number == 1
+    assert play(session, COMPLETED) == [], "of the attempt before"

@@ -51,10 +51,10 @@ def pull_of(target: PoolMemory, ids: list[int], *, generation: int = 0) -> Pull:
     )
 
 
-def at_call(number: int, act: Callable[[], None]) -> Callable[[], None]:
+def at_call(number: int, act: Callable[[], None]) -> Callable[[float], None]:
     calls = iter(range(10**6))
 
-    def look_up() -> None:
+    def look_up(_: float) -> None:
         if next(calls) == number:
             act()
 
@@ -84,7 +84,7 @@ def test_block_that_was_not_offered_may_be_reused(pools: tuple[PoolMemory, PoolM
 def test_stale_before_the_copy_writes_nothing(pools: tuple[PoolMemory, PoolMemory]) -> None:
     source, target = pools
     with pytest.raises(PullFailed, match="before the copy"):
-        copy_verified(source.region, pull_of(target, [3, 4], generation=9), lambda: None, slice_bytes=SIZE)
+        copy_verified(source.region, pull_of(target, [3, 4], generation=9), lambda _: None, slice_bytes=SIZE)
     assert bytes(target.region.blocks) == bytes(16 * SIZE)
 
 
@@ -105,6 +105,6 @@ def test_giving_up_between_two_slices_stops_the_writing(pools: tuple[PoolMemory,
 def test_slices_of_any_size_copy_everything(pools: tuple[PoolMemory, PoolMemory], slice_bytes: int) -> None:
     source, target = pools
     ids = [5, 6, 7, 1, 2, 0, 15, 14]
-    copy_verified(source.region, pull_of(target, ids), lambda: None, slice_bytes=slice_bytes)
+    copy_verified(source.region, pull_of(target, ids), lambda _: None, slice_bytes=slice_bytes)
     for place, block_id in enumerate(ids):
         assert target.region.blocks[place * SIZE : (place + 1) * SIZE] == source.region.blocks[block_id * SIZE : (block_id + 1) * SIZE]

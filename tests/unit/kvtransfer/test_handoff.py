@@ -31,9 +31,9 @@ pytestmark = pytest.mark.pure
 FINGERPRINT = b"f" * 16
 
 
-def make_layout(block_size: int = 16, head_dim: int = 4) -> KVLayout:
-    group = LayerGroup(kind=LayerKind.FULL, first_layer=0, num_layers=2, num_kv_heads=1, head_dim=head_dim, dtype="float32")
-    shard = ShardRectangle(first_head=0, last_head=1, first_layer=0, last_layer=2)
+def make_layout(block_size: int = 16, head_dim: int = 4, num_layers: int = 2) -> KVLayout:
+    group = LayerGroup(kind=LayerKind.FULL, first_layer=0, num_layers=num_layers, num_kv_heads=1, head_dim=head_dim, dtype="float32")
+    shard = ShardRectangle(first_head=0, last_head=1, first_layer=0, last_layer=num_layers)
     return KVLayout(block_size_tokens=block_size, groups=(group,), shard=shard)
 
 
@@ -76,7 +76,7 @@ def source() -> SourceHandoff:
 
 
 def target() -> TargetHandoff:
-    return TargetHandoff(handoff=make_handoff(), give_up_s=120, renew_interval_s=5, next_renewal_s=5)
+    return TargetHandoff(handoff=make_handoff(), give_up_s=120, renew_interval_s=5, next_renewal_s=5, completed_s=0)
 
 
 def outcome(error: TransferError | None = None) -> Outcome:
@@ -151,8 +151,8 @@ def test_what_differs_is_refused_before_a_byte_moves() -> None:
     shard = make_handoff().shards[0]
     assert refusal_of(make_handoff(fingerprint=b"x" * 16)) is TransferError.REFUSED
     assert refusal_of(make_handoff(shards=())) is TransferError.REFUSED
-    assert refusal_of(make_handoff(shards=(shard, shard))) is TransferError.REFUSED
-    assert refusal_of(make_handoff(shards=(replace(shard, layout=make_layout(32)),))) is TransferError.REFUSED
+    assert refusal_of(make_handoff(shards=(replace(shard, layout=make_layout(32)),))) is TransferError.TRUNCATED
+    assert refusal_of(make_handoff(shards=(replace(shard, layout=make_layout(num_layers=1)),))) is TransferError.REFUSED
     assert refusal_of(make_handoff(shards=(replace(shard, layout=make_layout(head_dim=8)),))) is TransferError.REFUSED
     assert refusal_of(make_handoff(), array("I", [*range(19), 99])) is TransferError.REFUSED
     assert refusal_of(make_handoff(), array("I", range(19))) is TransferError.REFUSED
