@@ -11,9 +11,10 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kernels.copy_runs import copy_runs
 from kvtransfer import digest
 from kvtransfer.region import PoolMemory
-from kvtransfer.reshard import Chunk, check_coverage, pair_blocks, plan_reshard
+from kvtransfer.reshard import Chunks, check_coverage, pair_blocks, plan_reshard
 from kvtransfer.transport import Region
 from protocol.errors import LayoutMismatch
 from protocol.kv import HandoffShard, KVHandoff, Outcome, ShardRectangle, TransferError
@@ -28,7 +29,7 @@ class Part:
     block_ids: array[int]  # in `region`
     region: Region  # our pool's, or the staging's
     staging: PoolMemory | None = None
-    chunks: tuple[Chunk, ...] = ()  # from staging to our pool
+    chunks: Chunks | None = None  # from staging to our pool
     target: Region | None = None  # our pool's, when staged
     path: str = ""  # backend of the current try
 
@@ -105,7 +106,7 @@ def plan_parts(
                     block_ids=array("I", range(len(source_indices))),
                     region=staging.region,
                     staging=staging,
-                    chunks=tuple(chunks),
+                    chunks=chunks,
                     target=pool,
                 )
             )
@@ -144,11 +145,9 @@ def verify_parts(handoff: KVHandoff, parts: list[Part]) -> str:
 def place_staged(parts: list[Part]) -> None:
     """Spread verified staged blocks over our own."""
     for part in parts:
-        if part.staging is None or part.target is None:
+        if part.staging is None or part.target is None or part.chunks is None:
             continue
-        theirs, ours = part.region.blocks, part.target.blocks
-        for source, target, size in part.chunks:
-            ours[target : target + size] = theirs[source : source + size]
+        copy_runs(part.region.blocks, part.target.blocks, part.chunks)
 
 
 def release_staging(parts: list[Part]) -> None:
@@ -160,7 +159,7 @@ def release_staging(parts: list[Part]) -> None:
 
 def _chunks(
     shard: HandoffShard, source_indices: array[int], target_block_ids: array[int], pool: Region, target_start: int | None, num_tokens: int
-) -> list[Chunk]:
+) -> Chunks:
     source_size, target_size = shard.layout.block_size_tokens, pool.layout.block_size_tokens
     source_start = source_indices[0] * source_size
     start = source_start if target_start is None else target_start

@@ -9,7 +9,7 @@ merged wherever both sides are contiguous: with one layout on both sides a whole
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,11 +30,11 @@ class BlockPair:
     num_tokens: int
 
 
-Chunk = tuple[int, int, int]  # (source offset, target offset, size) in bytes from the first block of either pool
+Chunks = npt.NDArray[np.int64]  # [num_chunks, 3]: source offset, target offset, size in bytes from the first block of either pool
 
 
-def plan_reshard(source: KVLayout, target: KVLayout, pairs: Sequence[BlockPair]) -> list[Chunk]:
-    """Byte chunks that turn blocks laid out for `source` into blocks laid out for `target`.
+def plan_reshard(source: KVLayout, target: KVLayout, pairs: Sequence[BlockPair]) -> Chunks:
+    """Byte chunks that turn blocks laid out for `source` into blocks laid out for `target`, as kernels.copy_runs takes them.
 
     Covers the heads and layers both shards hold: with TP 4 -> TP 2 each target rank calls this for two source ranks, and
     `check_coverage` says whether the sources make up the whole target.
@@ -43,16 +43,24 @@ def plan_reshard(source: KVLayout, target: KVLayout, pairs: Sequence[BlockPair])
         LayoutMismatch: a layer both hold differs in kind, head_dim, dtype or window, or the heads of a layer are not those of its shard.
     """
     rows = _shared_rows(source, target)
-    patterns: dict[tuple[int, int, int], list[Chunk]] = {}
-    chunks: list[Chunk] = []
-    for pair in pairs:
-        assert 0 <= pair.source_token <= pair.source_token + pair.num_tokens <= source.block_size_tokens, pair
-        assert 0 <= pair.target_token <= pair.target_token + pair.num_tokens <= target.block_size_tokens, pair
-        shape = (pair.source_token, pair.target_token, pair.num_tokens)
-        if shape not in patterns:
-            patterns[shape] = _merge(_token_runs(rows, *shape))
-        source_start, target_start = pair.source_block * source.block_bytes, pair.target_block * target.block_bytes
-        chunks += [(source_start + s, target_start + t, size) for s, t, size in patterns[shape]]
+    table = np.array(
+        [(p.source_block, p.target_block, p.source_token, p.target_token, p.num_tokens) for p in pairs], dtype=np.int64
+    ).reshape(-1, 5)
+    for tokens, size, side in ((table[:, 2], source.block_size_tokens, "source"), (table[:, 3], target.block_size_tokens, "target")):
+        assert ((tokens >= 0) & (table[:, 4] >= 0) & (tokens + table[:, 4] <= size)).all(), f"a pair leaves its {side} block"
+    # Pairs of one shape (which tokens of the block go where) have one pattern of chunks; a prompt has few shapes.
+    shapes, shape_of = np.unique(table[:, 2:], axis=0, return_inverse=True)
+    shape_of = shape_of.reshape(-1)  # numpy 2.0 gives it another shape
+    patterns = [_merge(np.array(list(_token_runs(rows, *shape)), dtype=np.int64).reshape(-1, 3)) for shape in shapes.tolist()]
+    starts = table[:, :2] * (source.block_bytes, target.block_bytes)
+    counts = np.array([len(pattern) for pattern in patterns], dtype=np.int64)[shape_of]
+    first = np.cumsum(counts) - counts  # of each pair's chunks, which stay in the order of the pairs
+    chunks = np.empty((int(counts.sum()), 3), dtype=np.int64)
+    for number, pattern in enumerate(patterns):
+        mine = np.flatnonzero(shape_of == number)
+        places = first[mine, None] + np.arange(len(pattern))
+        chunks[places] = pattern
+        chunks[places, :2] += starts[mine, None]
     return _merge(chunks)
 
 
@@ -196,7 +204,7 @@ def _check_alike(layer: int, theirs: LayerGroup, ours: LayerGroup) -> None:
             raise LayoutMismatch(f"layer {layer}: {name} is {a} at the source, {b} at the target")
 
 
-def _token_runs(rows: Sequence[tuple[_Row, _Row]], source_token: int, target_token: int, num_tokens: int) -> Iterable[Chunk]:
+def _token_runs(rows: Sequence[tuple[_Row, _Row]], source_token: int, target_token: int, num_tokens: int) -> Iterator[tuple[int, int, int]]:
     for theirs, ours in rows:
         size = num_tokens * ours.token_bytes
         for kv in (0, 1):
@@ -204,16 +212,15 @@ def _token_runs(rows: Sequence[tuple[_Row, _Row]], source_token: int, target_tok
                 yield theirs.offset(kv, head, source_token), ours.offset(kv, head, target_token), size
 
 
-def _merge(chunks: Iterable[Chunk]) -> list[Chunk]:
+def _merge(chunks: Chunks) -> Chunks:
     """Join neighbours that are contiguous on both sides; the order stays."""
-    merged: list[Chunk] = []
-    for source, target, size in chunks:
-        if not size:
-            continue
-        if merged:
-            last_source, last_target, last_size = merged[-1]
-            if last_source + last_size == source and last_target + last_size == target:
-                merged[-1] = (last_source, last_target, last_size + size)
-                continue
-        merged.append((source, target, size))
+    sources, targets, sizes = chunks.T
+    if len(chunks) and not sizes.all():
+        return _merge(chunks[sizes > 0])
+    joined = (sources[:-1] + sizes[:-1] == sources[1:]) & (targets[:-1] + sizes[:-1] == targets[1:])
+    if not joined.any():
+        return chunks
+    begins = np.flatnonzero(np.concatenate(([True], ~joined)))
+    merged = chunks[begins]
+    merged[:, 2] = np.add.reduceat(sizes, begins)
     return merged

@@ -106,7 +106,7 @@ def test_plan_equals_moving_one_token_at_a_time(
     chunks = plan_reshard(source, target, pairs)
     raw_before, raw_after = before.view(np.uint8), after.view(np.uint8)
     written = np.zeros(len(raw_after), dtype=bool)
-    for source_offset, target_offset, size in chunks:
+    for source_offset, target_offset, size in chunks.tolist():
         assert size > 0 and not written[target_offset : target_offset + size].any(), "a byte is written twice"
         written[target_offset : target_offset + size] = True
         raw_after[target_offset : target_offset + size] = raw_before[source_offset : source_offset + size]
@@ -132,7 +132,7 @@ def test_equal_layouts_move_whole_blocks_in_the_fewest_runs(source_ids: list[int
     pairs = pair_blocks(16, 16, source_ids, target_ids, source_start=0, target_start=0, end=16 * len(source_ids))
     size = kv.block_bytes
     runs = block_runs(source_ids, target_ids).tolist()
-    assert plan_reshard(kv, kv, pairs) == [(s * size, t * size, n * size) for s, t, n in runs]
+    assert plan_reshard(kv, kv, pairs).tolist() == [[s * size, t * size, n * size] for s, t, n in runs]
     joints = itertools.pairwise(zip(source_ids, target_ids, strict=True))
     assert len(runs) == len(source_ids) - sum(a[0] + 1 == b[0] and a[1] + 1 == b[1] for a, b in joints)
 
