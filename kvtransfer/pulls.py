@@ -17,7 +17,7 @@ from kvtransfer.region import PoolMemory
 from kvtransfer.reshard import Chunks, check_coverage, pair_blocks, plan_reshard
 from kvtransfer.transport import Region
 from protocol.errors import LayoutMismatch
-from protocol.kv import HandoffShard, KVHandoff, Outcome, ShardRectangle, TransferError
+from protocol.kv import HandoffShard, KVHandoff, KVLayout, Outcome, ShardRectangle, TransferError
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def plan_parts(
     Raises:
         LayoutMismatch: the offer cannot be turned into our blocks, contradicts itself, or needs more staging than allowed.
     """
-    shards = _without_replicas(handoff.shards)
+    shards = _needed(handoff.shards, pool.layout)
     for shard in shards:
         check_shard(shard, source_indices, is_complete=handoff.is_complete)
     if len(shards) == 1 and shards[0].layout == pool.layout:
@@ -94,6 +94,8 @@ def plan_parts(
         raise LayoutMismatch(f"blocks of another layout need {needed} bytes of staging, max_staging_bytes is {staging_bytes_max}")
     if list(source_indices) != list(range(source_indices[0], source_indices[0] + len(source_indices))):
         raise LayoutMismatch("blocks of another layout can be taken only as one consecutive range")
+    if len(sizes := {shard.layout.block_size_tokens for shard in shards}) > 1:
+        raise LayoutMismatch(f"the shards of the offer have blocks of {' and '.join(map(str, sorted(sizes)))} tokens; one number is needed")
     parts: list[Part] = []
     try:
         for shard in shards:
@@ -164,16 +166,26 @@ def _chunks(
     source_start = source_indices[0] * source_size
     start = source_start if target_start is None else target_start
     end = min(num_tokens, source_start + len(source_indices) * source_size, start + len(target_block_ids) * target_size)
+    if start < source_start or end <= start + (len(target_block_ids) - 1) * target_size:
+        raise LayoutMismatch(
+            f"{len(target_block_ids)} blocks of {target_size} tokens from token {start} on are to be filled with tokens "
+            f"{source_start} to {end}; ask for every source block they need"
+        )
     staged = range(len(source_indices))
     pairs = pair_blocks(source_size, target_size, staged, target_block_ids, source_start=source_start, target_start=start, end=end)
     return plan_reshard(shard.layout, pool.layout, pairs)
 
 
-def _without_replicas(shards: tuple[HandoffShard, ...]) -> list[HandoffShard]:
-    """One shard of each rectangle: with more ranks than KV heads several hold the same."""
+def _needed(shards: tuple[HandoffShard, ...], target: KVLayout) -> list[HandoffShard]:
+    """The shards that share heads and layers with `target`; one of each rectangle: with more ranks than KV heads several hold the same."""
     kept: dict[ShardRectangle, HandoffShard] = {}
+    ours = target.shard
     for shard in shards:
-        kept.setdefault(shard.layout.shard, shard)
+        theirs = shard.layout.shard
+        heads = max(theirs.first_head, ours.first_head) < min(theirs.last_head, ours.last_head)
+        layers = max(theirs.first_layer, ours.first_layer) < min(theirs.last_layer, ours.last_layer)
+        if heads and layers:
+            kept.setdefault(theirs, shard)
     return list(kept.values())
 
 

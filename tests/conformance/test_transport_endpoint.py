@@ -125,9 +125,11 @@ def offer(worker: Worker, block_ids: list[int], *, handoff_id: str = "ab" * 16, 
     return worker.kv.fill_offer(handoff)
 
 
-async def pull(worker: Worker, handoff: KVHandoff, target_ids: list[int], *, deadline_s: float = 5.0, **options: int) -> Outcome:
+async def pull(
+    worker: Worker, handoff: KVHandoff, target_ids: list[int], *, first: int = 0, deadline_s: float = 5.0, **options: int
+) -> Outcome:
     done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-    indices = array("I", range(len(handoff.shards[0].block_ids)))
+    indices = array("I", range(first, len(handoff.shards[0].block_ids)))
     worker.kv.start_pull(handoff, indices, array("I", target_ids), deadline_s, done.set_result, **options)
     assert not done.done(), "on_done came before start_pull returned"
     return await asyncio.wait_for(done, deadline_s + 5)
