@@ -180,21 +180,25 @@ class PiecewiseTransport(PeerTransport):
             asked.append((link.ask(pull, piece), piece))
         while asked:
             _receive_piece(link, pull, *asked.popleft())
-        link.in_step = True
 
 
 class _Conversation:
-    """A connection to one peer. In step exactly between two pulls that ended well."""
+    """A connection to one peer."""
 
     def __init__(self, session: Session, announcement: Announcement, channel: Channel) -> None:
         self.session = session
         self.channel = channel
         self.regions = {card.region_id: card for card in announcement.regions}
-        self.in_step = True
         self._last_ticket = 0
+        self._num_unanswered = 0
+
+    @property
+    def in_step(self) -> bool:
+        """True when every piece asked for was answered to its trailer, with blocks or with a refusal."""
+        return self._num_unanswered == 0
 
     def ask(self, pull: Pull, piece: _Piece) -> int:
-        self.in_step = False
+        self._num_unanswered += 1
         self._last_ticket += 1
         source = pull.transfer.source
         request = PullRequest(
@@ -209,6 +213,9 @@ class _Conversation:
         )
         self.session.send([wire.encode(request)])
         return self._last_ticket
+
+    def answered(self) -> None:
+        self._num_unanswered -= 1
 
     def close(self) -> None:
         self.channel.close()
@@ -246,10 +253,11 @@ def _receive_piece(link: _Conversation, pull: Pull, ticket: int, piece: _Piece) 
     trailer = wire.decode(session.receive_frame())
     if not isinstance(trailer, PullTrailer) or trailer.ticket != ticket:
         raise MalformedFrame(f"expected the trailer of {ticket}, got {type(trailer).__name__}")
+    if bool(trailer.error) == bool(said_bytes):
+        raise MalformedFrame(f"{said_bytes} bytes were sent, and the trailer says {trailer.error or 'no error'!r}")
+    link.answered()
     if trailer.error:
         raise PullFailed(_error_named(trailer.error), f"{session.peer.name} refused: {trailer.error}")
-    if not said_bytes:
-        raise MalformedFrame("nothing was sent, and the trailer does not say why")
     if trailer.generations != piece.generations(pull):
         raise PullFailed(TransferError.STALE_GENERATION, f"{session.peer.name} wrote blocks anew while they were sent")
 

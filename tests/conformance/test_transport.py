@@ -290,6 +290,20 @@ def test_block_written_anew_before_the_pull_is_stale(pair: Pair) -> None:
 
 
 @remote_only
+def test_a_refused_pull_costs_no_connection(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when only pulls that ended well leave a conversation in step (seen: one more connect, and with nccl one more group)."""
+    connect, connected = type(pair.target.transport).connect, []
+    monkeypatch.setattr(type(pair.target.transport), "connect", lambda *args: connected.append(1) or connect(*args))
+    assert pair.target.pull(pair.source.shard([4, 6]), [0, 1]).error is None
+    pair.source.rewrite(5, 2)
+    for _ in range(3):
+        assert pair.target.pull(pair.source.shard([4, 5, 6]), [0, 1, 2]).error is TransferError.STALE_GENERATION
+        assert pair.target.pull(pair.source.shard([4, 6]), [2, 3]).error is None
+        assert pair.target.block(3) == content(6, 1)
+    assert len(connected) == 1
+
+
+@remote_only
 def test_block_written_anew_during_the_pull_is_never_delivered(pair: Pair) -> None:
     """The source writes blocks anew without pause. Fails when the check after the copy is left out (planted: wrong bytes delivered)."""
     watched = list(range(0, NUM_BLOCKS, 2))
