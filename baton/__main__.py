@@ -11,6 +11,7 @@ from baton.bench.disagg import bench_disagg
 from baton.bench.engine_command import engine
 from baton.bench.serve import bench_serve
 from baton.bench.start import bench_start
+from baton.bench.transfer import bench_transfer
 from baton.chat import chat
 from baton.serve import serve_command
 from baton.status import status
@@ -31,7 +32,7 @@ app.command("status")(status)
 
 bench = typer.Typer(
     name="bench",
-    help="Measure: the engine, latency under load, prefill and decode apart, starting.",
+    help="Measure: the engine, latency under load, prefill and decode apart, starting, KV transfers.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -39,6 +40,7 @@ bench.command("engine")(engine)
 bench.command("serve")(bench_serve)
 bench.command("disagg")(bench_disagg)
 bench.command("start")(bench_start)
+bench.command("transfer")(bench_transfer)
 app.add_typer(bench)
 
 

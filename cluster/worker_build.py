@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,8 +34,15 @@ class WorkerSpec:
     run_dir: Path  # 0700, for this run's Unix sockets and what its workers tell each other of packed weights
 
 
-def build_worker(spec: WorkerSpec) -> WorkerHost:
+def build_worker(
+    spec: WorkerSpec,
+    *,
+    wrap_executor: Callable[[Executor], Executor] = lambda executor: executor,
+    endpoint_class: type[KVEndpoint] = KVEndpoint,
+) -> WorkerHost:
     """Allocate the pool, load the weights, bind core and sockets; `await host.start()` puts it on the air.
+
+    wrap_executor, endpoint_class: whoever measures or disturbs a worker looks on there.
 
     Raises:
         ModelError: the checkpoint cannot be served.
@@ -63,8 +71,8 @@ def build_worker(spec: WorkerSpec) -> WorkerHost:
     executor, held = _make_executor(spec, plan, pool.region)
     return WorkerHost(
         core=compose_worker_core(plan, worker_id=spec.worker_id, epoch=epoch, role=spec.role),
-        executor=executor,
-        make_endpoint=lambda on_peer_message: KVEndpoint(
+        executor=wrap_executor(executor),
+        make_endpoint=lambda on_peer_message: endpoint_class(
             spec.config.transport,
             pool,
             worker_id=spec.worker_id,

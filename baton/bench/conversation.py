@@ -76,7 +76,7 @@ class EngineProcess:
         Raises:
             EngineLost: its process ended. WorkUnsupported: it does not serve this checkpoint, or not in this dtype.
         """
-        return self._ask(
+        return self.ask(
             {
                 "verb": "load",
                 "model": str(model_dir),
@@ -92,8 +92,8 @@ class EngineProcess:
     def generate(self, requests: Sequence[AskedRequest], *, is_streamed: bool) -> tuple[list[Timeline], list[list[int]]]:
         """Run `requests` to their end: when their tokens came, on a clock that starts with the run, and which they were."""
         asked = [{"prompt": request.prompt, "num_tokens": request.num_tokens, "at_s": request.at_s} for request in requests]
-        self._ask({"verb": "prepare", "requests": asked, "is_streamed": is_streamed}, RUN_TIMEOUT_S)
-        answered = self._ask({"verb": "run"}, RUN_TIMEOUT_S)
+        self.ask({"verb": "prepare", "requests": asked, "is_streamed": is_streamed}, RUN_TIMEOUT_S)
+        answered = self.ask({"verb": "run"}, RUN_TIMEOUT_S)
         timelines = []
         for request, deliveries, token_ids in zip(requests, answered["deliveries"], answered["token_ids"], strict=True):
             timeline = Timeline(arrival_s=request.at_s)
@@ -139,7 +139,12 @@ class EngineProcess:
 
     # --- lines ---
 
-    def _ask(self, message: Json, timeout_s: float) -> Json:
+    def ask(self, message: Json, timeout_s: float) -> Json:
+        """One message (see baton/bench/spoken.py) and its answer.
+
+        Raises:
+            EngineLost: its process ended, or gave no answer in time. WorkUnsupported: it does not do this.
+        """
         assert self._process.stdin is not None
         try:
             _write_all(self._process.stdin.fileno(), json.dumps(message).encode() + b"\n")

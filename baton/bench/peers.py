@@ -41,7 +41,7 @@ def find_peers(asked: str, environments: Sequence[str]) -> tuple[Contender, ...]
     Raises:
         ConfigError: a peer is unknown, has no environment, or its script is not here.
     """
-    pythons = dict(_parse_environment(environment) for environment in environments)
+    pythons = dict(parse_environment(environment) for environment in environments)
     found = []
     for part in (part.strip() for part in asked.split(",")):
         name, _, workloads = part.partition(":")
@@ -59,10 +59,15 @@ def find_peers(asked: str, environments: Sequence[str]) -> tuple[Contender, ...]
     return tuple(found)
 
 
-def _parse_environment(text: str) -> tuple[str, Path]:
+def parse_environment(text: str, names: Sequence[str] = PEERS) -> tuple[str, Path]:
+    """Name and Python of "NAME=PYTHON", a NAME of `names`.
+
+    Raises:
+        ConfigError: it is something else, or there is no Python.
+    """
     name, separator, path = text.partition("=")
-    if not separator or name not in PEERS:
-        raise ConfigError(f"--peer-env {text!r} is not NAME=PYTHON with a NAME of {', '.join(PEERS)}")
+    if not separator or name not in names:
+        raise ConfigError(f"--peer-env {text!r} is not NAME=PYTHON with a NAME of {', '.join(names)}")
     python = Path(path).expanduser()
     if (python / "bin" / "python").exists():
         python = python / "bin" / "python"  # an environment's folder does as well
