@@ -6,6 +6,10 @@
     disagg.py            `baton bench disagg`: prefill and decode apart, beside colocated engines
     start.py             `baton bench start`: from the command to the first answer, and to the end
     servers.py           whole servers, held still between turns   pareto.py           the drawing of that trade
+    transfer.py          `baton bench transfer`: KV blocks between two processes, and the hand-off in a cluster
+    transfer_run.py      subjects that take turns                 transfer_rows.py    from turns to rows, targets, verdicts
+    transfer_subject.py  our target, answering                    transfer_source.py  our source
+    transfer_spoken.py   what all subjects do alike               transfer_handoff.py the hand-off as the engine sees it
     engine_command.py    `baton bench engine` and the table it prints
     engine_run.py        loading, checking, taking turns          engine_rows.py      from samples to rows, targets, verdicts
     workloads.py         which requests, which figures            models.py           random checkpoints, bytes and FLOPs of a token

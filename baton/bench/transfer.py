@@ -1,4 +1,4 @@
-"""`baton bench transfer`: KV blocks from one process to another, beside what the machine can do and what others do; then the hand-off whole."""
+"""`baton bench transfer`: KV blocks from process to process, beside what the machine can do and what others do; then the whole hand-off."""
 
 from __future__ import annotations
 
@@ -73,14 +73,20 @@ def layerwise_rows() -> list[Row]:
 
 
 def bench_transfer(
-    chunks: Annotated[str, typer.Option("--chunks", help="Sizes, or shapes of `baton bench engine` (a block of 16 tokens).")] = DEFAULT_CHUNKS,
+    chunks: Annotated[
+        str, typer.Option("--chunks", help="Sizes, or shapes of `baton bench engine` (a block of 16 tokens).")
+    ] = DEFAULT_CHUNKS,
     totals: Annotated[str, typer.Option("--totals", help="Bytes of one transfer; a comma between.")] = DEFAULT_TOTALS,
     compare: Annotated[str, typer.Option(help="Peers to take turns with; a comma between.")] = DEFAULT_PEERS,
     peer_env: Annotated[list[str] | None, typer.Option(help="nixl=PYTHON or ucxx=PYTHON, where it is installed; repeatable.")] = None,
     pool: Annotated[str, typer.Option(help="Size of the pools that blocks are scattered over.")] = "512MiB",
     rounds: Annotated[int, typer.Option(min=1, help="Times each path does each total; a verdict needs 6.")] = 9,
-    prompts: Annotated[str, typer.Option(help="Tokens of the prompts whose hand-off is timed in a cluster; empty: none.")] = DEFAULT_PROMPTS,
-    model: Annotated[str, typer.Option(help="Of that cluster: a shape of `baton bench engine`, or a checkpoint's directory.")] = HANDOFF_MODEL,
+    prompts: Annotated[
+        str, typer.Option(help="Tokens of the prompts whose hand-off is timed in a cluster; empty: none.")
+    ] = DEFAULT_PROMPTS,
+    model: Annotated[
+        str, typer.Option(help="Of that cluster: a shape of `baton bench engine`, or a checkpoint's directory.")
+    ] = HANDOFF_MODEL,
     seed: Annotated[int, typer.Option(help="Of blocks, prompts and turns.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the JSON document to this file too, anew after each round.")] = None,

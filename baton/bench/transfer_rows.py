@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 from baton.bench.report import Row, Target, Verdict, median_interval, paired_ratio
@@ -61,8 +61,7 @@ def _speeds(plan: TransferPlan, measured: Measured, chunk: Chunk, total: Total) 
         name, unit = f"{total.label}/{chunk.label}/{path}", "us" if is_small else "GB/s"
         turns = measured.turns.get((cell, path))
         if not turns:
-            if path not in _ours(plan) or (cell, path) in measured.lost:
-                yield Row(name=name, value=None, unit=unit, details={"reason": measured.lost.get((cell, path), "not measured")})
+            yield Row(name=name, value=None, unit=unit, details={"reason": measured.lost.get((cell, path), "not measured")})
             continue
         seconds = [turns[index].median_s for index in _quiet(measured, cell, turns)]
         size_bytes = measured.moved_bytes[cell]
@@ -129,10 +128,6 @@ def digest_cost(measured: Measured, cell: Cell, ours: str) -> dict[str, dict[str
 
 def _paths(plan: TransferPlan) -> list[str]:
     return [path for subject in plan.subjects for path in subject.paths]
-
-
-def _ours(plan: TransferPlan) -> Sequence[str]:
-    return list(plan.subjects[0].paths)
 
 
 def _quiet(measured: Measured, cell: Cell, turns: dict[int, Turn]) -> list[int]:

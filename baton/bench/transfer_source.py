@@ -1,7 +1,7 @@
-"""The other side of our own transfers: a process with a pool full of marked blocks that makes offers, and serves a plain socket beside them.
+"""The other side of our own transfers: a process with a pool full of marked blocks that makes offers, and a plain socket beside them.
 
-    target (baton.bench.transfer_subject) ── pipe: ("offer", path, mode, ids) ──► source ── KVEndpoint ── shm, tcp, ucx ──► target
-                                          ── plain TCP: (offset, size) ─────────► source ── sendall ────────────────────► target
+target (baton.bench.transfer_subject) ── pipe: ("offer", path, mode, ids) ──► source ── KVEndpoint ── shm, tcp, ucx ──► target
+                                      ── plain TCP: (offset, size) ─────────► source ── sendall ────────────────────► target
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import struct
 import threading
 import time
 from array import array
-from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
 import numpy as np

@@ -5,9 +5,9 @@
     run       {}                                               ->  {seconds: [s, ...]}  one a repeat, from the call to the last byte placed
     quit      {}                                                   the processes end
 
-The words are those of baton/bench/spoken.py. A repeat moves `total_bytes // chunk_bytes` blocks, drawn at random for it on either side, from
-one process into the other. Before the first repeat one more is done and not timed: a subject that stood still wakes up in it. What came is
-compared with what was sent.
+The words are those of baton/bench/spoken.py. A repeat moves `total_bytes // chunk_bytes` blocks, drawn at random for it on either side,
+from one process into the other. Before the first repeat one more is done and not timed: a subject that stood still wakes up in it.
+What came is compared with what was sent.
 
 Standard library and numpy only: peers, whose Pythons know nothing of Baton, load this file by its path.
 """

@@ -2,8 +2,8 @@
 
     PYTHON -P benchmarks/peers/transfer_nixl.py baton/bench/spoken.py baton/bench/transfer_spoken.py
 
-As vLLM's connector does it: every block is described once, when the processes meet; a transfer names indices, is posted, and polled until it
-is done. A pool is one registered buffer. The variables of UCX are the caller's.
+As vLLM's connector does it: every block is described once, when the processes meet; a transfer names indices, is posted, and polled
+until it is done. A pool is one registered buffer. The variables of UCX are the caller's.
 """
 
 from __future__ import annotations

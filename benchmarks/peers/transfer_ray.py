@@ -2,8 +2,8 @@
 
     PYTHON -P benchmarks/peers/transfer_ray.py baton/bench/spoken.py baton/bench/transfer_spoken.py
 
-The source is an actor: asked for a repeat it gathers the blocks into one array, which its answer puts into the object store. The target gets
-a view of it there (no copy) and scatters it over its pool.
+The source is an actor: asked for a repeat it gathers the blocks into one array, which its answer puts into the object store. The
+target gets a view of it there (no copy) and scatters it over its pool.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One bare ucxx send as a subject of `baton bench transfer`: as many bytes in one run, nothing scattered; run by a Python with ucxx, with -P.
+"""One bare ucxx send as a subject of `baton bench transfer`: as many bytes in one run; run by a Python with ucxx, with -P.
 
     PYTHON -P benchmarks/peers/transfer_ucxx.py baton/bench/spoken.py baton/bench/transfer_spoken.py
 
@@ -41,7 +41,7 @@ def serve_source(pipe: Connection, spoken: str, chunk_bytes: int, pool_bytes: in
     alike["mark"](pool, chunk_bytes)
 
     async def serve() -> None:
-        ucxx, endpoint = await meet(pipe)
+        _, endpoint = await meet(pipe)
         asked = np.empty(2, dtype=np.uint64)
         while True:
             await endpoint.recv(asked, tag=ASK_TAG, force_tag=True)
