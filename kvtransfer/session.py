@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kernels.socket_runs import Spans, new_cursor, receive_runs, send_runs
 from protocol.codec import from_wire, pack, to_wire, unpack
 from protocol.errors import FrameTooLarge, HandshakeRefused, MalformedFrame, WireError
 from protocol.kv import KVLayout
@@ -158,6 +159,21 @@ class Session:
                 if not received:
                     raise ConnectionResetError(f"{self.peer.name or 'the peer'} closed the connection")
                 burst = _after(burst, received)
+
+    def send_runs(self, blocks: memoryview, runs: Spans) -> None:
+        """Runs (offset, size) of `blocks`, gathered straight from where they lie."""
+        cursor = new_cursor()
+        while not send_runs(self._socket, blocks, runs, cursor):
+            self._until_ready(select.POLLOUT)
+
+    def receive_runs(self, blocks: memoryview, runs: Spans) -> None:
+        """Fill runs (offset, size) of `blocks`, straight where the bytes belong."""
+        cursor = new_cursor()
+        try:
+            while not receive_runs(self._socket, blocks, runs, cursor):
+                self._until_ready(select.POLLIN)
+        except EOFError:
+            raise ConnectionResetError(f"{self.peer.name or 'the peer'} closed the connection") from None
 
     def has_ended(self) -> bool:
         """True when the peer hung up, or says something while nothing is due: either way this session is of no more use."""

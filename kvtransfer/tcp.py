@@ -1,12 +1,14 @@
 """Blocks over a data socket of their own: the target asks for pieces, the source streams them straight out of its pool.
 
-Nothing is staged: `sendmsg` gathers from the blocks, `recvmsg_into` scatters into the blocks, at most 1 MiB a call.
+Nothing is staged: the socket's calls gather from the blocks and scatter into the blocks (kernels.socket_runs).
 The conversation is that of kvtransfer.pieces.
 """
 
 from __future__ import annotations
 
 import sys
+
+import numpy as np
 
 from kernels.copy_runs import Runs
 from kvtransfer.config import TransportConfig
@@ -43,10 +45,10 @@ class _Inline:
         self._session = session
 
     def send(self, blocks: memoryview, runs: Runs) -> None:
-        self._session.send([blocks[start : start + size] for start, size in runs.tolist()])
+        self._session.send_runs(blocks, np.ascontiguousarray(runs))
 
     def receive(self, blocks: memoryview, runs: Runs) -> None:
-        self._session.receive_into([blocks[start : start + size] for start, size in runs.tolist()])
+        self._session.receive_runs(blocks, np.ascontiguousarray(runs))
 
     def close(self) -> None:
         """The connection is closed by whoever opened it."""

@@ -12,7 +12,7 @@ import ctypes
 import numpy as np
 import numpy.typing as npt
 
-from kernels.copy_runs.reference import copy_runs_reference
+from kernels.copy_runs.reference import copy_runs_reference, first_outside
 from kernels.native.library import NativeLibrary, load_library
 
 __all__ = ["Runs", "copy_runs", "copy_runs_reference"]
@@ -26,23 +26,17 @@ def copy_runs(source: memoryview, target: memoryview, runs: Runs) -> None:
     Raises:
         IndexError: a run lies outside its buffer; nothing was copied.
     """
-    _check(runs, len(source), len(target))
     library = load_library()
     if not isinstance(library, NativeLibrary):
-        copy_runs_reference(source, target, runs)
-        return
-    runs = np.ascontiguousarray(runs, dtype=np.int64)
-    library.calls.baton_copy_runs(_address(source), _address(target), runs.ctypes.data, len(runs))
-
-
-def _check(runs: Runs, source_bytes: int, target_bytes: int) -> None:
-    if not len(runs):
-        return
-    sources, targets, sizes = runs.T
-    outside = (runs.min(axis=1) < 0) | (sources + sizes > source_bytes) | (targets + sizes > target_bytes)
-    if outside.any():
-        source, target, size = runs[int(np.flatnonzero(outside)[0])].tolist()
-        raise IndexError(f"a run of {size} bytes from {source} to {target} leaves buffers of {source_bytes} and {target_bytes} bytes")
+        bad = first_outside(runs, len(source), len(target))
+        if bad < 0:
+            copy_runs_reference(source, target, runs)
+    else:
+        runs = np.ascontiguousarray(runs, dtype=np.int64)
+        bad = library.calls.baton_copy_runs(_address(source), len(source), _address(target), len(target), runs.ctypes.data, len(runs))
+    if bad >= 0:
+        start, to, size = runs[bad].tolist()
+        raise IndexError(f"a run of {size} bytes from {start} to {to} leaves buffers of {len(source)} and {len(target)} bytes")
 
 
 def _address(buffer: memoryview) -> ctypes.c_void_p:

@@ -30,7 +30,7 @@ PATH_FLAGS = {
     "path_avx2": ("-mavx2", "-mfma"),
     "path_portable": (),
 }
-COMMON_SOURCES = ("threads", "memory", "packed_linear", "experts", "network", "sampling", "interface", "copy")
+COMMON_SOURCES = ("threads", "memory", "packed_linear", "experts", "network", "sampling", "interface", "copy", "socket_runs")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
 
 

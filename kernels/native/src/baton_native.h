@@ -102,8 +102,14 @@ int baton_greedy(const char* path, const float* logits, int64_t num_rows, int64_
 int baton_weigh(const char* path, const float* logits, int64_t size, float inverse_temperature, float* weights); /* of drawing */
 int baton_draw(const char* path, const float* logits, int64_t vocab_size, int64_t num_draws, const BatonDraw* draws, int64_t* token_ids);
 
-/* runs[i] is {source offset, target offset, size} in bytes. Holds no lock and allocates nothing. */
-void baton_copy_runs(const char* source, char* target, const int64_t* runs, int64_t num_runs);
+/* runs[i] is {source offset, target offset, size} in bytes. Holds no lock and allocates nothing.
+ * -1, or the index of the first run that leaves its buffer, and then nothing is copied. */
+int64_t baton_copy_runs(const char* source, int64_t source_bytes, char* target, int64_t target_bytes, const int64_t* runs, int64_t num_runs);
+/* runs[i] is {offset, size} in bytes of `buffer`; cursor is {run, bytes done of it} and moves on. Never waits.
+ * BATON_CARRIED: all is done; BATON_WOULD_BLOCK; BATON_PEER_ENDED; or -errno, -EFAULT where a run leaves the buffer. */
+enum { BATON_WOULD_BLOCK = 0, BATON_CARRIED = 1, BATON_PEER_ENDED = 2 };
+int baton_send_runs(int fd, const char* buffer, int64_t buffer_bytes, const int64_t* runs, int64_t num_runs, int64_t* cursor);
+int baton_receive_runs(int fd, char* buffer, int64_t buffer_bytes, const int64_t* runs, int64_t num_runs, int64_t* cursor);
 
 /* Measurements: bytes a second of reading `bytes` of memory; multiply-adds a second from the first-level cache. */
 double baton_measure_stream(int num_threads, int64_t bytes, int num_rounds);

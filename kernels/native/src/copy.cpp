@@ -17,9 +17,16 @@ void fetch(const char* source, const char* target, int64_t size) {
   }
 }
 
+bool lies_within(int64_t start, int64_t size, int64_t bytes) { return start >= 0 && size >= 0 && size <= bytes && start <= bytes - size; }
+
 }  // namespace
 
-extern "C" void baton_copy_runs(const char* source, char* target, const int64_t* runs, int64_t num_runs) {
+extern "C" int64_t baton_copy_runs(
+    const char* source, int64_t source_bytes, char* target, int64_t target_bytes, const int64_t* runs, int64_t num_runs) {
+  for (int64_t i = 0; i < num_runs; ++i) {
+    const int64_t* run = runs + 3 * i;
+    if (!lies_within(run[0], run[2], source_bytes) || !lies_within(run[1], run[2], target_bytes)) return i;
+  }
   for (int64_t i = 0; i < num_runs; ++i) {
     const int64_t* run = runs + 3 * i;
     if (i + kAheadRuns < num_runs) {
@@ -28,4 +35,5 @@ extern "C" void baton_copy_runs(const char* source, char* target, const int64_t*
     }
     memcpy(target + run[1], source + run[0], static_cast<size_t>(run[2]));
   }
+  return -1;
 }
