@@ -14,6 +14,8 @@ from baton.bench.disagg import SCHEMA as DISAGG
 from baton.bench.engine_rows import SCHEMA as ENGINE
 from baton.bench.peers import OURS
 from baton.bench.start import SCHEMA as START
+from baton.bench.transfer import digest_words
+from baton.bench.transfer_rows import SCHEMA as TRANSFER
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -73,6 +75,7 @@ def all_figures(documents: Sequence[Document]) -> str:
     parts = [_engine_part(document) for document in documents if document["schema"] == ENGINE]
     parts += [_disagg_part(document) for document in documents if document["schema"] == DISAGG]
     parts += [_start_part(document) for document in documents if document["schema"] == START]
+    parts += [_transfer_part(document) for document in documents if document["schema"] == TRANSFER]
     return "\n\n".join(parts)
 
 
@@ -167,6 +170,36 @@ def _start_part(document: Document) -> str:
     return f"{_heading(document)}\n\n{_table(lines)}"
 
 
+# --- transfers ---------------------------------------------------------------------------------------------------------
+
+
+def _transfer_part(document: Document) -> str:
+    """Ratios with what was asked for, the speeds behind them, the hand-off, and who was left out."""
+    rows = _by_name(document)
+    ratios = [["in all", "chunks", "ours / beside", "ratio", "95 % interval", "verdict", "asked for", "digests, ms/GB: sampled, full"]]
+    speeds: dict[tuple[str, str], dict[str, str]] = {}
+    handoffs = [["hand-off", "prompt", "median", "95 % interval", "asked for"]]
+    for name, row in rows.items():
+        first, second, last = name.split("/", 2)
+        if first == "handoff":
+            tokens, figure = last.split("/")
+            low, high = row["interval"]
+            handoffs.append([f"{second}: {figure.replace('_', ' ')}", tokens, _value(row), f"{low:.3g} .. {high:.3g}", _asked(row)])
+        elif row["unit"] == "ratio":
+            ours, theirs = last.split("_vs_")
+            ratios.append([first, second, f"{ours} / {theirs}", *_verdict(row), _asked(row), digest_words(row.get("digest_ms_per_gb"))])
+        else:
+            speeds.setdefault((first, second), {})[last] = "" if row["value"] is None else _value(row)
+    paths = list(dict.fromkeys(path for of_cell in speeds.values() for path in of_cell))
+    table = [["in all", "chunks", *paths], *([*cell, *(of_cell.get(path, "") for path in paths)] for cell, of_cell in speeds.items())]
+    who = ", ".join(sorted({told["subject"] for told in document["subjects"].values()}))
+    absent = "".join(f"; without {name} ({reason})" for name, reason in document["absent"].items())
+    pool_mib = document["pool_bytes"] >> 20
+    about = f"{who}; blocks scattered over pools of {pool_mib} MiB, medians of {document['rounds']} rounds{absent}."
+    tables = [ratios, table, *([handoffs] if len(handoffs) > 1 else [])]
+    return "\n\n".join([_heading(document), about, *map(_table, tables)])
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
@@ -176,8 +209,10 @@ def _by_name(document: Document) -> Rows:
 
 def _heading(document: Document) -> str:
     machine = document["machine"]
-    title = {ENGINE: "The engine", DISAGG: "Prefill and decode apart", START: "Starting"}[document["schema"]]
-    what = ", ".join(document["engines"]) if document["schema"] == ENGINE else document["model"]
+    titles = {ENGINE: "The engine", DISAGG: "Prefill and decode apart", START: "Starting", TRANSFER: "KV transfer"}
+    title = titles[document["schema"]]
+    named = {ENGINE: "engines", TRANSFER: "chunks"}.get(document["schema"])
+    what = document["model"] if named is None else ", ".join(document[named])
     chosen = ", ".join(machine["instructions"])
     host = f"{machine['cpu']} ({machine['num_cores']} cores, {chosen}, {machine['memory_gib']:g} GiB)"
     return f"### {title}: {what}\n\n{host}, commit `{document['commit'][:12]}`."

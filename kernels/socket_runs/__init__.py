@@ -2,7 +2,8 @@
 
 Contract: runs [num_runs, 2] int64 holds (offset, size) in bytes of `buffer`; they are sent, or filled, in order. `cursor` [2] int64 is
 (run, bytes done of it), zeros at first; a call moves it as far as the socket goes. True: all is done; False: the socket takes or has no
-more now, so wait for it and call again. Where the native kernels are not built the reference serves: two microseconds a run more.
+more now, so wait for it and call again. Where the native kernels are not built the reference serves: the same bytes, microseconds a run
+more.
 """
 
 from __future__ import annotations

@@ -40,6 +40,29 @@ ENGINE: dict[str, Any] = {
 }
 
 
+TRANSFER: dict[str, Any] = {
+    "schema": figures.TRANSFER,
+    "machine": ENGINE["machine"],
+    "commit": ENGINE["commit"],
+    "rounds": 9,
+    "pool_bytes": 512 << 20,
+    "chunks": {"16KiB": 16384},
+    "subjects": {"baton": {"subject": "baton 1"}},
+    "absent": {"nixl": "no environment"},
+    "rows": [
+        row("4MiB/16KiB/copy", 10.0, "GB/s"),
+        row("4MiB/16KiB/shm", 8.5, "GB/s"),
+        row("4MiB/16KiB/gloo", None, "GB/s", reason="it fell over"),
+        row(
+            "4MiB/16KiB/shm_vs_copy", 0.85, "ratio", ">= 0.8", True, interval=[0.81, 0.9], verdict="loses",
+            digest_ms_per_gb={"sampled": {"pull": 10.0, "offer": 9.0}, "full": {"pull": 100.0, "offer": 90.0}},
+        ),
+        row("4MiB/16KiB/tcp_vs_gloo", None, "ratio", ">= 1.8", False, reason="gloo: it fell over"),
+        row("handoff/125m/1024/control", 1.5, "ms", "<= 1", False, interval=[1.25, 2.0]),
+    ],
+}  # fmt: skip
+
+
 def test_pages_say_what_the_results_say() -> None:
     documents = figures.read_results()
     assert documents, "there are results"
@@ -50,7 +73,7 @@ def test_pages_say_what_the_results_say() -> None:
 
 def test_results_name_a_clean_commit_and_their_machine() -> None:
     for document in figures.read_results():
-        assert document["schema"] in (figures.ENGINE, figures.DISAGG, figures.START)
+        assert document["schema"] in (figures.ENGINE, figures.DISAGG, figures.START, figures.TRANSFER)
         assert len(document["commit"]) == 40, "measured in a tree as it was committed"
         assert document["machine"]["cpu"] and document["machine"]["num_cores"]
 
@@ -66,3 +89,13 @@ def test_each_row_has_its_ratio_verdict_and_whether_it_was_met() -> None:
 def test_the_short_table_has_a_column_a_model() -> None:
     head, _, *lines = figures.short_figures([ENGINE]).splitlines()
     assert head == "|  | 15m |" and "| 32 x (256 in, 64 out) | 2.00x, wins |" in lines
+
+
+def test_a_transfer_has_its_ratio_its_target_and_what_digests_cost_beside_it() -> None:
+    """Seen to fail with the costs left out, and with a lost path shown as 0."""
+    text = figures.all_figures([TRANSFER])
+    assert "| 4MiB | 16KiB | shm / copy | 0.85 | 0.81 .. 0.90 | loses | >= 0.8: met | 10 + 9, 100 + 90 |" in text
+    assert "| 4MiB | 16KiB | tcp / gloo |  |  | gloo: it fell over | >= 1.8: missed |  |" in text
+    assert "| 4MiB | 16KiB | 10 GB/s | 8.5 GB/s |  |" in text
+    assert "| 125m: control | 1024 | 1.5 ms | 1.25 .. 2 | <= 1: missed |" in text
+    assert "### KV transfer: 16KiB" in text and "without nixl (no environment)" in text
