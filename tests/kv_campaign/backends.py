@@ -50,13 +50,13 @@ class Hooks:
     def installed(self) -> Iterator[None]:
         """One-sided copies of this process go through the hooks."""
 
-        def hooked(source: Region, pull: Pull, look_up: Callable[[], None], *, slice_bytes: int) -> None:
+        def hooked(source: Region, pull: Pull, look_up: Callable[[float], None], *, slice_bytes: int) -> None:
             self.before_copy(pull)
             calls = iter(range(1 << 30))
 
-            def look() -> None:
+            def look(seconds: float) -> None:
                 self.around_copy(next(calls))
-                look_up()
+                look_up(seconds)
 
             copy_verified(source, pull, look, slice_bytes=slice_bytes)
 
