@@ -35,7 +35,7 @@ class TransportConfig:
     stall_timeout_s: float = 30.0  # a peer that takes none of our bytes for this long is cut off
     idle_close_s: float = 60.0  # a peer not pulled from for this long is disconnected and unmapped
     max_inflight_bytes: int = 64 << 20  # a tcp pull asks for at most this much ahead of what has arrived
-    channel_bytes: int = 4 << 20  # a piece that UCX or NCCL carries at once; staged on both sides, a connection
+    channel_bytes: int = 16 << 20  # a piece that UCX or NCCL carries at once; three of them are staged on either side of a connection
     socket_buffer_bytes: int = 512 << 10  # above 1 MiB loopback falls out of the cache and halves
     copy_slice_bytes: int = 4 << 20  # between two slices a copy looks for cancellation, deadline and the owner's death
     max_staging_bytes: int = 256 << 20  # blocks of another layout wait here while they are verified

@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import ProcessGroupGloo, Store
 from kvtransfer.config import TransportConfig
 from kvtransfer.pieces import Channel, PiecewiseTransport
 from kvtransfer.session import Session
-from kvtransfer.staging import StagedChannel, Staging
+from kvtransfer.staging import Done, Finish, StagedChannel, Staging
 from protocol.errors import ConfigError, MalformedFrame
 from protocol.kv import Endpoint
 from protocol.wire import Identity
@@ -59,11 +59,11 @@ class _GroupChannel(StagedChannel):
         self._peer = peer
         self._device = device
 
-    def carry_out(self, staging: Staging, done: Callable[[], None]) -> Callable[[], None]:
+    def carry_out(self, staging: Staging, done: Done) -> Finish:
         tensor = torch.from_numpy(staging).to(self._device)
         return self._carry(lambda: self._group.send([tensor], self._peer, 0), lambda: None, done)
 
-    def carry_in(self, staging: Staging, done: Callable[[], None]) -> Callable[[], None]:
+    def carry_in(self, staging: Staging, done: Done) -> Finish:
         ours = torch.from_numpy(staging)
         arriving = torch.empty_like(ours, device=self._device) if self._device.type == "cuda" else ours
         return self._carry(lambda: self._group.recv([arriving], self._peer, 0), lambda: ours.copy_(arriving), done)
@@ -71,17 +71,21 @@ class _GroupChannel(StagedChannel):
     def give_up(self) -> None:
         self._group.abort()
 
-    def _carry(self, start: Callable[[], Any], afterwards: Callable[[], object], done: Callable[[], None]) -> Callable[[], None]:
-        """On a thread of its own: `wait` blocks, and an abort or the peer's end is what frees it."""
+    def _carry(self, start: Callable[[], Any], afterwards: Callable[[], object], done: Done) -> Finish:
+        """Begun here, since the order is what tells one carry from the next; awaited on a thread of its own, which an abort frees."""
         failures: list[Exception] = []
+        try:
+            work = start()
+        except RuntimeError as failure:  # torch has no narrower one for what its collectives meet
+            raise self._lost(failure) from failure
 
         def run() -> None:
             try:
-                start().wait()
+                work.wait()
                 if self._device.type == "cuda":
                     torch.cuda.current_stream(self._device).synchronize()
                 afterwards()
-            except RuntimeError as failure:  # torch has no narrower one for what its collectives meet
+            except RuntimeError as failure:
                 failures.append(failure)
             done()
 
@@ -89,9 +93,12 @@ class _GroupChannel(StagedChannel):
 
         def finish() -> None:
             if failures:
-                raise ConnectionResetError(f"{'NCCL' if self._device.type == 'cuda' else 'gloo'}: {failures[0]}") from failures[0]
+                raise self._lost(failures[0]) from failures[0]
 
         return finish
+
+    def _lost(self, failure: Exception) -> ConnectionResetError:
+        return ConnectionResetError(f"{'NCCL' if self._device.type == 'cuda' else 'gloo'}: {failure}")
 
 
 class _SessionStore(Store):

@@ -1,13 +1,14 @@
 """Pulls in pieces, asked for and answered over one authenticated connection a pair of processes.
 
-    target ── Pull(blocks, generations, clock) ───► source     at most two pieces asked for ahead: the credit
-    target ◄── ticket, size ── the piece's bytes ── PullTrailer ── source
+    target ── Pull(blocks, generations, clock) ───► source     a few pieces asked for ahead: the credit
+    target ◄── ticket, size ── the piece's bytes ── PullTrailer ── source    beside the connection, bytes of the next are under way
 
 How the bytes go is the backend's (`Channel`): on the connection itself (kvtransfer.tcp), or beside it (kvtransfer.ucx,
 kvtransfer.nccl), where the connection is also how the death of a peer is told to a library that would wait for ever. The source
 waits for its clock where the blocks are still being computed, looks at the generations before it sends and again after the last
-byte has left the pool, and says in the trailer what it saw. A pull stopped half-way ends the connection, since nothing else stops
-a stream.
+byte has left the pool, and says in the trailer what it saw; the trailer follows when whoever carries the bytes needs no memory of the
+source any more, so what it vouches for has been read intact. A pull stopped half-way ends the connection, since nothing else stops a
+stream.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import numpy.typing as npt
 from kernels.copy_runs import Runs
 from kvtransfer.config import TransportConfig
 from kvtransfer.lanes import Link, PeerTransport, Pull, PullFailed
-from kvtransfer.layer_clock import wait_for
+from kvtransfer.layer_clock import reached, wait_for
 from kvtransfer.layers import Layers, Places, split_by_readiness
 from kvtransfer.region import first_stale
 from kvtransfer.session import Announcement, Pause, PeerServer, RegionCard, Session
@@ -44,7 +45,6 @@ from protocol.messages import PullTrailer
 from protocol.wire import Identity
 
 _HEAD = struct.Struct("<QQ")  # ticket, bytes that follow (0: refused, the trailer says why)
-_PIECES_AHEAD = 2
 _PIECE_BLOCKS_MAX = 8192  # so that a request fits the socket buffers while the peer is busy sending
 _KEEPALIVE = (10, 5, 3)  # seconds of silence, seconds between probes, probes: a host that vanished is noticed in 25 s
 
@@ -53,13 +53,23 @@ class Channel(Protocol):
     """How the bytes of pieces go between two processes. Used by one thread at a time, in the order of the requests."""
 
     piece_bytes_max: int  # what one `send` or `receive` may carry
+    pieces_ahead: int  # that a target asks for before it has the first of them
+    pieces_under_way: int  # that a source may have sent and not flushed
+
+    def expect(self, size_bytes: int) -> None:
+        """A piece was asked for; `receive` follows, in the order of the requests, unless the source refuses."""
+        ...
 
     def send(self, blocks: memoryview, runs: Runs) -> None:
-        """runs [num_runs, 2] int64: (offset, size) in `blocks`. Returns when the bytes have left the pool."""
+        """runs [num_runs, 2] int64: (offset, size) in `blocks`. Begins to send; `flush` ends it."""
+        ...
+
+    def flush(self) -> None:
+        """Of the piece sent first among those not flushed nothing is read on our side any more, neither in the pool nor elsewhere."""
         ...
 
     def receive(self, blocks: memoryview, runs: Runs) -> None:
-        """The counterpart. Once it returned or raised, nothing writes `blocks` any more."""
+        """Fill the runs with the piece expected first. Once it returned or raised, nothing writes `blocks` any more."""
         ...
 
     def close(self) -> None: ...
@@ -102,16 +112,20 @@ class PiecewiseTransport(PeerTransport):
         cards = tuple(RegionCard(region_id=r.region_id, num_blocks=r.num_blocks, layout=r.layout) for r in self._regions.values())
         session.announce(Announcement(regions=cards))
         channel = self.open_channel(session, dialed=False)
+        owed: deque[_Sent] = deque()
         try:
             while True:
+                if owed and not (len(owed) < channel.pieces_under_way and session.has_input()):
+                    _settle(session, channel, owed)
+                    continue
                 request = wire.decode(session.receive_frame())
                 if not isinstance(request, PullRequest) or len(request.block_ids) != len(request.generations):
                     raise MalformedFrame(f"expected a Pull with a generation a block, got {type(request).__name__}")
-                self._answer(session, channel, request)
+                self._answer(session, channel, request, owed)
         finally:
             channel.close()
 
-    def _answer(self, session: Session, channel: Channel, request: PullRequest) -> None:
+    def _answer(self, session: Session, channel: Channel, request: PullRequest, owed: deque[_Sent]) -> None:
         region = self._regions.get(request.region_id)
         block_ids = np.frombuffer(request.block_ids, dtype=np.uint32)
         layers = None
@@ -120,20 +134,27 @@ class PiecewiseTransport(PeerTransport):
             error = TransferError.STALE_EPOCH
         elif region is None or (layers := _asked_for(region, block_ids, request, channel.piece_bytes_max)) is None:
             error = TransferError.REFUSED
-        elif not self._wait_for_clock(session, region, request.clock):
+        elif not self._wait_for_clock(session, channel, region, request.clock, owed):
             error = TransferError.DEADLINE
         elif first_stale(region, block_ids, np.frombuffer(request.generations, dtype=np.uint64)) is not None:
             error = TransferError.STALE_GENERATION
         if error is not None or region is None or layers is None:
+            while owed:
+                _settle(session, channel, owed)
             _send_trailer(session, request.ticket, array("Q"), error, _HEAD.pack(request.ticket, 0))
             return
-        session.send([_HEAD.pack(request.ticket, len(block_ids) * layers.size_bytes)])
+        head = _HEAD.pack(request.ticket, len(block_ids) * layers.size_bytes)
+        if not owed:
+            session.send([head])
         channel.send(region.blocks, layers.runs(region.layout, block_ids, np.arange(len(block_ids)))[:, [0, 2]])
-        words = np.frombuffer(region.generations, dtype=np.uint64)
-        _send_trailer(session, request.ticket, array("Q", words[block_ids].tobytes()), None)
+        owed.append(_Sent(ticket=request.ticket, head=head, region=region, block_ids=block_ids))
 
-    def _wait_for_clock(self, session: Session, region: Region, clock: int) -> bool:
-        """True once the layers asked for are computed; False when that takes as long as a peer may stall."""
+    def _wait_for_clock(self, session: Session, channel: Channel, region: Region, clock: int, owed: deque[_Sent]) -> bool:
+        """True once the layers asked for are computed; False when that takes as long as a peer may stall. What is owed does not wait."""
+        if reached(region) >= clock:
+            return True
+        while owed:
+            _settle(session, channel, owed)
         give_up = time.monotonic() + self._config.stall_timeout_s
 
         def rest(seconds: float) -> None:
@@ -171,15 +192,25 @@ class PiecewiseTransport(PeerTransport):
         card = link.regions.get(source.region_id)
         if card is None or card.layout != source.layout:
             raise PullFailed(TransferError.REFUSED, f"region {source.region_id} is not there, or not of the layout offered")
-        piece_bytes = min(self._config.max_inflight_bytes // _PIECES_AHEAD, link.channel.piece_bytes_max)
+        piece_bytes = min(self._config.max_inflight_bytes // link.channel.pieces_ahead, link.channel.piece_bytes_max)
         asked: deque[tuple[int, _Piece]] = deque()
         for piece in _pieces(pull, piece_bytes):
-            if len(asked) == _PIECES_AHEAD:
+            if len(asked) == link.channel.pieces_ahead:
                 _receive_piece(link, pull, *asked.popleft())
             rest(0.0)
             asked.append((link.ask(pull, piece), piece))
         while asked:
             _receive_piece(link, pull, *asked.popleft())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Sent:
+    """A piece whose trailer is owed; its head was sent if it is the first of those."""
+
+    ticket: int
+    head: bytes
+    region: Region
+    block_ids: npt.NDArray[np.uint32]
 
 
 class _Conversation:
@@ -199,6 +230,7 @@ class _Conversation:
 
     def ask(self, pull: Pull, piece: _Piece) -> int:
         self._num_unanswered += 1
+        self.channel.expect(piece.size_bytes)
         self._last_ticket += 1
         source = pull.transfer.source
         request = PullRequest(
@@ -289,9 +321,19 @@ def _slices(places: Places, max_blocks: int) -> Iterator[Places]:
     return (places[start : start + step] for start in range(0, len(places), step))
 
 
-def _send_trailer(session: Session, ticket: int, generations: array[int], error: TransferError | None, head: bytes = b"") -> None:
+def _settle(session: Session, channel: Channel, owed: deque[_Sent]) -> None:
+    """Send the trailer owed first, and the head after it."""
+    channel.flush()
+    sent = owed.popleft()
+    words = np.frombuffer(sent.region.generations, dtype=np.uint64)
+    _send_trailer(session, sent.ticket, array("Q", words[sent.block_ids].tobytes()), None, then=owed[0].head if owed else b"")
+
+
+def _send_trailer(
+    session: Session, ticket: int, generations: array[int], error: TransferError | None, head: bytes = b"", *, then: bytes = b""
+) -> None:
     trailer = PullTrailer(ticket=ticket, generations=generations, error=error.value if error else "")
-    session.send([head + wire.encode(trailer)])
+    session.send([head + wire.encode(trailer) + then])
 
 
 def _error_named(value: str) -> TransferError:

@@ -2,6 +2,9 @@
 
     source   blocks ── copy_runs ──► staging ══ library ══► staging ── copy_runs ──► blocks   target
 
+    piece k            gather   carry   scatter
+    piece k + 1                 gather   carry   scatter            three stagings a side, one for each of the three
+
 The library writes staging memory only, never a pool: a carry that was given up may still end later, and then it spoils nothing but a
 buffer that is thrown away with the channel. While one waits for the library, the connection of the conversation is watched: the
 peer's death, a cancellation or a deadline ends the wait whatever the library does.
@@ -13,6 +16,7 @@ import os
 import select
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -22,45 +26,65 @@ from kernels.copy_runs import Runs, copy_runs
 from kvtransfer.session import Session
 
 Staging = npt.NDArray[np.uint8]
+Finish = Callable[[], None]  # raises OSError if the carry failed
+Done = Callable[[], None]  # says from any thread that a carry has ended
+
+_NUM_STAGINGS = 3
 
 
 class StagedChannel(ABC):
     """`Channel` of kvtransfer.pieces. Used by the one thread that serves the session; `carry_*` may run their work on others."""
 
+    can_read_pool = False  # `give_up` ends every look at what is being sent, so a piece in one run needs no staging at its source
+    pieces_ahead = _NUM_STAGINGS
+    pieces_under_way = _NUM_STAGINGS
+
     def __init__(self, session: Session, *, piece_bytes_max: int) -> None:
         self.piece_bytes_max = piece_bytes_max
         self._session = session
-        self._staging: Staging = np.empty(0, dtype=np.uint8)
+        self._idle: list[Staging] = []
+        self._carries: deque[_Carry] = deque()  # begun and not finished, in order
         self._done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closing = threading.Lock()  # a carry that ends late must not write to a descriptor that is another's by now
-        self._either = select.epoll()  # readable once the carry is done or the peer is gone
+        self._either = select.epoll()  # readable once a carry is done or the peer is gone
         self._either.register(self._done_fd, select.EPOLLIN)
         self._either.register(session.fileno(), select.EPOLLRDHUP)
 
     @abstractmethod
-    def carry_out(self, staging: Staging, done: Callable[[], None]) -> Callable[[], None]:
-        """Begin to send all of `staging`, and call `done` from any thread when it has ended.
+    def carry_out(self, staging: Staging, done: Done) -> Finish:
+        """Begin to send all of `staging`, and call `done` when it has ended; what is returned is called then.
 
-        Returns what is called then; it raises OSError if the carry failed.
+        Several carries are begun before the first has ended; the peer begins its own in the same order.
         """
 
     @abstractmethod
-    def carry_in(self, staging: Staging, done: Callable[[], None]) -> Callable[[], None]:
+    def carry_in(self, staging: Staging, done: Done) -> Finish:
         """Begin to fill all of `staging`; the rest as in `carry_out`."""
 
     @abstractmethod
     def give_up(self) -> None:
-        """The channel ends, perhaps in the middle of a carry, whose staging must live until the library lets go of it."""
+        """The channel ends, perhaps in the middle of carries, whose stagings must live until the library lets go of them."""
+
+    def expect(self, size_bytes: int) -> None:
+        self._begin(self.carry_in, self._room(size_bytes))
 
     def send(self, blocks: memoryview, runs: Runs) -> None:
-        staging = self._room(int(runs[:, 1].sum()))
-        copy_runs(blocks, staging.data, _beside(runs, source=True))
-        self._wait(self.carry_out, staging)
+        if self.can_read_pool and len(runs) == 1:
+            start, size = runs[0].tolist()
+            carry = _Carry(np.frombuffer(blocks, dtype=np.uint8)[start : start + size])
+        else:
+            carry = self._room(int(runs[:, 1].sum()))
+            copy_runs(blocks, carry.staging.data, _beside(runs, source=True))
+        self._begin(self.carry_out, carry)
+
+    def flush(self) -> None:
+        # POLLOUT, as for a socket: a peer that takes nothing is not waited for without end.
+        self._reuse(self._first_ended(select.POLLIN | select.POLLOUT))
 
     def receive(self, blocks: memoryview, runs: Runs) -> None:
-        staging = self._room(int(runs[:, 1].sum()))
-        self._wait(self.carry_in, staging)
-        copy_runs(staging.data, blocks, _beside(runs, source=False))
+        carry = self._first_ended(select.POLLIN)
+        copy_runs(carry.staging.data, blocks, _beside(runs, source=False))
+        self._reuse(carry)
 
     def close(self) -> None:
         if self._done_fd < 0:
@@ -71,27 +95,48 @@ class StagedChannel(ABC):
             os.close(self._done_fd)
             self._done_fd = -1
 
-    def _room(self, size_bytes: int) -> Staging:
-        if len(self._staging) < size_bytes:
-            self._staging = np.empty(size_bytes, dtype=np.uint8)
-        return self._staging[:size_bytes]
+    def _room(self, size_bytes: int) -> _Carry:
+        whole = self._idle.pop() if self._idle else np.empty(0, dtype=np.uint8)
+        if len(whole) < size_bytes:
+            whole = np.empty(size_bytes, dtype=np.uint8)
+        return _Carry(whole[:size_bytes], whole)
 
-    def _wait(self, begin: Callable[[Staging, Callable[[], None]], Callable[[], None]], staging: Staging) -> None:
-        finish = begin(staging, self._done)
-        while True:
-            self._session.pause(self._either.fileno(), select.POLLIN)
+    def _reuse(self, carry: _Carry) -> None:
+        if carry.whole is not None:
+            self._idle.append(carry.whole)
+
+    def _begin(self, carry_on: Callable[[Staging, Done], Finish], carry: _Carry) -> None:
+        self._carries.append(carry)
+        carry.finish = carry_on(carry.staging, lambda: self._ended(carry))
+
+    def _first_ended(self, events: int) -> _Carry:
+        """Wait for the oldest carry; `events` are those told to the session's pause."""
+        carry = self._carries.popleft()
+        while not carry.has_ended:
+            self._session.pause(self._either.fileno(), events)
             ready = dict(self._either.poll(0))
             if self._done_fd in ready:
                 os.eventfd_read(self._done_fd)
-                finish()
-                return
-            if self._session.fileno() in ready:
+            elif self._session.fileno() in ready:
                 raise ConnectionResetError(f"{self._session.peer.name or 'the peer'} went away while a piece was carried")
+        carry.finish()
+        return carry
 
-    def _done(self) -> None:
+    def _ended(self, carry: _Carry) -> None:
+        carry.has_ended = True
         with self._closing:
             if self._done_fd >= 0:
                 os.eventfd_write(self._done_fd, 1)
+
+
+class _Carry:
+    """A staging (or a part of the pool) in the library's hands."""
+
+    def __init__(self, staging: Staging, whole: Staging | None = None) -> None:
+        self.staging = staging
+        self.whole = whole  # what `staging` is the beginning of; None: of the pool
+        self.has_ended = False  # set by the library's thread
+        self.finish: Finish
 
 
 def _beside(runs: Runs, *, source: bool) -> Runs:

@@ -40,12 +40,20 @@ class _Inline:
     """The bytes go on the connection itself, between the head and the trailer."""
 
     piece_bytes_max = sys.maxsize
+    pieces_ahead = 2
+    pieces_under_way = 1
 
     def __init__(self, session: Session) -> None:
         self._session = session
 
+    def expect(self, size_bytes: int) -> None:
+        """The stream says itself when it comes."""
+
     def send(self, blocks: memoryview, runs: Runs) -> None:
         self._session.send_runs(blocks, np.ascontiguousarray(runs))
+
+    def flush(self) -> None:
+        """Nothing is read here any more: `send` has given it to the kernel."""
 
     def receive(self, blocks: memoryview, runs: Runs) -> None:
         self._session.receive_runs(blocks, np.ascontiguousarray(runs))

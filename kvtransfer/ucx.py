@@ -1,9 +1,10 @@
 """Blocks by UCX: shared memory, InfiniBand or TCP, whatever UCX finds between two workers.
 
 The package is ucxx; its archived predecessor ucx-py has the same names and serves where that is installed. Endpoints are made from
-worker addresses, without UCX's error handling: with it UCX takes neither shared memory nor CMA, and carries loopback over TCP at a tenth
-of the speed (rapidsai/rapidsmpf#140); without it a killed peer would be waited for without end, which is what the conversation's
-connection is for (kvtransfer.staging). Neither package offers one-sided reads, so pieces are gathered into staging on one side.
+worker addresses, with UCX's error handling: without it UCX aborts the process that reads from a peer that was killed. With it UCX
+takes neither shared memory nor CMA unless told to (_ENVIRONMENT), and carries loopback over TCP at a tenth of the speed
+(rapidsai/rapidsmpf#140). It may tell late or never of a peer's end, which is what the conversation's connection is for
+(kvtransfer.staging). Neither package offers one-sided reads, so pieces are gathered into staging on one side.
 """
 
 from __future__ import annotations
@@ -22,15 +23,26 @@ from typing import Any
 from kvtransfer.config import TransportConfig
 from kvtransfer.pieces import Channel, PiecewiseTransport
 from kvtransfer.session import Session
-from kvtransfer.staging import StagedChannel, Staging
+from kvtransfer.staging import Done, Finish, StagedChannel, Staging
 from protocol import wire
 from protocol.errors import ConfigError, MalformedFrame
 from protocol.kv import Endpoint
 from protocol.wire import Identity
 
 _MODULES = ("ucxx", "ucp")
-# Set before the import where the user has not: UCX's choices on a machine without a GPU, and silence about them.
-_ENVIRONMENT = {"UCX_MEMTYPE_CACHE": "n", "UCX_RNDV_FRAG_MEM_TYPES": "host", "UCX_WARN_UNUSED_ENV_VARS": "n"}
+# Set before the import where the user has not.
+_ENVIRONMENT = {
+    # UCX's choices on a machine without a GPU, and silence about them.
+    "UCX_MEMTYPE_CACHE": "n",
+    "UCX_RNDV_FRAG_MEM_TYPES": "host",
+    "UCX_WARN_UNUSED_ENV_VARS": "n",
+    # Completion wakes the event loop; without it the loop spins while a piece is carried, and takes the interpreter from our threads.
+    "UCXPY_ENABLE_PYTHON_FUTURE": "1",
+    # Shared memory and CMA together with error handling. CMA cannot take a peer's leave to read back, which UCX asks for then: a source
+    # that gave up may be read by a target still. What it reads so has no trailer and counts for nothing (kvtransfer.pieces).
+    "UCX_MM_ERROR_HANDLING": "y",
+    "UCX_CMA_MEMORY_INVALIDATE": "y",
+}
 _ADDRESS_BYTES_MAX = 16 << 10
 _CALL_TIMEOUT_S = 10.0  # of making an endpoint: no byte moves, but UCX opens devices
 _SEQUENCE_BITS = 24
@@ -74,22 +86,24 @@ class UcxTransport(PiecewiseTransport):
 
 
 class _UcxChannel(StagedChannel):
+    can_read_pool = True  # an aborted endpoint reads no more, and `close` of the transport waits for the abort
+
     def __init__(self, session: Session, ucx: _UcxThread, address: bytes, tag: int, piece_bytes_max: int) -> None:
         self._ucx = ucx
-        self._endpoint = ucx.call(ucx.connect(address)).result(_CALL_TIMEOUT_S)
+        self._endpoint = ucx.connect(address)
         self._next_tag = tag
         super().__init__(session, piece_bytes_max=piece_bytes_max)
 
-    def carry_out(self, staging: Staging, done: Callable[[], None]) -> Callable[[], None]:
+    def carry_out(self, staging: Staging, done: Done) -> Finish:
         return self._carry(self._endpoint.send, staging, done)
 
-    def carry_in(self, staging: Staging, done: Callable[[], None]) -> Callable[[], None]:
+    def carry_in(self, staging: Staging, done: Done) -> Finish:
         return self._carry(self._endpoint.recv, staging, done)
 
     def give_up(self) -> None:
         self._ucx.soon(self._endpoint.abort)
 
-    def _carry(self, verb: Callable[..., Coroutine[Any, Any, Any]], staging: Staging, done: Callable[[], None]) -> Callable[[], None]:
+    def _carry(self, verb: Callable[..., Coroutine[Any, Any, Any]], staging: Staging, done: Done) -> Finish:
         future = self._ucx.call(verb(staging, tag=self._next_tag, force_tag=True))
         self._next_tag += 1
         future.add_done_callback(lambda _: done())
@@ -106,7 +120,7 @@ class _UcxThread:
     """UCX's event loop and everything that must run on it."""
 
     def __init__(self) -> None:
-        self._module = _import_ucx()
+        self._module = import_ucx()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kv-ucx", daemon=True)
         self._thread.start()
@@ -116,9 +130,21 @@ class _UcxThread:
             self._stop()
             raise ConfigError(f"UCX is in use in this process already ({error}); a process has one ucx transport") from None
 
-    async def connect(self, address: bytes) -> Any:
+    def connect(self, address: bytes) -> Any:
+        """An endpoint of the module.
+
+        Raises:
+            ConnectionResetError: UCX finds no way there, or takes longer than it may.
+        """
+        connecting = self.call(self._connect(address))
+        failure = connecting.exception(_CALL_TIMEOUT_S)
+        if failure is not None:
+            raise ConnectionResetError(f"UCX: {failure!r}") from failure
+        return connecting.result()
+
+    async def _connect(self, address: bytes) -> Any:
         parsed = self._module.get_ucx_address_from_buffer(address)
-        return await self._module.create_endpoint_from_worker_address(parsed, endpoint_error_handling=False)
+        return await self._module.create_endpoint_from_worker_address(parsed, endpoint_error_handling=True)
 
     def call(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -150,7 +176,7 @@ def is_installed() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in _MODULES)
 
 
-def _import_ucx() -> Any:
+def import_ucx() -> Any:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name in _MODULES:
