@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from kernels.socket_runs import Spans, new_cursor, receive_runs, send_runs
 from protocol.codec import from_wire, pack, to_wire, unpack
-from protocol.errors import FrameTooLarge, HandshakeRefused, MalformedFrame, WireError
+from protocol.errors import ConfigError, FrameTooLarge, HandshakeRefused, MalformedFrame, WireError
 from protocol.kv import KVLayout
 from protocol.wire import HANDSHAKE_TIMEOUT_S, WIRE_VERSION, Hello, Identity
 
@@ -37,6 +37,7 @@ _MAX_REGIONS = 16
 _BACKLOG = 128
 _BURST_BYTES = 1 << 20  # of one system call: more than the socket buffer holds would be looked at twice
 _BURST_VIEWS = 1024  # IOV_MAX
+_MAX_UNIX_PATH_BYTES = 107  # sun_path, less its final zero
 _LENGTH = struct.Struct("<I")
 
 Pause = Callable[[int, int], None]  # (descriptor, poll events): returns once it is ready, raises to give up
@@ -302,6 +303,39 @@ class PeerServer:
 
 class _ServerClosed(Exception):
     """Unwinds a serving thread."""
+
+
+def listen_unix(path: str) -> socket.socket:
+    """A socket bound to `path`, readable by us alone.
+
+    Raises:
+        ConfigError: the path is longer than the system takes. OSError: it is taken.
+    """
+    if len(os.fsencode(path)) > _MAX_UNIX_PATH_BYTES:
+        raise ConfigError(f"the socket path {path} is longer than {_MAX_UNIX_PATH_BYTES} bytes; choose a shorter run directory")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(path)
+        os.chmod(path, 0o600)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def dial_unix(path: str, pause: Pause) -> Session:
+    """Connected, not yet authenticated.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
+    return Session(sock, pause)
 
 
 def _proof(secret: bytes, first: bytes, second: bytes, *, of_dialer: bool) -> bytes:

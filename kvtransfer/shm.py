@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Callable
 
 from kvtransfer.config import TransportConfig
 from kvtransfer.copying import copy_verified
 from kvtransfer.lanes import Link, PeerTransport, Pull, PullFailed
 from kvtransfer.region import PoolMemory
-from kvtransfer.session import Announcement, Pause, PeerServer, RegionCard, Session
+from kvtransfer.session import Announcement, Pause, PeerServer, RegionCard, Session, dial_unix, listen_unix
 from kvtransfer.transport import RegionKind
-from protocol.errors import ConfigError
 from protocol.kv import Endpoint, HandoffShard, TransferError
 from protocol.wire import Identity
-
-_MAX_UNIX_PATH_BYTES = 107  # sun_path, less its final zero
 
 
 class ShmTransport(PeerTransport):
@@ -37,7 +33,7 @@ class ShmTransport(PeerTransport):
         super().__init__(identity, secret, config)
         self._unix_path = unix_path
         self._server = PeerServer(
-            _listen(unix_path),
+            listen_unix(unix_path),
             identity,
             secret,
             name="kv-shm-serve",
@@ -66,10 +62,8 @@ class ShmTransport(PeerTransport):
         path = source.endpoint.unix_path
         if not path:
             raise PullFailed(TransferError.REFUSED, f"{source.worker_id} offers no shared memory")
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        session = Session(sock, pause)
+        session = dial_unix(path, pause)
         try:
-            sock.connect(path)
             session.handshake(self._identity, self._secret, dialed=True)
             announcement, fds = session.receive_announcement(with_fds=True)
             return _Attached(session, _attach_all(announcement, fds))
@@ -121,16 +115,3 @@ def _attach_all(announcement: Announcement, fds: list[int]) -> dict[int, PoolMem
             pool.close()
         raise
     return pools
-
-
-def _listen(path: str) -> socket.socket:
-    if len(os.fsencode(path)) > _MAX_UNIX_PATH_BYTES:
-        raise ConfigError(f"the socket path {path} is longer than {_MAX_UNIX_PATH_BYTES} bytes; choose a shorter run directory")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(path)
-        os.chmod(path, 0o600)
-    except BaseException:
-        listener.close()
-        raise
-    return listener

@@ -69,8 +69,16 @@ class TappedChannel:
 
     def __init__(self, inner: Channel, hooks: Hooks) -> None:
         self.piece_bytes_max = inner.piece_bytes_max
+        self.pieces_ahead = inner.pieces_ahead
+        self.pieces_under_way = inner.pieces_under_way
         self._inner = inner
         self._hooks = hooks
+
+    def expect(self, size_bytes: int) -> None:
+        self._inner.expect(size_bytes)
+
+    def flush(self) -> None:
+        self._inner.flush()
 
     def send(self, blocks: memoryview, runs: Runs) -> None:
         self._hooks.on_send(self._inner, blocks, runs)
