@@ -64,8 +64,11 @@ class Channel(Protocol):
         """runs [num_runs, 2] int64: (offset, size) in `blocks`. Begins to send; `flush` ends it."""
         ...
 
-    def flush(self) -> None:
-        """Of the piece sent first among those not flushed nothing is read on our side any more, neither in the pool nor elsewhere."""
+    def flush(self, *, or_input: bool) -> bool:
+        """Wait until of the piece sent first, among those not flushed, nothing is read on our side any more, in the pool or elsewhere.
+
+        With `or_input` not longer than until the peer says something; False: it did, and the piece is not flushed.
+        """
         ...
 
     def receive(self, blocks: memoryview, runs: Runs) -> None:
@@ -115,8 +118,8 @@ class PiecewiseTransport(PeerTransport):
         owed: deque[_Sent] = deque()
         try:
             while True:
-                if owed and not (len(owed) < channel.pieces_under_way and session.has_input()):
-                    _settle(session, channel, owed)
+                if owed and channel.flush(or_input=len(owed) < channel.pieces_under_way):
+                    _settle(session, owed)
                     continue
                 request = wire.decode(session.receive_frame())
                 if not isinstance(request, PullRequest) or len(request.block_ids) != len(request.generations):
@@ -140,7 +143,8 @@ class PiecewiseTransport(PeerTransport):
             error = TransferError.STALE_GENERATION
         if error is not None or region is None or layers is None:
             while owed:
-                _settle(session, channel, owed)
+                channel.flush(or_input=False)
+                _settle(session, owed)
             _send_trailer(session, request.ticket, array("Q"), error, _HEAD.pack(request.ticket, 0))
             return
         head = _HEAD.pack(request.ticket, len(block_ids) * layers.size_bytes)
@@ -321,9 +325,8 @@ def _slices(places: Places, max_blocks: int) -> Iterator[Places]:
     return (places[start : start + step] for start in range(0, len(places), step))
 
 
-def _settle(session: Session, channel: Channel, owed: deque[_Sent]) -> None:
-    """Send the trailer owed first, and the head after it."""
-    channel.flush()
+def _settle(session: Session, owed: deque[_Sent]) -> None:
+    """Send the trailer owed first, of a piece that was flushed, and the head after it."""
     sent = owed.popleft()
     words = np.frombuffer(sent.region.generations, dtype=np.uint64)
     _send_trailer(session, sent.ticket, array("Q", words[sent.block_ids].tobytes()), None, then=owed[0].head if owed else b"")

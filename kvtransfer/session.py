@@ -192,13 +192,6 @@ class Session:
         poller.register(self._socket, select.POLLRDHUP)
         return bool(poller.poll(0))
 
-    def has_input(self) -> bool:
-        """True when a receive would not wait for its first byte."""
-        try:
-            return bool(self._socket.recv(1, socket.MSG_PEEK))
-        except BlockingIOError:
-            return False
-
     def close(self) -> None:
         self._socket.close()
 

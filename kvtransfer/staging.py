@@ -77,14 +77,18 @@ class StagedChannel(ABC):
             copy_runs(blocks, carry.staging.data, _beside(runs, source=True))
         self._begin(self.carry_out, carry)
 
-    def flush(self) -> None:
+    def flush(self, *, or_input: bool) -> bool:
         # POLLOUT, as for a socket: a peer that takes nothing is not waited for without end.
-        self._reuse(self._first_ended(select.POLLIN | select.POLLOUT))
+        if not self._until_first_ended(select.POLLIN | select.POLLOUT, or_input=or_input):
+            return False
+        self._finish_first()
+        return True
 
     def receive(self, blocks: memoryview, runs: Runs) -> None:
-        carry = self._first_ended(select.POLLIN)
+        self._until_first_ended(select.POLLIN)
+        carry = self._carries[0]
         copy_runs(carry.staging.data, blocks, _beside(runs, source=False))
-        self._reuse(carry)
+        self._finish_first()
 
     def close(self) -> None:
         if self._done_fd < 0:
@@ -101,26 +105,34 @@ class StagedChannel(ABC):
             whole = np.empty(size_bytes, dtype=np.uint8)
         return _Carry(whole[:size_bytes], whole)
 
-    def _reuse(self, carry: _Carry) -> None:
-        if carry.whole is not None:
-            self._idle.append(carry.whole)
-
     def _begin(self, carry_on: Callable[[Staging, Done], Finish], carry: _Carry) -> None:
         self._carries.append(carry)
         carry.finish = carry_on(carry.staging, lambda: self._ended(carry))
 
-    def _first_ended(self, events: int) -> _Carry:
-        """Wait for the oldest carry; `events` are those told to the session's pause."""
-        carry = self._carries.popleft()
+    def _until_first_ended(self, events: int, *, or_input: bool = False) -> bool:
+        """Wait for the oldest carry. `events` are those told to the session's pause.
+
+        Raises:
+            ConnectionResetError: it failed, or the peer is gone.
+        """
+        peer_fd, carry = self._session.fileno(), self._carries[0]
+        self._either.modify(peer_fd, select.EPOLLRDHUP | (select.EPOLLIN if or_input else 0))
         while not carry.has_ended:
             self._session.pause(self._either.fileno(), events)
             ready = dict(self._either.poll(0))
             if self._done_fd in ready:
                 os.eventfd_read(self._done_fd)
-            elif self._session.fileno() in ready:
+            elif ready.get(peer_fd) == select.EPOLLIN:
+                return False
+            elif peer_fd in ready:
                 raise ConnectionResetError(f"{self._session.peer.name or 'the peer'} went away while a piece was carried")
         carry.finish()
-        return carry
+        return True
+
+    def _finish_first(self) -> None:
+        carry = self._carries.popleft()
+        if carry.whole is not None:
+            self._idle.append(carry.whole)
 
     def _ended(self, carry: _Carry) -> None:
         carry.has_ended = True

@@ -52,8 +52,8 @@ class _Inline:
     def send(self, blocks: memoryview, runs: Runs) -> None:
         self._session.send_runs(blocks, np.ascontiguousarray(runs))
 
-    def flush(self) -> None:
-        """Nothing is read here any more: `send` has given it to the kernel."""
+    def flush(self, *, or_input: bool) -> bool:
+        return True  # `send` has given everything to the kernel
 
     def receive(self, blocks: memoryview, runs: Runs) -> None:
         self._session.receive_runs(blocks, np.ascontiguousarray(runs))
