@@ -1,8 +1,10 @@
-"""Choosing the path of a pull: shared memory where the peer proves to be on this host, else TCP; and why.
+"""Choosing the path of a pull: on the device or in shared memory where the peer proves to be on this host, else TCP; and why.
 
 The proof is a file only this host has: each endpoint writes a random nonce into its run directory and offers
 "path#boot_id:nonce". A peer that runs under the same kernel (boot_id) and reads the same nonce at that path shares host and file
 system with it. Host names prove nothing (containers share and repeat them), and neither would the nonce alone on a network disk.
+A pool in device memory is read by peers on the same device only. The device's name says which; since two hosts may give one name to
+two devices, the proof comes first.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ class PathReason(Enum):
 
     CONFIGURED = "configured"
     SAME_HOST = "same_host"
+    SAME_DEVICE = "same_device"  # and the same host
+    OTHER_DEVICE = "other_device"  # on the same host
     NO_NONCE = "no_nonce"  # the peer offers no proof (it has no shared memory to offer)
     OTHER_HOST = "other_host"  # another kernel
     NONCE_UNREADABLE = "nonce_unreadable"  # the same kernel, but not the same files: another container
@@ -38,10 +42,14 @@ class PathChoice:
     reason: PathReason
 
 
-def choose_path(policy: str, endpoint: Endpoint, *, tried: Collection[str] = ()) -> PathChoice:
-    """The path for a pull under `kv_transport` = `policy`, leaving out those already tried."""
+def choose_path(policy: str, endpoint: Endpoint, *, tried: Collection[str] = (), device_id: str = "") -> PathChoice:
+    """The path for a pull under `kv_transport` = `policy`, leaving out those already tried.
+
+    `device_id` is that of our pool's memory; empty: it is the host's, and no device is read or written.
+    """
     offered = {
         "shm": bool(endpoint.unix_path),
+        "cuda_ipc": bool(endpoint.cuda_path),
         "tcp": bool(endpoint.port),
         "ucx": bool(endpoint.ucx_port),
         "nccl": bool(endpoint.nccl_port),
@@ -52,11 +60,23 @@ def choose_path(policy: str, endpoint: Endpoint, *, tried: Collection[str] = ())
             return PathChoice(path=policy, reason=PathReason.CONFIGURED)
         return PathChoice(path=None, reason=PathReason.NOT_OFFERED)
     reason = host_proof(endpoint)
+    if device_id:
+        return _choose_on_device(endpoint, device_id, reason, tried)
     if reason is PathReason.SAME_HOST and offered["shm"] and "shm" not in tried:
         return PathChoice(path="shm", reason=reason)
     if offered["tcp"] and "tcp" not in tried:
         return PathChoice(path="tcp", reason=PathReason.RETRY if tried else reason)
     return PathChoice(path=None, reason=PathReason.NOT_OFFERED)
+
+
+def _choose_on_device(endpoint: Endpoint, device_id: str, reason: PathReason, tried: Collection[str]) -> PathChoice:
+    if not endpoint.cuda_path or "cuda_ipc" in tried:
+        return PathChoice(path=None, reason=PathReason.NOT_OFFERED)
+    if reason is not PathReason.SAME_HOST:
+        return PathChoice(path=None, reason=reason)
+    if endpoint.cuda_device != device_id:
+        return PathChoice(path=None, reason=PathReason.OTHER_DEVICE)
+    return PathChoice(path="cuda_ipc", reason=PathReason.SAME_DEVICE)
 
 
 def write_nonce(path: str) -> str:

@@ -8,12 +8,13 @@ from protocol.errors import ConfigError
 from protocol.kv import DigestMode
 from protocol.wire import is_loopback
 
-KV_TRANSPORTS = ("auto", "shm", "tcp", "ucx", "nccl", "local")
+KV_TRANSPORTS = ("auto", "shm", "cuda_ipc", "tcp", "ucx", "nccl", "local")
 
 # What each path can break: shared memory only what software breaks, a network also what hardware does.
 DEFAULT_DIGEST_MODE = {
     "local": DigestMode.SAMPLED,
     "shm": DigestMode.SAMPLED,
+    "cuda_ipc": DigestMode.SAMPLED,
     "tcp": DigestMode.FULL,
     "ucx": DigestMode.FULL,
     "nccl": DigestMode.FULL,
@@ -22,7 +23,7 @@ DEFAULT_DIGEST_MODE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportConfig:
-    kv_transport: str = "auto"  # auto: shm where the peer proves to be on this host, else tcp; ucx and nccl only when asked for
+    kv_transport: str = "auto"  # auto: by the peer's proof cuda_ipc or shm, else tcp; ucx and nccl only when asked for
     digest_mode: DigestMode | None = None  # None: by path, DEFAULT_DIGEST_MODE
     host: str = "127.0.0.1"  # data and control sockets of the tcp path listen here
     advertise_host: str = ""  # what peers dial; empty: `host`
@@ -63,6 +64,10 @@ class TransportConfig:
     @property
     def offers_shm(self) -> bool:
         return self.kv_transport in ("auto", "shm")
+
+    @property
+    def offers_cuda_ipc(self) -> bool:
+        return self.kv_transport in ("auto", "cuda_ipc")
 
     @property
     def offers_tcp(self) -> bool:

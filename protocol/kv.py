@@ -114,6 +114,8 @@ class Endpoint:
     control_port: int = 0  # the same on `host`
     ucx_port: int = 0  # on `host`: the conversation of pulls whose bytes go by UCX
     nccl_port: int = 0  # the same, by NCCL
+    cuda_path: str = ""  # control socket that passes a handle to the pool in device memory (same host, same device)
+    cuda_device: str = ""  # the device it lies on; equal on one host exactly for one device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +208,6 @@ class Outcome:
     num_blocks: int
     size_bytes: int
     duration_s: float
-    path: str  # backend that carried it: "local" | "shm" | "tcp"
+    path: str  # backend that carried it: "local" | "shm" | "cuda_ipc" | "tcp" | "ucx" | "nccl"
     error: TransferError | None = None
     detail: str = ""

@@ -53,7 +53,7 @@ def test_a_link_or_pipe_in_place_of_the_nonce_proves_nothing_and_blocks_nobody(e
 
 
 def test_unusable_configuration_is_named() -> None:
-    with pytest.raises(ConfigError, match="choose one of auto, shm, tcp, ucx, nccl, local"):
+    with pytest.raises(ConfigError, match="choose one of auto, shm, cuda_ipc, tcp, ucx, nccl, local"):
         TransportConfig(kv_transport="rdma")
     with pytest.raises(ConfigError, match="advertise_host"):
         TransportConfig(host="0.0.0.0")
