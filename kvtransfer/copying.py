@@ -30,32 +30,35 @@ def copy_verified(source: Region, pull: Pull, look_up: Callable[[float], None], 
     if len(block_ids) and int(block_ids.max()) >= source.num_blocks:
         raise PullFailed(TransferError.REFUSED, f"block {int(block_ids.max())} of a pool of {source.num_blocks}")
     expected = np.frombuffer(pull.generations, dtype=np.uint64)
-    _check_generations(source, block_ids, expected, "before")
+    check_generations(source, block_ids, expected, "before")
     for layers in follow(source, pull, look_up):
-        for runs in _slices(pull, layers, slice_bytes):
+        for runs in slices(pull, layers, slice_bytes):
             look_up(0.0)
             copy_runs(source.blocks, pull.target.blocks, runs)
     look_up(0.0)
-    _check_generations(source, block_ids, expected, "after")
+    check_generations(source, block_ids, expected, "after")
 
 
 def follow(source: Region, pull: Pull, look_up: Callable[[float], None]) -> Iterator[Layers]:
-    """The parts of a pull in the order in which they become ready, each when it is, as many layers at once as are."""
-    shard = pull.transfer.source
+    """The parts of a pull in the order in which they become ready, each when it is, as many layers at once as are.
+
+    source: the region whose clock is looked at.
+    """
+    shard, layout = pull.transfer.source, pull.target.layout
     whole, growing = split_by_readiness(pull)
     if shard.layer_clock:
         wait_for(source, shard.layer_clock, look_up)
-    yield Layers(places=whole, offset=0, size_bytes=source.layout.block_bytes)
-    spans = layer_spans(source.layout)
+    yield Layers(places=whole, offset=0, size_bytes=layout.block_bytes)
+    spans = layer_spans(layout)
     done = 0
     while len(growing) and done < len(spans):
         clock = wait_for(source, shard.layer_clock + done + 1, look_up)
         end = min(len(spans), clock - shard.layer_clock)
-        yield Layers.of(source.layout, growing, done, end - done)
+        yield Layers.of(layout, growing, done, end - done)
         done = end
 
 
-def _slices(pull: Pull, layers: Layers, slice_bytes: int) -> Iterator[Runs]:
+def slices(pull: Pull, layers: Layers, slice_bytes: int) -> Iterator[Runs]:
     """Runs that are contiguous on both sides, in order, in arrays of at most `slice_bytes` (or one block) each."""
     source_ids = np.frombuffer(pull.source_block_ids, dtype=np.uint32)[layers.places]
     target_ids = np.frombuffer(pull.transfer.target_block_ids, dtype=np.uint32)[layers.places]
@@ -65,7 +68,8 @@ def _slices(pull: Pull, layers: Layers, slice_bytes: int) -> Iterator[Runs]:
         yield layers.runs(pull.target.layout, source_ids[first:end], target_ids[first:end])
 
 
-def _check_generations(region: Region, block_ids: npt.NDArray[np.uint32], expected: npt.NDArray[np.uint64], when: str) -> None:
+def check_generations(region: Region, block_ids: npt.NDArray[np.uint32], expected: npt.NDArray[np.uint64], when: str) -> None:
+    """Raise PullFailed unless the words of `region` are the expected ones; `when` is for the reader of the text."""
     index = first_stale(region, block_ids, expected)
     if index is not None:
         block_id = int(block_ids[index])

@@ -158,7 +158,8 @@ class PiecewiseTransport(PeerTransport):
         if reached(region) >= clock:
             return True
         while owed:
-            _settle(session, channel, owed)
+            channel.flush(or_input=False)
+            _settle(session, owed)
         give_up = time.monotonic() + self._config.stall_timeout_s
 
         def rest(seconds: float) -> None:

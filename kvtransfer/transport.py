@@ -9,9 +9,12 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from protocol.kv import Endpoint, HandoffShard, KVLayout, Outcome
+
+if TYPE_CHECKING:
+    from kvtransfer.device_pool import DeviceBlocks
 
 
 class RegionKind(Enum):
@@ -29,10 +32,11 @@ class Region:
     kind: RegionKind
     layout: KVLayout
     num_blocks: int
-    fd: int  # memfd of [generation words | clock word | blocks]; -1 unless kind is MEMFD
-    blocks: memoryview  # uint8, num_blocks * layout.block_bytes
+    fd: int  # memfd of [generation words | clock word | blocks], with CUDA_IPC of the words alone; -1 for other kinds
+    blocks: memoryview  # uint8, num_blocks * layout.block_bytes; empty with CUDA_IPC
     generations: memoryview  # uint64 words, one a block, readable by peers
     clock: memoryview  # one uint64: how far the steps that write the pool have come (kvtransfer.layer_clock)
+    device: DeviceBlocks | None = None  # None: the blocks are in host memory
 
     @property
     def size_bytes(self) -> int:

@@ -28,14 +28,19 @@ from _pytest.mark import ParameterSet
 
 from kvtransfer import ucx
 from kvtransfer.config import TransportConfig
+from kvtransfer.cuda_ipc import CudaIpcTransport
+from kvtransfer.cuda_runtime import CudaRuntime
+from kvtransfer.device_pool import DevicePool
 from kvtransfer.faulty import FaultRates, FaultyTransport
 from kvtransfer.local import LocalExchange, LocalTransport
 from kvtransfer.region import PoolMemory
 from kvtransfer.shm import ShmTransport
 from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import KVTransport, Ticket, Transfer
+from protocol.errors import ConfigError
 from protocol.kv import DigestMode, Endpoint, HandoffShard, KVLayout, LayerGroup, LayerKind, Outcome, ShardRectangle, TransferError
 from protocol.wire import Identity
+from tests.conformance.loopback_runtime import LoopbackRuntime
 
 pytestmark = pytest.mark.conformance
 
@@ -46,9 +51,19 @@ LAYOUT = KVLayout(
     block_size_tokens=16, groups=(GROUP,), shard=ShardRectangle(first_head=0, last_head=2, first_layer=0, last_layer=2)
 )  # 16 KiB a block
 BLOCK_BYTES = LAYOUT.block_bytes
+Pool = PoolMemory | DevicePool
+NO_GPU = "needs an NVIDIA GPU: python -m pytest tests/conformance -m gpu -k cuda_ipc"
 CONFIG = TransportConfig(
     copy_slice_bytes=4 * BLOCK_BYTES, max_inflight_bytes=64 * BLOCK_BYTES, socket_buffer_bytes=64 << 10, connect_timeout_s=20
 )
+
+
+def has_gpu() -> bool:
+    try:
+        CudaRuntime()
+    except ConfigError:
+        return False
+    return True
 
 
 def content(block_id: int, generation: int) -> bytes:
@@ -57,13 +72,26 @@ def content(block_id: int, generation: int) -> bytes:
     return words.tobytes()
 
 
-def write_block(pool: PoolMemory, block_id: int, generation: int) -> None:
+def write_block(pool: Pool, block_id: int, generation: int) -> None:
     """As an engine does: first the generation, then the bytes."""
     pool.raise_generations(array("I", [block_id]), array("Q", [generation]))
-    pool.region.blocks[block_id * BLOCK_BYTES : (block_id + 1) * BLOCK_BYTES] = content(block_id, generation)
+    if pool.region.device is not None:
+        pool.region.device.write(block_id * BLOCK_BYTES, content(block_id, generation))
+    else:
+        pool.region.blocks[block_id * BLOCK_BYTES : (block_id + 1) * BLOCK_BYTES] = content(block_id, generation)
 
 
-def make_transport(name: str, worker_id: str, epoch: int, run_dir: str, exchange: LocalExchange | None, port: int = 0) -> KVTransport:
+def make_pool(backend: str) -> Pool:
+    if backend == "cuda_ipc_loopback":
+        return DevicePool(LoopbackRuntime(), LAYOUT, NUM_BLOCKS)
+    if backend == "cuda_ipc":
+        return DevicePool(CudaRuntime(), LAYOUT, NUM_BLOCKS)
+    return PoolMemory.create(LAYOUT, NUM_BLOCKS)
+
+
+def make_transport(
+    name: str, worker_id: str, epoch: int, run_dir: str, exchange: LocalExchange | None, pool: Pool, port: int = 0
+) -> KVTransport:
     identity = Identity(name=worker_id, kind="worker", epoch=epoch, fingerprint=b"f" * 16)
     if name in ("local", "faulty"):
         assert exchange is not None
@@ -71,6 +99,9 @@ def make_transport(name: str, worker_id: str, epoch: int, run_dir: str, exchange
         return local if name == "local" else FaultyTransport(local, FaultRates(), random.Random(0))
     if name == "shm":
         return ShmTransport(identity, SECRET, CONFIG, unix_path=f"{run_dir}/{worker_id}.kv")
+    if pool.region.device is not None:
+        runtime = pool.region.device.runtime
+        return CudaIpcTransport(identity, SECRET, CONFIG, unix_path=f"{run_dir}/{worker_id}.kv", runtime=runtime)
     config = TransportConfig(
         max_inflight_bytes=CONFIG.max_inflight_bytes,
         socket_buffer_bytes=64 << 10,
@@ -102,15 +133,16 @@ class Source:
         self.epoch = epoch
         self.process: subprocess.Popen[str] | None = None
         if backend in ("local", "faulty"):
-            self.pool = PoolMemory.create(LAYOUT, NUM_BLOCKS)
+            self.pool = make_pool(backend)
             for block_id in range(NUM_BLOCKS):
                 write_block(self.pool, block_id, 1)
-            self.transport = make_transport(backend, worker_id, epoch, run_dir, exchange)
+            self.transport = make_transport(backend, worker_id, epoch, run_dir, exchange, self.pool)
             self.transport.register(self.pool.region)
             self.endpoint = self.transport.endpoint()
             return
         command = [sys.executable, __file__, backend, run_dir, worker_id, str(epoch), str(port)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]))  # of `tests`, which is no package that is installed
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.endpoint = Endpoint(**self._reply())
 
     def shard(self, block_ids: list[int], generation: int = 1, epoch: int | None = None) -> HandoffShard:
@@ -165,8 +197,8 @@ class Target:
     """Our side: a zeroed pool and the backend under test."""
 
     def __init__(self, backend: str, run_dir: str, exchange: LocalExchange) -> None:
-        self.pool = PoolMemory.create(LAYOUT, NUM_BLOCKS)
-        self.transport = make_transport(backend, "decode-0", 7, run_dir, exchange)
+        self.pool = make_pool(backend)
+        self.transport = make_transport(backend, "decode-0", 7, run_dir, exchange, self.pool)
         self.transport.register(self.pool.region)
         self.seen: dict[Ticket, Outcome] = {}
 
@@ -197,6 +229,9 @@ class Target:
         return self.outcome(self.start(shard, target_ids, indices=indices, deadline_s=deadline_s))
 
     def block(self, block_id: int) -> bytes:
+        if self.pool.region.device is not None:
+            (view,) = map(bytes, self.pool.region.device.read(np.array([[block_id * BLOCK_BYTES, BLOCK_BYTES]])))
+            return view
         return bytes(self.pool.region.blocks[block_id * BLOCK_BYTES : (block_id + 1) * BLOCK_BYTES])
 
     def close(self) -> None:
@@ -212,11 +247,15 @@ def run_dir() -> Iterator[str]:
 
 def _params(*backends: str) -> list[ParameterSet]:
     no_ucx = pytest.mark.skipif(not ucx.is_installed(), reason="the package ucxx is not installed here (extra [ucx])")
-    marks = {"nccl": (pytest.mark.slow,), "ucx": (no_ucx,)}  # every source of nccl imports torch, which takes seconds
+    marks = {
+        "nccl": (pytest.mark.slow,),  # every source of nccl imports torch, which takes seconds
+        "ucx": (no_ucx,),
+        "cuda_ipc": (pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason=NO_GPU)),
+    }
     return [pytest.param(backend, marks=marks.get(backend, (pytest.mark.pure,))) for backend in backends]
 
 
-@pytest.fixture(params=_params("local", "shm", "tcp", "faulty", "ucx", "nccl"))
+@pytest.fixture(params=_params("local", "shm", "tcp", "faulty", "ucx", "nccl", "cuda_ipc_loopback", "cuda_ipc"))
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -256,7 +295,7 @@ def pair(backend: str, run_dir: str) -> Iterator[Pair]:
     made.close()
 
 
-remote_only = pytest.mark.parametrize("backend", _params("shm", "tcp", "ucx", "nccl"), indirect=True)
+remote_only = pytest.mark.parametrize("backend", _params("shm", "tcp", "ucx", "nccl", "cuda_ipc_loopback", "cuda_ipc"), indirect=True)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3, NUM_BLOCKS])
@@ -269,7 +308,7 @@ def test_delivered_blocks_hold_what_was_offered_and_others_are_untouched(pair: P
     outcome = pair.target.pull(pair.source.shard(ids), targets)
     assert outcome.error is None, outcome.detail
     assert (outcome.num_blocks, outcome.size_bytes) == (num_blocks, num_blocks * BLOCK_BYTES)
-    assert outcome.path == ("local" if pair.backend == "faulty" else pair.backend)
+    assert outcome.path == {"faulty": "local", "cuda_ipc_loopback": "cuda_ipc"}.get(pair.backend, pair.backend)
     got = dict(zip(targets, ids, strict=True))
     for block_id in range(NUM_BLOCKS):
         assert pair.target.block(block_id) == (content(got[block_id], 1) if block_id in got else bytes(BLOCK_BYTES)), block_id
@@ -441,6 +480,7 @@ def test_many_transfers_at_once_do_not_mix(pair: Pair) -> None:
 
 def test_close_leaves_nothing_and_ends_what_was_under_way(backend: str, run_dir: str) -> None:
     """Fails when a lane's link is not closed at its end (planted)."""
+    make_pool(backend).close()  # what a device's runtime opens for good
     before = _belongings()
     pair = Pair(backend, run_dir)
     assert pair.target.pull(pair.source.shard([1, 2]), [0, 1]).error is None
@@ -470,10 +510,10 @@ def _belongings() -> tuple[list[str], list[str], int]:
 
 
 def _be_a_source(backend: str, run_dir: str, worker_id: str, epoch: str, port: str) -> None:
-    pool = PoolMemory.create(LAYOUT, NUM_BLOCKS)
+    pool = make_pool(backend)
     for block_id in range(NUM_BLOCKS):
         write_block(pool, block_id, 1)
-    transport = make_transport(backend, worker_id, int(epoch), run_dir, None, int(port))
+    transport = make_transport(backend, worker_id, int(epoch), run_dir, None, pool, int(port))
     transport.register(pool.region)
     at = transport.endpoint()
     print(json.dumps(asdict(at)), flush=True)
@@ -486,7 +526,7 @@ def _be_a_source(backend: str, run_dir: str, worker_id: str, epoch: str, port: s
                 _churn(pool, seconds)
 
 
-def _churn(pool: PoolMemory, seconds: float) -> None:
+def _churn(pool: Pool, seconds: float) -> None:
     """Write all blocks anew, one after another, with a pause between two rounds in which they can be pulled."""
     end = time.monotonic() + seconds
     generation = 1
