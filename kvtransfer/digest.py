@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from array import array
 
+import numpy as np
 import xxhash
 
+from kvtransfer.device_pool import DeviceBlocks
 from kvtransfer.layers import layer_spans
 from kvtransfer.transport import Region
 from protocol.kv import DigestMode, KVLayout
@@ -64,6 +66,8 @@ def _digests(
 ) -> bytes:
     if mode is DigestMode.OFF:
         return b""
+    if region.device is not None:
+        return _device_digests(region, region.device, block_ids, generations, places, mode, handoff_id)
     blocks, block_bytes, digest = region.blocks, region.layout.block_bytes, xxhash.xxh3_64_digest
     if mode is DigestMode.FULL:
         return b"".join(
@@ -81,6 +85,31 @@ def _digests(
         start += block_id * block_bytes
         parts.append(digest(blocks[start : start + size], _seed(generation, layer)))
     return b"".join(parts)
+
+
+def _device_digests(
+    region: Region,
+    device: DeviceBlocks,
+    block_ids: array[int],
+    generations: array[int],
+    places: range | array[int],
+    mode: DigestMode,
+    handoff_id: str,
+) -> bytes:
+    """The same of blocks that must be copied to the host first: only what is digested is."""
+    layout = region.layout
+    bases = np.frombuffer(block_ids, dtype=np.uint32).astype(np.int64) * layout.block_bytes
+    if mode is DigestMode.FULL:
+        layers = np.full(len(bases), _EVERY_LAYER)
+        spans = np.stack((bases, np.full_like(bases, layout.block_bytes)), axis=1)
+    else:
+        of_layers = np.array(layer_spans(layout), dtype=np.int64)
+        turn = xxhash.xxh3_64_intdigest(handoff_id.encode()) % len(of_layers)
+        layers = (np.asarray(places, dtype=np.int64) + turn) % len(of_layers)
+        spans = of_layers[layers]
+        spans[:, 0] += bases
+    seeds = [_seed(generation, layer) for generation, layer in zip(generations, layers.tolist(), strict=True)]
+    return b"".join([xxhash.xxh3_64_digest(view, seed) for view, seed in zip(device.read(spans), seeds, strict=True)])
 
 
 def _seed(generation: int, layer: int) -> int:

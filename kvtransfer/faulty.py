@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
 
+import numpy as np
+
 from kvtransfer.transport import KVTransport, Region, Ticket, Transfer
 from protocol.kv import Endpoint, Outcome, TransferError
 
@@ -138,16 +140,15 @@ class FaultyTransport:
         size, ids, rng = region.layout.block_bytes, transfer.target_block_ids, self._rng
         if len(ids) and self._drawn("corrupt"):
             at = ids[rng.randrange(len(ids))] * size + rng.randrange(size)
-            region.blocks[at] ^= 1 << rng.randrange(8)
+            _put(region, at, bytes([_get(region, at, 1)[0] ^ 1 << rng.randrange(8)]))
         if len(ids) and self._drawn("truncate"):
             for block_id in ids[rng.randrange(len(ids)) :]:
-                region.blocks[block_id * size : (block_id + 1) * size] = bytes(size)
+                _put(region, block_id * size, bytes(size))
         if len(ids) > 1 and self._drawn("misplace"):
             a, b = (i * size for i in rng.sample(list(ids), 2))
-            region.blocks[a : a + size], region.blocks[b : b + size] = (
-                bytes(region.blocks[b : b + size]),
-                bytes(region.blocks[a : a + size]),
-            )
+            first, second = _get(region, a, size), _get(region, b, size)
+            _put(region, a, second)
+            _put(region, b, first)
 
     def _drawn(self, fault: str) -> bool:
         happens = self._rng.random() < getattr(self._rates, fault)
@@ -160,3 +161,17 @@ class FaultyTransport:
         timer.daemon = True
         self._timers.add(timer)
         timer.start()
+
+
+def _get(region: Region, start: int, size: int) -> bytes:
+    if region.device is None:
+        return bytes(region.blocks[start : start + size])
+    (view,) = map(bytes, region.device.read(np.array([[start, size]], dtype=np.int64)))
+    return view
+
+
+def _put(region: Region, start: int, content: bytes) -> None:
+    if region.device is None:
+        region.blocks[start : start + len(content)] = content
+    else:
+        region.device.write(start, content)
