@@ -21,8 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from kvtransfer import digest
-from kvtransfer.auto import PathReason, choose_path, host_proof, write_nonce
+from kvtransfer.auto import PathChoice, PathReason, choose_path, host_proof, write_nonce
 from kvtransfer.config import TransportConfig
+from kvtransfer.cuda_ipc import CudaIpcTransport
+from kvtransfer.device_pool import DevicePool
 from kvtransfer.fault_ahead import FaultAhead
 from kvtransfer.local import LocalExchange, LocalTransport
 from kvtransfer.peers import OnPeerMessage, PeerMessage, PeerPost
@@ -36,7 +38,7 @@ from protocol.kv import Endpoint, KVHandoff, Outcome, TransferError
 from protocol.wire import Identity
 
 OnDone = Callable[[Outcome], None]
-_PATHS = ("local", "shm", "tcp", "ucx", "nccl")
+_PATHS = ("local", "shm", "cuda_ipc", "tcp", "ucx", "nccl")
 _WORTH_ANOTHER_PATH = (TransferError.PEER_LOST, TransferError.TRUNCATED, TransferError.DIGEST_MISMATCH)
 
 
@@ -50,7 +52,7 @@ class KVEndpoint:
     def __init__(
         self,
         config: TransportConfig,
-        pool: PoolMemory,
+        pool: PoolMemory | DevicePool,
         *,
         worker_id: str,
         epoch: int,
@@ -66,6 +68,7 @@ class KVEndpoint:
         self.counters: Counter[str] = Counter(dict.fromkeys(_counter_names(), 0))
         self._config = config
         self._pool = pool
+        self._device_id = pool.region.device.runtime.device_id if pool.region.device is not None else ""
         self._identity = Identity(name=worker_id, kind="worker", epoch=epoch, fingerprint=fingerprint)
         self._secret = secret
         self._stem = os.path.join(run_dir, f"{worker_id}-{epoch:x}")
@@ -94,7 +97,7 @@ class KVEndpoint:
             self._open_transports()
             control = await self._post.start(unix_path=f"{self._stem}.ctl", tcp=self._config.crosses_hosts)
             self._host_nonce = write_nonce(f"{self._stem}.nonce")
-            if self._config.fault_ahead_bytes:
+            if self._config.fault_ahead_bytes and self._device_id == "":
                 self._fault_ahead = FaultAhead(self._pool.region, self._config.fault_ahead_bytes)
         except BaseException:
             await self.close()
@@ -108,6 +111,8 @@ class KVEndpoint:
                 port=said.port or merged.port,
                 ucx_port=said.ucx_port or merged.ucx_port,
                 nccl_port=said.nccl_port or merged.nccl_port,
+                cuda_path=said.cuda_path or merged.cuda_path,
+                cuda_device=said.cuda_device or merged.cuda_device,
             )
         self._endpoint = replace(merged, host_nonce=self._host_nonce)
 
@@ -258,9 +263,9 @@ class KVEndpoint:
     def _launch(self, pull: PullState) -> None:
         assert self._loop is not None
         for part in pull.parts:
-            choice = choose_path(self._config.kv_transport, part.shard.endpoint, tried=pull.tried)
+            choice = self._choose(pull, part)
             if choice.path is None:
-                self._abort(pull, f"{part.shard.worker_id} offers no path for kv_transport {self._config.kv_transport}")
+                self._abort(pull, f"{part.shard.worker_id} offers no path for kv_transport {self._config.kv_transport}", choice.reason)
                 return
             part.path = choice.path
             self.counters[f"path_{choice.reason.value}"] += 1
@@ -349,7 +354,7 @@ class KVEndpoint:
     def _failed(self, pull: PullState, outcome: Outcome) -> None:
         pull.tried |= {part.path for part in pull.parts}
         retry = outcome.error in _WORTH_ANOTHER_PATH and pull.stopped is None and len(pull.tried) <= self._config.pull_retries
-        if retry and all(choose_path(self._config.kv_transport, p.shard.endpoint, tried=pull.tried).path for p in pull.parts):
+        if retry and all(self._choose(pull, part).path for part in pull.parts):
             self.counters["pull_retries"] += 1
             self._launch(pull)
             return
@@ -361,9 +366,12 @@ class KVEndpoint:
         outcome = Outcome(num_blocks=0, size_bytes=0, duration_s=0.0, path="", error=TransferError.REFUSED, detail=detail)
         self._loop.call_soon(self._finish, pull, outcome)
 
-    def _abort(self, pull: PullState, detail: str) -> None:
-        self.counters[f"path_{PathReason.NOT_OFFERED.value}"] += 1
-        self._refuse(pull, detail)
+    def _choose(self, pull: PullState, part: Part) -> PathChoice:
+        return choose_path(self._config.kv_transport, part.shard.endpoint, tried=pull.tried, device_id=self._device_id)
+
+    def _abort(self, pull: PullState, detail: str, reason: PathReason) -> None:
+        self.counters[f"path_{reason.value}"] += 1
+        self._refuse(pull, f"{detail} ({reason.value})")
 
     def _finish(self, pull: PullState, outcome: Outcome) -> None:
         if self._pulls.get(pull.handoff.handoff_id) is pull:
@@ -381,15 +389,21 @@ class KVEndpoint:
         pull.on_done(outcome)
 
     def _open_transports(self) -> None:
-        config, policy = self._config, self._config.kv_transport
+        config, policy, device = self._config, self._config.kv_transport, self._pool.region.device
         opened: list[KVTransport] = []
-        if policy == "local":
+        if (device is not None and not config.offers_cuda_ipc) or (device is None and policy == "cuda_ipc"):
+            where = "the host" if device is None else self._device_id
+            raise ConfigError(f"kv_transport is {policy}, and this worker's pool is in memory of {where}; choose auto")
+        if device is not None:
+            path = f"{self._stem}.kv"
+            opened.append(CudaIpcTransport(self._identity, self._secret, config, unix_path=path, runtime=device.runtime))
+        elif policy == "local":
             if self._exchange is None:
                 raise ConfigError('kv_transport is "local", which needs the LocalExchange that all workers of this process share')
             opened.append(LocalTransport(self._exchange, worker_id=self._identity.name, epoch=self._identity.epoch))
-        if config.offers_shm:
+        if config.offers_shm and device is None:
             opened.append(ShmTransport(self._identity, self._secret, config, unix_path=f"{self._stem}.kv"))
-        if config.offers_tcp:
+        if config.offers_tcp and device is None:
             opened.append(TcpTransport(self._identity, self._secret, config))
         if policy == "ucx":
             from kvtransfer.ucx import UcxTransport  # an optional package
