@@ -53,14 +53,15 @@ LAYOUT = KVLayout(
 BLOCK_BYTES = LAYOUT.block_bytes
 Pool = PoolMemory | DevicePool
 NO_GPU = "needs an NVIDIA GPU: python -m pytest tests/conformance -m gpu -k cuda_ipc"
+NO_TWO_GPUS = "needs two NVIDIA GPUs: python -m pytest tests/conformance -m gpu -k nccl"
 CONFIG = TransportConfig(
     copy_slice_bytes=4 * BLOCK_BYTES, max_inflight_bytes=64 * BLOCK_BYTES, socket_buffer_bytes=64 << 10, connect_timeout_s=20
 )
 
 
-def has_gpu() -> bool:
+def has_gpus(count: int) -> bool:
     try:
-        CudaRuntime()
+        CudaRuntime(count - 1)
     except ConfigError:
         return False
     return True
@@ -116,9 +117,17 @@ def make_transport(
 
         return UcxTransport(identity, SECRET, config)
     if name == "nccl":
+        import torch
+
         from kvtransfer.nccl import NcclTransport
 
-        return NcclTransport(identity, SECRET, config)
+        return NcclTransport(identity, SECRET, config, device=torch.device("cpu"))
+    if name == "nccl_gpus":
+        import torch
+
+        from kvtransfer.nccl import NcclTransport
+
+        return NcclTransport(identity, SECRET, config, device=torch.device("cuda", 0 if worker_id.startswith("decode") else 1))
     assert name == "tcp"
     return TcpTransport(identity, SECRET, config)
 
@@ -250,12 +259,13 @@ def _params(*backends: str) -> list[ParameterSet]:
     marks = {
         "nccl": (pytest.mark.slow,),  # every source of nccl imports torch, which takes seconds
         "ucx": (no_ucx,),
-        "cuda_ipc": (pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason=NO_GPU)),
+        "cuda_ipc": (pytest.mark.gpu, pytest.mark.skipif(not has_gpus(1), reason=NO_GPU)),
+        "nccl_gpus": (pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not has_gpus(2), reason=NO_TWO_GPUS)),
     }
     return [pytest.param(backend, marks=marks.get(backend, (pytest.mark.pure,))) for backend in backends]
 
 
-@pytest.fixture(params=_params("local", "shm", "tcp", "faulty", "ucx", "nccl", "cuda_ipc_loopback", "cuda_ipc"))
+@pytest.fixture(params=_params("local", "shm", "tcp", "faulty", "ucx", "nccl", "nccl_gpus", "cuda_ipc_loopback", "cuda_ipc"))
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -295,7 +305,9 @@ def pair(backend: str, run_dir: str) -> Iterator[Pair]:
     made.close()
 
 
-remote_only = pytest.mark.parametrize("backend", _params("shm", "tcp", "ucx", "nccl", "cuda_ipc_loopback", "cuda_ipc"), indirect=True)
+remote_only = pytest.mark.parametrize(
+    "backend", _params("shm", "tcp", "ucx", "nccl", "nccl_gpus", "cuda_ipc_loopback", "cuda_ipc"), indirect=True
+)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3, NUM_BLOCKS])
@@ -308,7 +320,7 @@ def test_delivered_blocks_hold_what_was_offered_and_others_are_untouched(pair: P
     outcome = pair.target.pull(pair.source.shard(ids), targets)
     assert outcome.error is None, outcome.detail
     assert (outcome.num_blocks, outcome.size_bytes) == (num_blocks, num_blocks * BLOCK_BYTES)
-    assert outcome.path == {"faulty": "local", "cuda_ipc_loopback": "cuda_ipc"}.get(pair.backend, pair.backend)
+    assert outcome.path == {"faulty": "local", "cuda_ipc_loopback": "cuda_ipc", "nccl_gpus": "nccl"}.get(pair.backend, pair.backend)
     got = dict(zip(targets, ids, strict=True))
     for block_id in range(NUM_BLOCKS):
         assert pair.target.block(block_id) == (content(got[block_id], 1) if block_id in got else bytes(BLOCK_BYTES)), block_id
