@@ -150,7 +150,8 @@ class Source:
             self.endpoint = self.transport.endpoint()
             return
         command = [sys.executable, __file__, backend, run_dir, worker_id, str(epoch), str(port)]
-        environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]))  # of `tests`, which is no package that is installed
+        paths = filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))  # `tests` is no package that is installed
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.endpoint = Endpoint(**self._reply())
 
