@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from engine.demo import DEMO_MODEL_DIR
-from kvtransfer.digest import layer_spans
+from kvtransfer.layers import layer_spans
 from kvtransfer.local import LocalExchange, LocalTransport
 from kvtransfer.region import PoolMemory
 from kvtransfer.transport import Transfer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from kvtransfer.digest import layer_spans
+from kvtransfer.layers import layer_spans
 from protocol.kv import KVLayout, LayerGroup, LayerKind, ShardRectangle
 
 BLOCK_SIZE_TOKENS = 16
