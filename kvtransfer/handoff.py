@@ -2,6 +2,7 @@
 
     source   OFFERED ──(target renews: RESERVED)──(target acknowledges)──► RELEASED       or FAILED (dropped), EXPIRED (lease ran out)
     target   OFFERED ─► RESERVED ─► PULLING ─► VERIFIED ─► ACKED ─► RELEASED              or FAILED(reason)
+                           ▲──────────┘ a pull that broke off, under the policy "retry", once
 
 An offer may come before the end of the prefill's last step (`KVHandoff.is_complete` is false): its target reserves and pulls behind the
 source's layers, and is VERIFIED only after the HandoffCompletion, which brings first tokens and digests.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from kvtransfer.reshard import check_compatible
 from protocol.errors import LayoutMismatch
@@ -29,6 +31,27 @@ _WAY = (
     HandoffState.ACKED,
     HandoffState.RELEASED,
 )
+
+
+_WORTH_ANOTHER_PULL = (TransferError.PEER_LOST, TransferError.TRUNCATED, TransferError.DIGEST_MISMATCH, TransferError.DEADLINE)
+
+
+class FailurePolicy(Enum):
+    """What a target does about KV that did not come, or not as it was offered."""
+
+    RECOMPUTE = "recompute"  # computes the prompt itself
+    RETRY = "retry"  # pulls once more, then computes it itself
+    FAIL = "fail"  # ends the request, with the reason
+
+
+def recourse(policy: FailurePolicy, error: TransferError, *, num_pulls: int) -> FailurePolicy:
+    """What `policy` comes to after `num_pulls` pulls of one offer, the last of which met `error`.
+
+    RETRY only once, and only where the source may have the blocks still: one that lost, freed or refuses them says so again.
+    """
+    if policy is FailurePolicy.RETRY and (num_pulls != 1 or error not in _WORTH_ANOTHER_PULL):
+        return FailurePolicy.RECOMPUTE
+    return policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +112,7 @@ class TargetHandoff:
     next_renewal_s: float
     completed_s: float  # when it was complete, on our clock; of an early offer: not before `complete` is called
     state: HandoffState = HandoffState.OFFERED
+    num_pulls: int = 0  # begun
     refusal: Refusal | None = None  # set by `fail`
 
     @property
@@ -114,6 +138,12 @@ class TargetHandoff:
 
     def pull(self) -> None:
         self.state = advance(self.state, HandoffState.PULLING)
+        self.num_pulls += 1
+
+    def pull_again(self) -> None:
+        """The last pull has broken off; its blocks stay set aside for this one."""
+        self.state = advance(self.state, HandoffState.RESERVED)
+        self.pull()
 
     def finish_pull(self, outcome: Outcome) -> None:
         """The copy has stopped: VERIFIED, or FAILED with the outcome's error."""

@@ -70,7 +70,7 @@ _HANDOFF_ENDS = (_H.FAILED, _H.EXPIRED)
 HANDOFF_MOVES: dict[HandoffState, tuple[HandoffState, ...]] = {
     _H.OFFERED: (_H.RESERVED, *_HANDOFF_ENDS),
     _H.RESERVED: (_H.PULLING, *_HANDOFF_ENDS),
-    _H.PULLING: (_H.VERIFIED, *_HANDOFF_ENDS),
+    _H.PULLING: (_H.VERIFIED, _H.RESERVED, *_HANDOFF_ENDS),  # RESERVED: it broke off and is pulled once more
     _H.VERIFIED: (_H.ACKED, *_HANDOFF_ENDS),
     _H.ACKED: (_H.RELEASED, *_HANDOFF_ENDS),
     _H.RELEASED: (),

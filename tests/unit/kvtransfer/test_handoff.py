@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvtransfer.handoff import Refusal, SourceHandoff, TargetHandoff, refuse
+from kvtransfer.handoff import FailurePolicy, Refusal, SourceHandoff, TargetHandoff, recourse, refuse
 from protocol.errors import IllegalMove
 from protocol.kv import (
     DigestMode,
@@ -130,6 +130,30 @@ def test_nothing_is_decoded_from_a_copy_that_failed() -> None:
     assert taken.state is HandoffState.FAILED and taken.refusal == Refusal(error=TransferError.STALE_GENERATION, detail="")
     with pytest.raises(IllegalMove):
         taken.finish_pull(outcome())
+
+
+def test_a_pull_that_broke_off_may_be_made_again() -> None:
+    """Seen to fail with `pull_again` not counting."""
+    taken = target()
+    taken.reserve()
+    taken.pull()
+    taken.pull_again()
+    assert taken.is_pulling and taken.num_pulls == 2
+    taken.finish_pull(outcome())
+    taken.release()
+    with pytest.raises(IllegalMove):
+        taken.pull_again()
+
+
+@pytest.mark.parametrize("error", TransferError)
+@pytest.mark.parametrize("num_pulls", [0, 1, 2])
+def test_a_pull_is_made_again_once_and_only_where_the_source_may_have_the_blocks(error: TransferError, num_pulls: int) -> None:
+    """All errors, before and after each pull. Seen to fail with STALE_GENERATION among those worth another pull."""
+    curable = error in (TransferError.PEER_LOST, TransferError.TRUNCATED, TransferError.DIGEST_MISMATCH, TransferError.DEADLINE)
+    again = FailurePolicy.RETRY if curable and num_pulls == 1 else FailurePolicy.RECOMPUTE
+    assert recourse(FailurePolicy.RETRY, error, num_pulls=num_pulls) is again
+    assert recourse(FailurePolicy.RECOMPUTE, error, num_pulls=num_pulls) is FailurePolicy.RECOMPUTE
+    assert recourse(FailurePolicy.FAIL, error, num_pulls=num_pulls) is FailurePolicy.FAIL
 
 
 def test_a_pull_needs_a_reservation() -> None:
