@@ -107,7 +107,7 @@ class TargetHandoff:
     """An offer to us, from its arrival until the source is told of its end."""
 
     handoff: KVHandoff
-    give_up_s: float  # when it has waited too long for room, on our clock; a pull has its own deadline
+    give_up_s: float  # when it has waited too long for room, or for the end of its pull; on our clock
     renew_interval_s: float
     next_renewal_s: float
     completed_s: float  # when it was complete, on our clock; of an early offer: not before `complete` is called
@@ -136,14 +136,16 @@ class TargetHandoff:
         """Blocks are set aside for it."""
         self.state = advance(self.state, HandoffState.RESERVED)
 
-    def pull(self) -> None:
+    def pull(self, *, give_up_s: float) -> None:
+        """give_up_s: when the outcome of this pull is not waited for any longer."""
         self.state = advance(self.state, HandoffState.PULLING)
         self.num_pulls += 1
+        self.give_up_s = give_up_s
 
-    def pull_again(self) -> None:
+    def pull_again(self, *, give_up_s: float) -> None:
         """The last pull has broken off; its blocks stay set aside for this one."""
         self.state = advance(self.state, HandoffState.RESERVED)
-        self.pull()
+        self.pull(give_up_s=give_up_s)
 
     def finish_pull(self, outcome: Outcome) -> None:
         """The copy has stopped: VERIFIED, or FAILED with the outcome's error."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvtransfer.handoff import FailurePolicy
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.errors import ConfigError
 from protocol.kv import DigestMode
@@ -56,6 +57,7 @@ class WorkerCoreConfig:
     max_offered_bytes: int = 1 << 40  # KV kept for targets; at the bound no further prompt is begun for a hand-off
     digest_mode: DigestMode = DigestMode.SAMPLED
     offer_early: bool = True  # offer KV when the last step of its prefill begins, so that the target's copy follows the layers
+    kv_load_failure_policy: FailurePolicy = FailurePolicy.RECOMPUTE
 
     def __post_init__(self) -> None:
         for name in ("max_waiting", "max_remembered_attempts", "lease_s", "pull_deadline_s", "max_handoff_wait_s", "max_offered_bytes"):

@@ -1,5 +1,6 @@
-"""The target's side of hand-offs in a worker: accept an offer, reserve, pull, verify, acknowledge; or give it up and compute here.
+"""The target's side of hand-offs in a worker: accept an offer, reserve, pull, verify, acknowledge; or give it up.
 
+What follows a failure is the policy's (kvtransfer.handoff.recourse): the prompt is computed here, pulled once more, or the attempt fails.
 An early offer is pulled while its source still computes; it ends well only after `complete` has brought first token and digests.
 
 Target blocks are quarantined while a copy may write them: whatever becomes of the attempt, they are given back only at PullDone.
@@ -8,17 +9,19 @@ Target blocks are quarantined while a copy may write them: whatever becomes of t
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 
 from engine.core.attempts import LiveAttempt
 from engine.core.config import WorkerCoreConfig
 from engine.core.events import AckSource, CancelPull, Command, CompletePull, DropSource, RenewSource, StartPull, Tell
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
-from kvtransfer.handoff import Refusal, TargetHandoff, refuse
+from kvtransfer.handoff import FailurePolicy, Refusal, TargetHandoff, recourse, refuse
 from protocol.kv import HandoffCompletion, KVHandoff, KVLayout, Outcome, TransferError
 from protocol.messages import HandoffDone, TransferFailed
 from protocol.request import Attempt
 
+OVERDUE_S = 1.0  # transports end a pull by its deadline; one that does not (a library that hangs) holds up nobody longer than this
 NOTHING_PULLED = Outcome(num_blocks=0, size_bytes=0, duration_s=0.0, path="cached")
 
 
@@ -33,12 +36,15 @@ class Intake:
         *,
         layout: KVLayout,
         fingerprint: bytes,
+        fail: Callable[[LiveAttempt, str], None],
     ) -> None:
+        """`fail(live, reason)` ends an attempt for good."""
         self._config = config
         self._scheduler = scheduler
         self._counters = counters
         self._layout = layout
         self._fingerprint = fingerprint
+        self._fail = fail
         self._open: dict[str, LiveAttempt] = {}  # by handoff id: waiting for room, or pulling
         self._waiting: set[str] = set()  # those of them that wait
         self._cached: set[str] = set()  # early ones that need no copy: only their completion is waited for
@@ -48,7 +54,7 @@ class Intake:
         return len(self._open) + len(self._quarantine)
 
     def accept(self, live: LiveAttempt, handoff: KVHandoff, attempt: Attempt, now: float) -> list[Command]:
-        """Look at an offer; call it when the attempt is in the inbox. Refused: the source is told, and the prompt is computed here."""
+        """Look at an offer; call it when the attempt is in the inbox. Refused: the source is told, and the policy has its way."""
         target = TargetHandoff(
             handoff=handoff,
             give_up_s=now + self._config.max_handoff_wait_s,
@@ -85,8 +91,10 @@ class Intake:
             live.handoff = None
             sequence.take_first_token(first[choice])
             self._scheduler.unpark(sequence)
-            return self._told_of_failure(live, target)
+            return self._give_up(live, target)
         self._scheduler.take_first_token(sequence, first[choice])
+        if target.is_pulling:
+            target.give_up_s = self._overdue_s(target, now)
         if target.handoff_id in self._cached:
             self._cached.remove(target.handoff_id)
             return self.finish(target.handoff_id, NOTHING_PULLED, now)
@@ -103,8 +111,8 @@ class Intake:
             target = live.handoff
             self._waiting.remove(target.handoff_id)
             target.reserve()
-            target.pull()
-            commands += self._pull(live.handoff, sequence, now)
+            target.pull(give_up_s=self._overdue_s(target, now))
+            commands += self._pull(target, sequence, now)
         return commands
 
     def _pull(self, target: TargetHandoff, sequence: Sequence, now: float) -> list[Command]:
@@ -122,9 +130,16 @@ class Intake:
                 source_indices=array("I", range(first * size // shard.layout.block_size_tokens, len(shard.block_ids))),
                 target_block_ids=sequence.block_table[first:],
                 target_start_tokens=first * size,
-                deadline_s=self._config.pull_deadline_s if handoff.is_complete else self._config.max_handoff_wait_s,
+                deadline_s=self._deadline_s(target),
             )
         ]
+
+    def _deadline_s(self, target: TargetHandoff) -> float:
+        """For a pull that begins now. Until an early offer is complete, its source may compute as long as an offer may wait."""
+        return self._config.pull_deadline_s if target.handoff.is_complete else self._config.max_handoff_wait_s
+
+    def _overdue_s(self, target: TargetHandoff, now: float) -> float:
+        return now + self._deadline_s(target) + OVERDUE_S
 
     def finish(self, handoff_id: str, outcome: Outcome, now: float) -> list[Command]:
         """A copy has stopped, well or not."""
@@ -136,6 +151,11 @@ class Intake:
             self._counters["late_messages"] += 1
             return []
         target = live.handoff
+        policy = self._config.kv_load_failure_policy
+        if outcome.error is not None and recourse(policy, outcome.error, num_pulls=target.num_pulls) is FailurePolicy.RETRY:
+            self._counters["pulls_again"] += 1
+            target.pull_again(give_up_s=self._overdue_s(target, now))
+            return self._pull(target, _leader(live), now)
         target.finish_pull(outcome)
         if target.refusal is not None:
             return self._without_kv(live, target)
@@ -166,26 +186,39 @@ class Intake:
         if target.handoff_id in self._cached:
             self._cached.remove(target.handoff_id)
         elif target.is_pulling:
-            self._quarantine[target.handoff_id] = _leader(live).give_up_blocks()
-            commands.append(CancelPull(handoff_id=target.handoff_id))
+            commands.append(self._abandon(live, target))
         target.fail(Refusal(error=TransferError.CANCELLED, detail="the attempt was cancelled"))
         self._end(live)
         commands.append(DropSource(handoff=target.handoff, reason=TransferError.CANCELLED.value))
         return commands
 
     def tick(self, now: float) -> list[Command]:
-        """Renew leases; give up what waited too long for room."""
+        """Renew leases; give up what waited too long for room, or for the end of its pull."""
         commands: list[Command] = []
         for live in list(self._open.values()):
             target = live.handoff
             assert target is not None
-            if not target.is_pulling and now >= target.give_up_s:
+            if target.handoff_id in self._cached and now >= target.give_up_s:
+                self._cached.remove(target.handoff_id)
+                target.fail(Refusal(error=TransferError.DEADLINE, detail="the source has not completed its early offer in time"))
+                commands += self._without_kv(live, target)
+            elif target.is_pulling and now >= target.give_up_s:
+                commands.append(self._abandon(live, target))
+                detail = f"the transport has not ended it {OVERDUE_S:g} s after its deadline of {self._deadline_s(target):g} s"
+                target.fail(Refusal(error=TransferError.DEADLINE, detail=detail))
+                commands += self._without_kv(live, target)
+            elif now >= target.give_up_s:
                 detail = f"no room here within {self._config.max_handoff_wait_s:g} s"
                 target.fail(Refusal(error=TransferError.NO_BLOCKS, detail=detail))
                 commands += self._without_kv(live, target)
             elif target.take_renewal(now):
                 commands.append(RenewSource(handoff=target.handoff))
         return commands
+
+    def _abandon(self, live: LiveAttempt, target: TargetHandoff) -> CancelPull:
+        """Nobody waits for the copy any more, but it may still be writing: its blocks wait for its end alone."""
+        self._quarantine[target.handoff_id] = _leader(live).give_up_blocks()
+        return CancelPull(handoff_id=target.handoff_id)
 
     def overdue(self, now: float) -> list[LiveAttempt]:
         """Attempts whose early offer came to nothing, and that wait too long for their first token: to be given back."""
@@ -206,21 +239,28 @@ class Intake:
         was_pulling = _leader(live).sequence_id in self._scheduler.pulling
         if live.handoff is target:
             self._end(live)
-        if not target.handoff.is_complete:
+        if not target.handoff.is_complete and self._config.kv_load_failure_policy is not FailurePolicy.FAIL:
             live.handoff = target
             self._scheduler.park(_leader(live))
             return []
         if was_pulling:
             self._scheduler.back_to_waiting(_leader(live))
-        return self._told_of_failure(live, target)
+        return self._give_up(live, target)
 
-    def _told_of_failure(self, live: LiveAttempt, target: TargetHandoff) -> list[Command]:
+    def _give_up(self, live: LiveAttempt, target: TargetHandoff) -> list[Command]:
+        """The offer is not taken: compute the prompt here, or fail the attempt."""
         refusal = target.refusal
         assert refusal is not None
         self._counters["transfer_failures"] += 1
+        dropped = DropSource(handoff=target.handoff, reason=refusal.error.value)
+        policy = recourse(self._config.kv_load_failure_policy, refusal.error, num_pulls=target.num_pulls)
+        if policy is FailurePolicy.FAIL:
+            why = f"its KV did not come ({refusal.error.value}: {refusal.detail})"
+            self._fail(live, f"{why} and kv_load_failure_policy is fail; with recompute or retry it would be computed here")
+            return [dropped]
         self._counters["recomputes"] += 1
         failed = TransferFailed(request_id=live.key.request_id, attempt=live.key.attempt, error=refusal.error.value, detail=refusal.detail)
-        return [DropSource(handoff=target.handoff, reason=refusal.error.value), Tell(gateway=live.gateway, message=failed)]
+        return [dropped, Tell(gateway=live.gateway, message=failed)]
 
 
 def _leader(live: LiveAttempt) -> Sequence:

@@ -72,6 +72,7 @@ COUNTERS = (
     "handoff_bytes_in",
     "transfer_failures",
     "recomputes",  # attempts whose offered KV was computed here after all
+    "pulls_again",  # after one that broke off, under kv_load_failure_policy retry
     "leases_expired",
     "late_messages",  # about a hand-off that had ended, or was never ours
     "attempts_refused",
@@ -143,7 +144,14 @@ class WorkerCore:
             lease_s=config.lease_s,
             digest_mode=config.digest_mode,
         )
-        self._intake = Intake(config, self._scheduler, self._counters, layout=layout, fingerprint=fingerprint)
+        self._intake = Intake(
+            config,
+            self._scheduler,
+            self._counters,
+            layout=layout,
+            fingerprint=fingerprint,
+            fail=lambda live, reason: self._fail(live, reason, retryable=False),
+        )
         self._attempts: dict[PartKey, LiveAttempt] = {}
         self._remembered: OrderedDict[PartKey, None] = OrderedDict()  # ended; a repeated Submit of one is ignored
         self._num_submits = 0

@@ -27,8 +27,9 @@ from engine.core.events import (
     Tell,
 )
 from engine.core.executor import Sampled, SampledTokens, StepResult
+from kvtransfer.handoff import FailurePolicy
 from protocol.kv import TransferError
-from protocol.messages import HandoffDone, TransferFailed
+from protocol.messages import AttemptFailed, HandoffDone, TransferFailed
 from protocol.request import FinishReason
 from tests.core_bench import Bench, done, of, offer, prompt, taken
 from tests.sim_cluster import EOS, FINGERPRINT, layout, make_request
@@ -197,6 +198,72 @@ def test_a_failed_pull_is_computed_here(error: TransferError) -> None:
     bench.finish_all()
     assert [r.position for r in bench.runs()] == [1, 2]
     assert bench.counter("recomputes") == 1 and bench.counter("prompt_tokens_computed") == 41 and bench.core.is_at_rest
+
+
+def under(policy: FailurePolicy, **core: object) -> Bench:
+    return Bench(num_blocks=4, core={"kv_load_failure_policy": policy, **core})
+
+
+def test_under_retry_a_failed_pull_is_made_once_more_into_the_same_blocks() -> None:
+    """Then it counts as any other. Seen to fail with `_pull` counting from block 0 of a prompt half of which is here."""
+    bench = under(FailurePolicy.RETRY)
+    bench.submit(make_request(5, prompt(20), max_tokens=1))
+    bench.finish_all()
+    handoff, commands = taken(bench, max_tokens=3)
+    (first,) = of(commands, StartPull)
+    commands = bench.on(PullDone(handoff_id=handoff.handoff_id, outcome=done(error=TransferError.PEER_LOST)))
+    assert of(commands, StartPull) == [first] and list(first.source_indices) == [1, 2]
+    assert not of(commands, DropSource) and not bench.all(Tell) and bench.counter("pulls_again") == 1
+    assert of(bench.tick(5.0), RenewSource), "the source keeps its blocks meanwhile"
+    commands = bench.on(PullDone(handoff_id=handoff.handoff_id, outcome=done()))
+    assert of(commands, AckSource) and bench.told(HandoffDone)
+    bench.finish_all()
+    assert bench.counter("transfer_failures") == bench.counter("recomputes") == 0 and bench.core.is_at_rest
+
+
+def test_under_retry_the_second_failure_is_computed_here() -> None:
+    """Seen to fail with `recourse` not looking at the number of pulls."""
+    bench = under(FailurePolicy.RETRY)
+    handoff, _ = taken(bench, max_tokens=3)
+    for _ in range(2):
+        commands = bench.on(PullDone(handoff_id=handoff.handoff_id, outcome=done(error=TransferError.DEADLINE)))
+    assert of(commands, DropSource) and not of(commands, StartPull) and bench.told(TransferFailed)[0].error == "deadline"
+    bench.finish_all()
+    assert [r.position for r in bench.runs()] == [1, 2] and bench.counter("recomputes") == 1 and bench.core.is_at_rest
+
+
+def test_under_retry_an_attempt_cancelled_in_its_second_pull_keeps_its_blocks_until_the_copy_has_stopped() -> None:
+    bench = under(FailurePolicy.RETRY)
+    handoff, _ = taken(bench)
+    bench.on(PullDone(handoff_id=handoff.handoff_id, outcome=done(error=TransferError.PEER_LOST)))
+    assert of(bench.on(CancelReceived(request_id=handoff.request_id, attempt=0)), CancelPull)
+    assert bench.blocks == (1, 3, 0, 0) and not bench.core.is_at_rest
+    bench.on(PullDone(handoff_id=handoff.handoff_id, outcome=done(error=TransferError.PEER_LOST)))
+    assert bench.blocks == (4, 0, 0, 0) and bench.core.is_at_rest, "no third pull of what nobody wants"
+
+
+@pytest.mark.parametrize("failure", ["pull", "refused", "no room"])
+def test_under_fail_the_request_ends_and_the_reason_is_told(failure: str) -> None:
+    """Nothing is computed or kept, the source is told. Seen to fail with `_give_up` not asking the policy."""
+    bench = under(FailurePolicy.FAIL, max_handoff_wait_s=20.0)
+    request = make_request(1, prompt(40), max_tokens=3)
+    handoff = offer(Bench(), request, token=9)
+    if failure == "pull":
+        bench.submit(request, handoff=handoff)
+        bench.on(PullDone(handoff_id=handoff.handoff_id, outcome=done(error=TransferError.DIGEST_MISMATCH)))
+    elif failure == "refused":
+        bench.submit(request, handoff=replace(handoff, fingerprint=b"x" * 16))
+    else:
+        bench.submit(make_request(9, prompt(50, 100), max_tokens=10))
+        bench.submit(request, handoff=handoff)
+        bench.tick(20.1)
+    (failed,) = bench.told(AttemptFailed)
+    assert failed.request_id == request.request_id and not failed.retryable
+    why = {"pull": "digest_mismatch", "refused": "refused: offered by a model", "no room": "no_blocks: no room here within 20 s"}[failure]
+    assert why in failed.reason and "kv_load_failure_policy is fail" in failed.reason
+    assert len(bench.all(DropSource)) == 1 and bench.told(TransferFailed) == [] and bench.counter("recomputes") == 0
+    bench.finish_all()
+    assert {r.request_id for r in bench.runs()} <= {make_request(9, prompt(1)).request_id} and bench.core.is_at_rest
 
 
 def test_target_blocks_are_quarantined_until_the_copy_has_stopped() -> None:
