@@ -170,6 +170,7 @@ def core_config(config: ClusterConfig) -> WorkerCoreConfig:
         max_offered_bytes=workers.max_offered_bytes,
         offer_early=workers.offer_early,
         digest_mode=config.transport.offer_digest_mode,
+        kv_load_failure_policy=config.transport.kv_load_failure_policy,
     )
 
 

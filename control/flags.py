@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal, get_args, get_origin
 
 from control.binding import Given, KeyPath, Settings, default_of, leaf_paths
@@ -53,6 +54,8 @@ class Flag:
         kind = self.type if get_origin(self.type) is Literal else kinds[0]
         if get_origin(kind) is Literal:
             return "|".join(str(choice) for choice in get_args(kind))
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            return "|".join(str(choice.value) for choice in kind)
         if kind is int:
             return "BYTES" if self.parameter.endswith("_bytes") else "INTEGER"
         return {float: "SECONDS", str: "TEXT"}.get(kind, "TEXT") if isinstance(kind, type) else "TEXT"
@@ -63,6 +66,8 @@ class Flag:
         value = default_of(ClusterConfig, self.path)
         if isinstance(value, bool):
             return "on" if value else "off"
+        if isinstance(value, Enum):
+            return str(value.value)
         return "" if value in (None, "", ()) else str(value)
 
 
@@ -102,6 +107,7 @@ FLAGS: tuple[Flag, ...] = (
     _row("Engine", "--enable-prefix-caching", "workers.enable_prefix_caching", "Reuse the KV of prompts that begin alike."),
     _row("Routing", "--policy", "router.policy", "Placement policy, NAME or NAME:k=v,..."),
     _row("Routing", "--kv-transport", "transport.kv_transport", "How KV blocks move: auto, shm or tcp."),
+    _row("Routing", "--kv-load-failure-policy", "transport.kv_load_failure_policy", "When a prompt's KV does not arrive."),
     _row("Cluster", "--ray-address", "ray.address", "Join this Ray cluster instead of starting one."),
 )  # fmt: skip
 

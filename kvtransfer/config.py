@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvtransfer.handoff import FailurePolicy
 from protocol.errors import ConfigError
 from protocol.kv import DigestMode
 from protocol.wire import is_loopback
@@ -32,6 +33,7 @@ class TransportConfig:
     ucx_port: int = 0  # conversations whose bytes go by UCX or NCCL; 0: any free port
     nccl_port: int = 0
     pull_retries: int = 1  # further tries of a failed pull, each over another path
+    kv_load_failure_policy: FailurePolicy = FailurePolicy.RECOMPUTE  # once a pull has failed over every path it may take
     connect_timeout_s: float = 5.0  # connecting and authenticating, within the pull's deadline
     stall_timeout_s: float = 30.0  # a peer that takes none of our bytes for this long is cut off
     idle_close_s: float = 60.0  # a peer not pulled from for this long is disconnected and unmapped

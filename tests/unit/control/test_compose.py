@@ -18,6 +18,7 @@ from engine.models.config import ModelConfig, parse_model_config
 from engine.models.tensors import expected_tensors
 from engine.step_time import LinearStepTime, StepShape
 from kernels.native.library import ChosenKernels
+from kvtransfer.handoff import FailurePolicy
 from protocol.errors import ConfigError, ModelDoesNotFit
 from protocol.kv import DigestMode, ModelFingerprint
 from protocol.worker import Role
@@ -141,7 +142,7 @@ def test_defaults_of_the_workers_section_are_those_of_the_engine() -> None:
 def test_settings_reach_core_and_executor() -> None:
     tree = {
         "workers": {"block_size": 32, "max_num_seqs": 3, "max_num_batched_tokens": 77, "enable_prefix_caching": False, "lease_s": 5},
-        "transport": {"kv_transport": "tcp"},
+        "transport": {"kv_transport": "tcp", "kv_load_failure_policy": "fail"},
         "prefill": {"order_by": "shortest_first", "chunk_tokens_beside_decodes": 64},
         "decode": {"watermark_fraction": 0.1},
     }
@@ -149,7 +150,7 @@ def test_settings_reach_core_and_executor() -> None:
     scheduler = made.core.scheduler
     assert (scheduler.block_size_tokens, scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (32, 3, 77)
     assert not scheduler.enable_prefix_caching and made.core.lease_s == 5 and made.core.digest_mode is DigestMode.FULL
-    assert made.layout.block_size_tokens == 32
+    assert made.layout.block_size_tokens == 32 and made.core.kv_load_failure_policy is FailurePolicy.FAIL
     assert made.prefill.chunk_tokens(500, 1) == 64 and made.prefill.order(0, 9, 5) == (0, 5)
     assert not made.decode.may_admit(9, 0, 100) and made.decode.may_admit(10, 0, 100)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from control.config import ClusterConfig, load_config
 from control.flags import FLAGS, MODEL
 from control.sections import WorkersSection
 from gateway.config import ApiKey
+from kvtransfer.handoff import FailurePolicy
 from protocol.errors import ConfigError
 from protocol.kv import DigestMode
 from router.config import Disaggregate
@@ -54,14 +56,16 @@ def test_every_flag_and_its_variable_set_the_key_they_name() -> None:
         "--kernels": "avx2",
         "--executor": "paced",
         "--kv-transport": "tcp",
+        "--kv-load-failure-policy": FailurePolicy.RETRY,
     }
     paths = [flag.path for flag in (MODEL, *FLAGS)]
     assert len(set(paths)) == len(paths)
     for flag in (MODEL, *FLAGS):
         value = "secret" if flag.name == "--api-key" else special.get(flag.name, samples.get(flag.type))
         assert value is not None, flag.name
-        by_flag = load_config(flags={flag.parameter: value if flag.is_switch else str(value)})
-        assert by_flag == load_config(environ={flag.variable: str(value)})
+        text = str(value.value if isinstance(value, Enum) else value)
+        by_flag = load_config(flags={flag.parameter: value if flag.is_switch else text})
+        assert by_flag == load_config(environ={flag.variable: text})
         found: Any = by_flag
         for name in flag.path:
             found = getattr(found, name)
