@@ -153,6 +153,7 @@ class _Live(Collector):
         labels = ("model_name", "engine")
         running = GaugeMetricFamily("vllm:num_requests_running", "Sequences in the running batch", labels=labels)
         waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Sequences waiting on the worker", labels=labels)
+        pulling = GaugeMetricFamily("baton_kv_pulls", "Of those that wait: KV on its way to the worker", labels=("worker",))
         usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 1 is all", labels=labels)
         preemptions = CounterMetricFamily("vllm:num_preemptions", "Sequences preempted", labels=labels)
         blocks = GaugeMetricFamily("baton_kv_blocks", "KV blocks by kind", labels=("worker", "kind"))
@@ -164,6 +165,7 @@ class _Live(Collector):
             engine = (self._model_name, s.worker_id)
             running.add_metric(engine, s.num_running)
             waiting.add_metric(engine, s.num_waiting)
+            pulling.add_metric((s.worker_id,), s.num_pulling)
             held = s.num_blocks_owned + s.num_blocks_leased
             usage.add_metric(engine, held / s.num_blocks_total if s.num_blocks_total else 0.0)
             preemptions.add_metric(engine, s.num_preemptions)
@@ -175,7 +177,7 @@ class _Live(Collector):
             notes.add_metric((s.worker_id,), len(s.notes))
             for name, total in sorted(s.counters.items()):
                 counters.add_metric((s.worker_id, name), total)
-        yield from (running, waiting, usage, preemptions, blocks, unaccounted, steps, counters, notes)
+        yield from (running, waiting, pulling, usage, preemptions, blocks, unaccounted, steps, counters, notes)
 
 
 def kv_blocks(snapshot: WorkerSnapshot) -> dict[str, int]:

@@ -35,6 +35,7 @@ def worker_status(row: WorkerRow, now: float, *, linked: bool, trouble: str | No
         if snapshot is None
         else {
             "waiting": snapshot.num_waiting,
+            "pulling": snapshot.num_pulling,
             "running": snapshot.num_running,
             "waiting_tokens": snapshot.waiting_tokens,
             "running_kv_tokens": snapshot.running_kv_tokens,

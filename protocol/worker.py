@@ -86,6 +86,7 @@ class WorkerSnapshot:
     step_time_ewma_s: float
     counters: dict[str, int]  # monotonic counters by metric name (worker_core.COUNTERS); see gateway/metrics
     notes: tuple[str, ...] = ()  # fallbacks in force, for `baton status`
+    num_pulling: int = 0  # of num_waiting: their KV is on its way
 
     @property
     def num_blocks_unaccounted(self) -> int:

@@ -470,6 +470,7 @@ class WorkerCore:
             step_count=self._counters["steps"],
             last_event_number=self._cache.last_event_number,
             num_waiting=len(waiting) + len(self._scheduler.pulling) + len(self._scheduler.parked),
+            num_pulling=len(self._scheduler.pulling),
             num_running=len(running),
             waiting_tokens=behind,
             running_kv_tokens=sum(s.num_computed_tokens for s in running),

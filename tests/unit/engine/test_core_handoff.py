@@ -159,6 +159,24 @@ def test_a_target_pulls_verifies_acknowledges_and_decodes() -> None:
     assert bench.core.is_at_rest
 
 
+def test_a_snapshot_says_how_many_pulls_are_under_way() -> None:
+    """Not those that wait for room. Seen to fail with `num_pulling` counting open offers."""
+    bench = Bench(num_blocks=4)
+
+    def pulling_and_waiting() -> tuple[int, int]:
+        snapshot = bench.core.snapshot(bench.now)
+        return snapshot.num_pulling, snapshot.num_waiting
+
+    handoff, _ = taken(bench)
+    another = make_request(2, prompt(40, 100))
+    bench.submit(another, handoff=offer(Bench(worker_id="w1"), another))
+    assert pulling_and_waiting() == (1, 2)
+    bench.on(PullDone(handoff_id=handoff.handoff_id, outcome=done()))
+    assert pulling_and_waiting() == (0, 1)
+    bench.finish_all()
+    assert pulling_and_waiting() == (1, 1)
+
+
 def test_blocks_already_here_are_not_pulled() -> None:
     bench = Bench()
     bench.submit(make_request(5, prompt(40), max_tokens=1))

@@ -168,7 +168,8 @@ class FakeWorker:
     def snapshot(self) -> WorkerSnapshot:
         return WorkerSnapshot(
             worker_id=self.worker_id, epoch=self.epoch, role=self.role, state=self.state, age_s=0.0, step_count=self.steps,
-            last_event_number=0, num_waiting=0, num_running=len(self.tasks), waiting_tokens=0, running_kv_tokens=16 * len(self.tasks),
+            last_event_number=0, num_waiting=3, num_pulling=2, num_running=len(self.tasks),
+            waiting_tokens=0, running_kv_tokens=16 * len(self.tasks),
             num_blocks_total=64, num_blocks_free=60, num_blocks_owned=2, num_blocks_leased=1, num_blocks_cached=1,
             num_preemptions=3, step_time_ewma_s=0.001, counters={"handoffs_out": 5},
         )  # fmt: skip

@@ -235,7 +235,8 @@ async def test_models_health_ready_status_metrics_and_page(cluster: Any) -> None
     row = status["workers"][0]
     assert (row["role"], row["pid"], row["state"], row["epoch"]) == ("decode", 4242, "ready", cluster.workers["decode-0"].epoch)
     assert row["kv_blocks"] == {"total": 64, "free": 60, "owned": 2, "leased": 1, "cached": 1, "unaccounted": 0}
-    assert row["queue"]["running"] == 0 and row["counters"] == {"handoffs_out": 5}
+    assert (row["queue"]["waiting"], row["queue"]["pulling"], row["queue"]["running"]) == (3, 2, 0)
+    assert row["counters"] == {"handoffs_out": 5}
 
 
 async def test_metrics_are_parsable_and_count(cluster: Any) -> None:
@@ -256,7 +257,7 @@ async def test_metrics_are_parsable_and_count(cluster: Any) -> None:
     assert value("vllm:request_success", "_total", finished_reason="length") == 1
     assert value("baton_kv_handoff_bytes", "_sum") == 4096
     assert value("baton_placements", "_total", decision="prefill-decode") == 1
-    assert value("baton_kv_blocks_unaccounted", worker="decode-0") == 0
+    assert value("baton_kv_blocks_unaccounted", worker="decode-0") == 0 and value("baton_kv_pulls", worker="decode-0") == 2
 
 
 async def test_client_request_id_is_echoed(cluster: Any) -> None:
