@@ -1,12 +1,13 @@
 """Any backend, with faults drawn from a seeded generator: what a bad network, a bad kernel or a bad day would do to a transfer.
 
-Faults come between the backend and whoever polls it, after the real copy: bytes of the target blocks are damaged, outcomes are
-late, lost, out of order or told twice. The promise of one outcome a transfer still holds for a lost one (it ends at its deadline,
-as a network's would), and is broken on purpose by `duplicate`: whoever polls must not take an outcome twice.
+Faults come between the backend and whoever polls it: transfers start late; after the real copy bytes of the target blocks are
+damaged, outcomes are late, lost, out of order or told twice. The promise of one outcome a transfer still holds for a lost one (it
+ends at its deadline, as a network's would), and is broken on purpose by `duplicate`: whoever polls must not take an outcome twice.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import threading
@@ -35,10 +36,13 @@ class FaultRates:
     duplicate: float = 0.0  # the outcome is told twice
     delay: float = 0.0  # the outcome is late, and so may come after later ones
     delay_s_max: float = 0.05
+    stall: float = 0.0  # the transfer starts late; its deadline stays where it was
+    stall_s_min: float = 0.0
+    stall_s_max: float = 0.05
 
 
 class FaultyTransport:
-    """`KVTransport` around another; `injected` counts what was done, by fault."""
+    """`KVTransport` around another; `injected` counts what was done, by fault. `rates` may be set anew at any time."""
 
     def __init__(
         self, inner: KVTransport, rates: FaultRates, rng: Random, *, on_kill: Callable[[Transfer], None] = lambda transfer: None
@@ -46,11 +50,14 @@ class FaultyTransport:
         self.name = inner.name
         self.injected: Counter[str] = Counter()
         self._inner = inner
-        self._rates = rates
+        self.rates = rates
         self._rng = rng
         self._on_kill = on_kill
         self._regions: dict[int, Region] = {}
+        self._tickets = itertools.count(1)
         self._transfers: dict[Ticket, tuple[Transfer, float]] = {}  # with the time of the start
+        self._stalled: dict[Ticket, float] = {}  # not begun before that time
+        self._begun: dict[Ticket, Ticket] = {}  # the backend's ticket to ours
         self._cancelled: set[Ticket] = set()
         self._due: list[tuple[float, Ticket, Outcome]] = []  # outcomes held back until a time
         self._timers: set[threading.Timer] = set()
@@ -74,18 +81,26 @@ class FaultyTransport:
     def start(self, transfer: Transfer) -> Ticket:
         if self._drawn("kill"):
             self._on_kill(transfer)
-        ticket = self._inner.start(transfer)
-        self._transfers[ticket] = (transfer, time.monotonic())
-        if self._inner.wakeup_fd() < 0:
-            os.eventfd_write(self._own_fd, 1)
+        ticket = next(self._tickets)
+        now = time.monotonic()
+        self._transfers[ticket] = (transfer, now)
+        if self.rates.stall and self._drawn("stall"):
+            stall_s = self._rng.uniform(self.rates.stall_s_min, self.rates.stall_s_max)
+            self._stalled[ticket] = now + stall_s
+            self._wake_at(stall_s)
+        else:
+            self._begin(ticket)
         return ticket
 
     def poll(self) -> list[tuple[Ticket, Outcome]]:
         if self._own_fd >= 0 and select.select([self._own_fd], [], [], 0)[0]:
             os.eventfd_read(self._own_fd)
         now = time.monotonic()
-        for ticket, outcome in self._inner.poll():
-            self._hold(ticket, outcome, now)
+        for ticket in [ticket for ticket, due in self._stalled.items() if due <= now]:
+            del self._stalled[ticket]
+            self._begin(ticket)
+        for begun, outcome in self._inner.poll():
+            self._hold(self._begun.pop(begun), outcome, now)
         ready = [entry for entry in self._due if entry[0] <= now or entry[1] in self._cancelled]
         self._due = [entry for entry in self._due if entry not in ready]
         done: list[tuple[Ticket, Outcome]] = []
@@ -100,7 +115,9 @@ class FaultyTransport:
     def cancel(self, ticket: Ticket) -> None:
         if ticket in self._transfers:
             self._cancelled.add(ticket)
-            self._inner.cancel(ticket)
+            for begun in [begun for begun, ours in self._begun.items() if ours == ticket]:
+                self._inner.cancel(begun)
+            self._end_stalled(ticket)
             os.eventfd_write(self._own_fd, 1)
 
     def wakeup_fd(self) -> int:
@@ -112,11 +129,27 @@ class FaultyTransport:
         for timer in self._timers:
             timer.join()
         self._inner.close()
+        for ticket in list(self._stalled):
+            self._end_stalled(ticket)
         self._cancelled |= {ticket for _, ticket, _ in self._due}
         if self._own_fd >= 0:
             self._either.close()
             os.close(self._own_fd)
             self._own_fd = -1
+
+    def _begin(self, ticket: Ticket) -> None:
+        transfer, started = self._transfers[ticket]
+        left_s = max(0.0, started + transfer.deadline_s - time.monotonic())
+        self._begun[self._inner.start(replace(transfer, deadline_s=left_s))] = ticket
+        if self._inner.wakeup_fd() < 0:
+            os.eventfd_write(self._own_fd, 1)
+
+    def _end_stalled(self, ticket: Ticket) -> None:
+        """A transfer that is cancelled before it has begun: nothing was or will be written."""
+        if self._stalled.pop(ticket, None) is not None:
+            error = TransferError.CANCELLED
+            outcome = Outcome(num_blocks=0, size_bytes=0, duration_s=0.0, path=self.name, error=error, detail="cancelled")
+            self._due.append((time.monotonic(), ticket, outcome))
 
     def _hold(self, ticket: Ticket, outcome: Outcome, now: float) -> None:
         """Do what the dice say to one outcome, and decide when it is told."""
@@ -130,7 +163,7 @@ class FaultyTransport:
             outcome = replace(outcome, num_blocks=0, size_bytes=0, error=TransferError.DEADLINE, detail="dropped by a fault")
             due = max(now, started + transfer.deadline_s)
         elif self._drawn("delay"):
-            due = now + self._rng.uniform(0, self._rates.delay_s_max)
+            due = now + self._rng.uniform(0, self.rates.delay_s_max)
         self._due.append((due, ticket, outcome))
         if due > now:
             self._wake_at(due - now)
@@ -151,7 +184,7 @@ class FaultyTransport:
             _put(region, b, first)
 
     def _drawn(self, fault: str) -> bool:
-        happens = self._rng.random() < getattr(self._rates, fault)
+        happens = self._rng.random() < getattr(self.rates, fault)
         self.injected[fault] += happens
         return bool(happens)
 

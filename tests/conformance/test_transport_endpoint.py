@@ -278,6 +278,21 @@ async def test_late_and_lost_outcomes_end_by_the_deadline(make: Make) -> None:
     assert time.monotonic() - start < 1.5
 
 
+async def test_a_transfer_that_starts_late_is_whole_or_ends_by_its_deadline(make: Make) -> None:
+    """Twelve that start within 0.8 s and may take 0.4 s. Seen to fail with a stalled transfer given its whole deadline anew."""
+    rates = FaultRates(stall=1.0, stall_s_max=0.8)
+    source, target = make("prefill-0", "shm"), make("decode-0", "shm", wrap=with_faults(rates, seed=6))
+    await source.kv.start()
+    await target.kv.start()
+    source.fill(12)
+    pulls = [pull(target, offer(source, [k], handoff_id=f"{k:032x}"), [k], deadline_s=0.4) for k in range(12)]
+    outcomes = await asyncio.gather(*pulls)
+    assert {o.error for o in outcomes} == {None, TransferError.DEADLINE}
+    assert all(target.block(k) == source.block(k) for k, o in enumerate(outcomes) if o.error is None)
+    begun = [o.duration_s for o in outcomes if o.error is None]
+    assert max(begun) > 0.1, "none was held back"
+
+
 async def test_other_weights_and_repeated_pulls_are_refused(make: Make) -> None:
     source, target = make("prefill-0", "shm"), make("decode-0", "shm")
     await source.kv.start()
@@ -309,8 +324,13 @@ async def test_generation_raised_after_the_offer_is_stale(make: Make) -> None:
     assert target.kv.counters["pull_retries"] == 0, "another path would see the same"
 
 
-async def test_cancelled_pull_says_so_once(make: Make) -> None:
-    slow = with_faults(FaultRates(delay=1.0, delay_s_max=5.0), seed=2)
+SLOW = [FaultRates(delay=1.0, delay_s_max=5.0), FaultRates(stall=1.0, stall_s_min=1.0, stall_s_max=5.0)]
+
+
+@pytest.mark.parametrize("rates", SLOW, ids=["late", "not begun"])
+async def test_cancelled_pull_says_so_once(make: Make, rates: FaultRates) -> None:
+    """A stalled one too. Seen to fail with `_end_stalled` not called by `cancel`."""
+    slow = with_faults(rates, seed=2)
     source, target = make("prefill-0", "shm"), make("decode-0", "shm", wrap=slow)
     await source.kv.start()
     await target.kv.start()
@@ -323,8 +343,9 @@ async def test_cancelled_pull_says_so_once(make: Make) -> None:
     assert [o.error for o in ends] == [TransferError.CANCELLED]
 
 
-async def test_close_ends_pulls_under_way(make: Make) -> None:
-    slow = with_faults(FaultRates(delay=1.0, delay_s_max=5.0), seed=2)
+@pytest.mark.parametrize("rates", SLOW, ids=["late", "not begun"])
+async def test_close_ends_pulls_under_way(make: Make, rates: FaultRates) -> None:
+    slow = with_faults(rates, seed=2)
     source, target = make("prefill-0", "tcp"), make("decode-0", "tcp", wrap=slow)
     await source.kv.start()
     await target.kv.start()
