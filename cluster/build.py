@@ -38,6 +38,7 @@ from router import policies
 if TYPE_CHECKING:
     from cluster.pieces import Pieces
     from cluster.ray_runtime import Guard, RayRuntime
+    from cluster.worker_build import WrapTransport
 
 log = logging.getLogger("baton.cluster")
 
@@ -47,13 +48,21 @@ READY_POLL_S = 0.05
 FAILURE_POLL_S = 1.0
 
 
-def serve(config: ClusterConfig, *, report: Report = lambda event: None, environ: Mapping[str, str] = os.environ) -> None:
+def serve(
+    config: ClusterConfig,
+    *,
+    report: Report = lambda event: None,
+    environ: Mapping[str, str] = os.environ,
+    wrap_transport: WrapTransport | None = None,
+) -> None:
     """Serve until Ctrl-C or SIGTERM, then stop in order. On the main thread of a process.
+
+    wrap_transport: for fault drills; see cluster.worker_build.
 
     Raises:
         ConfigError, ModelError, ServiceError: why it could not start; nothing is left behind then either.
     """
-    cluster = Cluster(config, report=report, environ=environ)
+    cluster = Cluster(config, report=report, environ=environ, wrap_transport=wrap_transport)
     with Interrupts(force=cluster.force_stop) as interrupts:
         try:
             cluster.start(guard=interrupts.welcome)
@@ -79,8 +88,11 @@ def start(config: ClusterConfig, *, report: Report = lambda event: None, environ
 class Cluster:
     """One run: everything it holds, in the order it was taken."""
 
-    def __init__(self, config: ClusterConfig, *, report: Report, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, config: ClusterConfig, *, report: Report, environ: Mapping[str, str], wrap_transport: WrapTransport | None = None
+    ) -> None:
         self.config = config
+        self._wrap_transport = wrap_transport
         self._report = report
         self._environ = environ
         self._run: RunDirectory | None = None
@@ -135,7 +147,13 @@ class Cluster:
         from cluster.pieces import Pieces
 
         self._pieces = Pieces(
-            self.config, model_dir=model_dir, run=self._run, port=self._port, runtime=self._runtime, tell=self._notices.append
+            self.config,
+            model_dir=model_dir,
+            run=self._run,
+            port=self._port,
+            runtime=self._runtime,
+            tell=self._notices.append,
+            wrap_transport=self._wrap_transport,
         )
         workers = self.config.workers
         asked = f"{workers.prefill_workers} prefill, {workers.decode_workers} decode, {workers.mixed_workers} mixed"

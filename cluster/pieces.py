@@ -27,7 +27,7 @@ from cluster.router_build import RouterSpec
 from cluster.run_directory import RunDirectory
 from cluster.serve_app import Endpoint
 from cluster.supervisor import SupervisorDriver, brief, keep_up
-from cluster.worker_build import WorkerSpec
+from cluster.worker_build import WorkerSpec, WrapTransport
 from control.compose import pool_sizes
 from control.config import ClusterConfig
 from control.supervisor import StartWorker, Supervisor
@@ -58,6 +58,7 @@ class Pieces:
         port: ReservedPort,
         runtime: RayRuntime,
         tell: Callable[[str], None],
+        wrap_transport: WrapTransport | None = None,
     ) -> None:
         self._config = config
         self._model_dir = model_dir
@@ -65,6 +66,7 @@ class Pieces:
         self._port = port
         self._runtime = runtime
         self._tell = tell
+        self._wrap_transport = wrap_transport
         self._secret = secrets.token_bytes(32)
         self._user_path = str(Path.cwd())
         self._near = f"node:{ray.util.get_node_ip_address()}"
@@ -183,6 +185,7 @@ class Pieces:
             directory_port=directory.port,
             secret=self._secret,
             run_dir=self._run.kv,
+            wrap_transport=self._wrap_transport,
         )
 
     def _membership_changed(self, membership: Membership) -> None:

@@ -15,9 +15,14 @@ from control.config import ClusterConfig
 from engine.core.executor import Executor
 from kvtransfer.endpoint import KVEndpoint
 from kvtransfer.region import PoolMemory
-from kvtransfer.transport import Region
+from kvtransfer.transport import KVTransport, Region
 from protocol.kv import Endpoint
-from protocol.worker import Role, WorkerAddress
+from protocol.worker import Role, WorkerAddress, WorkerId
+
+WRAPPED_NOTE = "KV transfers pass through a wrapper that was given in code"
+WrapTransport = Callable[[WorkerId, KVTransport], KVTransport]
+"""Puts something between a worker and a backend of its KV transfers (kvtransfer.faulty), in the worker's process. For fault drills: it
+comes from whoever builds a cluster in code, and no file, flag or variable reaches it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +37,7 @@ class WorkerSpec:
     directory_port: int
     secret: bytes
     run_dir: Path  # 0700, for this run's Unix sockets and what its workers tell each other of packed weights
+    wrap_transport: WrapTransport | None = None
 
 
 def build_worker(
@@ -81,13 +87,14 @@ def build_worker(
             run_dir=str(spec.run_dir),
             fingerprint=fingerprint,
             on_peer_message=on_peer_message,
+            wrap=lambda transport: transport if spec.wrap_transport is None else spec.wrap_transport(spec.worker_id, transport),
         ),
         address=address,
         secret=spec.secret,
         directory_host=spec.directory_host,
         directory_port=spec.directory_port,
         counters=held.counters,
-        notes=held.notes,
+        notes=held.notes if spec.wrap_transport is None else (*held.notes, WRAPPED_NOTE),
     )
 
 
