@@ -112,12 +112,21 @@ class Serving:
         return time.monotonic() - started_s
 
 
-def start(folder: Path, *arguments: str, config: Mapping[str, Any] | None = None, api_key: str | None = None, wait: bool = True) -> Serving:
-    """Run `baton serve` on a free port with `config` as its YAML file (JSON is YAML)."""
+def start(
+    folder: Path,
+    *arguments: str,
+    config: Mapping[str, Any] | None = None,
+    api_key: str | None = None,
+    wait: bool = True,
+    script: Path | None = None,
+) -> Serving:
+    """Run `baton serve` on a free port with `config` as its YAML file (JSON is YAML); or `script`, given that file and the arguments."""
     port = free_port()
     file = folder / "cluster.yaml"
-    file.write_text(json.dumps(dict(config or {})))
+    file.write_text(json.dumps({**(config or {}), **({"http": {"port": port}} if script else {})}))
     command = [sys.executable, "-m", "baton", "serve", "--config", str(file), "--port", str(port), *arguments]
+    if script is not None:
+        command = [sys.executable, "-P", str(script), str(file), *arguments]
     if api_key is not None:
         command += ["--api-key", api_key]
     started_s = time.monotonic()
