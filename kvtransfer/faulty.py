@@ -85,7 +85,7 @@ class FaultyTransport:
         now = time.monotonic()
         self._transfers[ticket] = (transfer, now)
         if self.rates.stall and self._drawn("stall"):
-            stall_s = self._rng.uniform(self.rates.stall_s_min, self.rates.stall_s_max)
+            stall_s = min(self._rng.uniform(self.rates.stall_s_min, self.rates.stall_s_max), transfer.deadline_s)
             self._stalled[ticket] = now + stall_s
             self._wake_at(stall_s)
         else:
