@@ -139,6 +139,7 @@ class TargetHandoff:
     def pull(self, *, give_up_s: float) -> None:
         """give_up_s: when the outcome of this pull is not waited for any longer."""
         self.state = advance(self.state, HandoffState.PULLING)
+        self.give_up_s = give_up_s
         self.num_pulls += 1
         self.give_up_s = give_up_s
 

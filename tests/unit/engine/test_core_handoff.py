@@ -218,6 +218,28 @@ def test_a_failed_pull_is_computed_here(error: TransferError) -> None:
     assert bench.counter("recomputes") == 1 and bench.counter("prompt_tokens_computed") == 41 and bench.core.is_at_rest
 
 
+@pytest.mark.parametrize("policy", FailurePolicy)
+def test_a_pull_that_no_transport_ends_holds_up_its_request_for_its_deadline_only(policy: FailurePolicy) -> None:
+    """Its blocks stay in quarantine, whatever the policy; it is not pulled again while a copy of it may run.
+
+    Seen to fail with `tick` giving up only what waits for room.
+    """
+    bench = Bench(num_blocks=8, core={"kv_load_failure_policy": policy})
+    handoff, _ = taken(bench, max_tokens=3)
+    assert not of(bench.tick(30.9), CancelPull), "the transport's own word comes first"
+    commands = bench.tick(31.0)
+    assert of(commands, CancelPull) and of(commands, DropSource) and not of(commands, StartPull)
+    if policy is FailurePolicy.FAIL:
+        assert "1 s after its deadline of 30 s" in bench.told(AttemptFailed)[0].reason
+    else:
+        assert bench.told(TransferFailed)[0].error == "deadline"
+        bench.finish_all()
+        assert [r.position for r in bench.runs()] == [1, 2]
+    assert bench.blocks[1] == 3 and not bench.core.is_at_rest, "the copy may still write"
+    bench.on(PullDone(handoff_id=handoff.handoff_id, outcome=done(error=TransferError.DEADLINE)))
+    assert bench.blocks[1] == 0 and bench.core.is_at_rest and bench.counter("transfer_failures") == 1
+
+
 def under(policy: FailurePolicy, **core: object) -> Bench:
     return Bench(num_blocks=4, core={"kv_load_failure_policy": policy, **core})
 

@@ -113,7 +113,7 @@ def test_an_ended_offer_cannot_be_revived() -> None:
 def test_target_walks_to_released() -> None:
     taken = target()
     taken.reserve()
-    taken.pull()
+    taken.pull(give_up_s=30)
     assert taken.is_pulling
     taken.finish_pull(outcome())
     assert taken.state is HandoffState.VERIFIED
@@ -125,7 +125,7 @@ def test_nothing_is_decoded_from_a_copy_that_failed() -> None:
     """FAILED is final: no way leads from it to VERIFIED."""
     taken = target()
     taken.reserve()
-    taken.pull()
+    taken.pull(give_up_s=30)
     taken.finish_pull(outcome(TransferError.STALE_GENERATION))
     assert taken.state is HandoffState.FAILED and taken.refusal == Refusal(error=TransferError.STALE_GENERATION, detail="")
     with pytest.raises(IllegalMove):
@@ -136,13 +136,14 @@ def test_a_pull_that_broke_off_may_be_made_again() -> None:
     """Seen to fail with `pull_again` not counting."""
     taken = target()
     taken.reserve()
-    taken.pull()
-    taken.pull_again()
+    taken.pull(give_up_s=30)
+    taken.pull_again(give_up_s=60)
     assert taken.is_pulling and taken.num_pulls == 2
     taken.finish_pull(outcome())
     taken.release()
+    assert taken.give_up_s == 60
     with pytest.raises(IllegalMove):
-        taken.pull_again()
+        taken.pull_again(give_up_s=60)
 
 
 @pytest.mark.parametrize("error", TransferError)
@@ -158,7 +159,7 @@ def test_a_pull_is_made_again_once_and_only_where_the_source_may_have_the_blocks
 
 def test_a_pull_needs_a_reservation() -> None:
     with pytest.raises(IllegalMove):
-        target().pull()
+        target().pull(give_up_s=30)
 
 
 def test_lease_is_renewed_six_times_before_it_could_run_out() -> None:
