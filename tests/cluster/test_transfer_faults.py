@@ -281,13 +281,22 @@ async def test_transfers_that_lie(where: str, seed: int, request: pytest.Fixture
     """
     faulty: Faulty = request.getfixturevalue(where)
 
-    async def nothing_more(faulty: Faulty, run: Run) -> None:
-        pass
-
     seen = await disturb(faulty, f"lies {seed}", nothing_more, rates=LOSSY)
     assert seen.grown("decode", "duplicate_outcomes") >= 1
     mismatches, retries = seen.grown("decode", "pull_failures_digest_mismatch"), seen.grown("decode", "pull_retries")
     assert mismatches + retries >= 1, "nothing was damaged"
+    assert seen.survived("decode") and seen.survived("prefill")
+
+
+@pytest.mark.slow
+async def test_pulls_whose_end_no_transport_tells(far: Faulty) -> None:
+    """They are waited for a second longer than their deadline, and not pulled again.
+
+    Seen to fail with a stream that hangs when `Intake.tick` believes in transports.
+    """
+
+    seen = await disturb(far, "silence", nothing_more, rates={"delay": 1.0, "delay_s_max": 3 * RUN_TIMEOUT_S})
+    assert seen.grown("decode", "recomputes") >= LEAST_PULLING and seen.grown("decode", "pull_failures_cancelled") >= LEAST_PULLING
     assert seen.survived("decode") and seen.survived("prefill")
 
 
@@ -348,6 +357,10 @@ async def until_pulling(faulty: Faulty, least: int) -> int:
             return pulling
         assert time.monotonic() < deadline_s, f"{pulling} in PULLING, {least} were wanted"
         await asyncio.sleep(0.005)
+
+
+async def nothing_more(faulty: Faulty, run: Run) -> None:
+    """A `Fault` for transfers that are disturbed from their start."""
 
 
 def kill(role: str) -> Fault:
