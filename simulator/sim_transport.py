@@ -31,6 +31,8 @@ class NetworkFaults:
     fail_pull: float = 0.0  # the peer is gone, or the digest does not match
     hang_pull: float = 0.0  # nothing comes; the deadline ends it
     delay_s_max: float = 0.0
+    deaf_pull: float = 0.0  # hears neither deadline nor cancellation: writes and ends `deaf_s` after its deadline
+    deaf_s: float = 3.0
 
 
 class SimTransport:
@@ -62,7 +64,7 @@ class SimTransport:
             source.take(event)
 
     def start_pull(self, target: SimWorker, command: StartPull, on_done: Callable[[Outcome], None]) -> None:
-        """Exactly one outcome follows, at the deadline at the latest; after it nothing writes the target blocks."""
+        """Exactly one outcome follows, at the deadline at the latest (but for a deaf one); after it nothing writes the target blocks."""
         handoff = command.handoff
         key = (target.worker_id, handoff.handoff_id)
         began_s = self._loop.now
@@ -129,6 +131,16 @@ class SimTransport:
             if is_copied:
                 self._loop.call_later(self._delay_s(), lambda: end(None))
 
+        def come_late() -> None:
+            copy()
+            end(TransferError.DEADLINE)
+
+        if self._faults.deaf_pull and self._rng.random() < self._faults.deaf_pull:
+            deadline.cancel()
+            deadline = self._loop.call_later(command.deadline_s + self._faults.deaf_s, come_late)
+            self._cancels[key] = lambda: None
+            self._completions[key] = lambda _: None
+            return
         self._completions[key] = complete
         self._cancels[key] = lambda: end(TransferError.CANCELLED)
         self._loop.call_later(self._delay_s(), begin)
@@ -150,9 +162,9 @@ class SimTransport:
         return worker if worker is not None and worker.is_alive and worker.epoch == handoff.shards[0].epoch else None
 
     def _is_computed(self, command: StartPull) -> bool:
-        """Steps are computed at their end; that of an early offer has to be over."""
+        """Steps are computed at their end; that of an early offer has to be over. Of a source that is gone `_is_fresh` tells."""
         source, shard = self._source(command.handoff), command.handoff.shards[0]
-        return source is not None and step_begin(source.pool.num_steps_done, shard.layout.num_layers) > shard.layer_clock
+        return source is None or step_begin(source.pool.num_steps_done, shard.layout.num_layers) > shard.layer_clock
 
     def _is_fresh(self, command: StartPull) -> bool:
         source = self._source(command.handoff)

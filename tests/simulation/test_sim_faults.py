@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 
 from engine.core.block_pool import BlockPool
+from engine.core.events import CancelPull
 from engine.core.intake import Intake
 from engine.core.offers import Offers
 from engine.core.residence import Residence
 from engine.core.worker_core import WorkerCore
-from kvtransfer.handoff import TargetHandoff
+from kvtransfer.handoff import FailurePolicy, TargetHandoff
 from protocol.kv import Outcome
 from protocol.lifecycle import HandoffState, advance
 from protocol.request import Request
@@ -46,13 +47,14 @@ ROLES = (
 
 def make_cluster(seed: int) -> SimCluster:
     """A small, crowded cluster: every bound is met now and then."""
-    rng = Random(seed * 7919 + 3)
+    rng, apart = Random(seed * 7919 + 3), Random(f"{seed} apart")
     faults = NetworkFaults(
         lose_message=rng.choice([0, 0.2]),
         repeat_message=rng.choice([0, 0.2]),
         fail_pull=rng.choice([0, 0.2]),
         hang_pull=rng.choice([0, 0.1]),
         delay_s_max=rng.choice([0, 0.05, 0.5]),
+        deaf_pull=apart.choice([0, 0.05]),
     )
     core = {
         "lease_s": rng.choice([0.3, 2]),
@@ -61,6 +63,7 @@ def make_cluster(seed: int) -> SimCluster:
         "max_waiting": rng.choice([3, 100]),
         "max_offered_bytes": rng.choice([3000, 1 << 30]),
         "offer_early": bool(seed % 2),
+        "kv_load_failure_policy": apart.choice([FailurePolicy.RECOMPUTE, FailurePolicy.RETRY]),
     }
     cluster = SimCluster(
         rng.choice(ROLES),
@@ -173,7 +176,7 @@ def test_the_faults_did_happen() -> None:
     if not HAPPENED:
         HAPPENED.update(run(4) + run(7) + run(14))
     print(f"\n{dict(HAPPENED)}")
-    for name in ("retries", "handoffs_taken", "transfer_failures", "preemptions", "cached_tokens", "late_messages"):
+    for name in ("retries", "handoffs_taken", "transfer_failures", "preemptions", "cached_tokens", "late_messages", "pulls_again"):
         assert HAPPENED[name] > 0, name
 
 
@@ -194,6 +197,10 @@ def cancel_without_quarantine(self: Intake, live: Any) -> Any:
     for handoff_id in list(self._quarantine):
         self._scheduler.residence.give_back(self._quarantine.pop(handoff_id), -1)
     return commands
+
+
+def abandon_without_quarantine(self: Intake, live: Any, target: TargetHandoff) -> Any:
+    return CancelPull(handoff_id=target.handoff_id)  # the attempt gives its blocks back at once
 
 
 def offer_without_lease(self: Offers, live: Any, token_ids: Any, now: float, **early: int) -> Any:
@@ -223,6 +230,7 @@ INTAKE_CANCEL, OFFERS_MAKE = Intake.cancel, Offers.make
 BUGS: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "blocks freed while a step in flight names them": (Residence, "give_back", give_back_without_pins),
     "target blocks freed while a copy writes them": (Intake, "cancel", cancel_without_quarantine),
+    "target blocks freed while a copy that nobody waits for writes them": (Intake, "_abandon", abandon_without_quarantine),
     "offered blocks not leased": (Offers, "make", offer_without_lease),
     "an attempt ends, its sequences do not": (WorkerCore, "_end", lose_surplus_check),
     "generations not compared after the copy": (SimTransport, "_is_fresh", believe_everything),

@@ -21,6 +21,7 @@ from engine.core.events import (
     RunStep,
     StartPull,
 )
+from engine.core.intake import OVERDUE_S
 from kvtransfer.handoff import step_begin
 from protocol.kv import FirstToken, HandoffCompletion, KVHandoff, TransferError
 from protocol.messages import AttemptFailed, HandoffDone, OfferCompleted, TransferFailed
@@ -217,7 +218,7 @@ def test_a_first_token_that_never_comes_gives_the_attempt_back() -> None:
     target.tick(19.0)
     target.on(PullDone(handoff_id=handoff.handoff_id, outcome=done(error=TransferError.PEER_LOST)))
     assert target.told(AttemptFailed) == []
-    target.tick(20.5)
+    target.tick(20.5 + OVERDUE_S)
     (failed,) = target.told(AttemptFailed)
     assert failed.retryable and "20 s" in failed.reason and target.core.is_at_rest
 
