@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from engine.core.events import (
     AckSource,
+    AskPrefix,
     CancelPull,
     Command,
     DropSource,
@@ -13,11 +14,14 @@ from engine.core.events import (
     Event,
     LeaseRenewed,
     OfferKv,
+    OfferPrefix,
     PeerAcked,
     PeerDropped,
+    PeerSaid,
     PublishKvEvents,
     PullDone,
     RaiseGenerations,
+    RefusePrefix,
     RenewSource,
     RunStep,
     StartPull,
@@ -26,7 +30,17 @@ from engine.core.events import (
     Tick,
 )
 from engine.core.worker_core import WorkerCore
-from protocol.messages import AttemptFailed, HandoffDone, Offered, StepOutput, TransferFailed
+from protocol.kv import Endpoint, KVPeer
+from protocol.messages import (
+    AttemptFailed,
+    HandoffDone,
+    Offered,
+    PrefixOffered,
+    PrefixRefused,
+    RequestPrefix,
+    StepOutput,
+    TransferFailed,
+)
 from protocol.worker import KvEvent
 from simulator.loop import VirtualLoop
 from simulator.sim_executor import SimExecutor, SimPool
@@ -112,5 +126,22 @@ class SimWorker:
                 self._transport.send(command.handoff, PeerDropped(handoff_id=command.handoff.handoff_id, reason=command.reason))
             case RenewSource():
                 self._transport.send(command.handoff, LeaseRenewed(handoff_id=command.handoff.handoff_id))
+            case AskPrefix():
+                request = RequestPrefix(
+                    pull_id=command.pull_id,
+                    requester=KVPeer(worker_id=self.worker_id, epoch=self.epoch, endpoint=Endpoint()),
+                    request_id=command.request_id,
+                    attempt=command.attempt,
+                    cache_root=command.cache_root,
+                    token_ids=command.token_ids,
+                    num_held_tokens=command.num_held_tokens,
+                )
+                self._transport.send_to_peer(command.peer, PeerSaid(worker_id=self.worker_id, message=request))
+            case OfferPrefix():
+                offered = PrefixOffered(pull_id=command.pull_id, handoff=command.handoff)
+                self._transport.send_to_peer(command.peer, PeerSaid(worker_id=self.worker_id, message=offered))
+            case RefusePrefix():
+                refused = PrefixRefused(pull_id=command.pull_id, reason=command.reason)
+                self._transport.send_to_peer(command.peer, PeerSaid(worker_id=self.worker_id, message=refused))
             case PublishKvEvents():
                 self.kv_events += command.events

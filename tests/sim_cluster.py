@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from engine.core.config import SchedulerConfig, WorkerCoreConfig
-from engine.core.events import Command, Event, OfferKv, PullDone, RaiseGenerations, RunStep, StartPull, StepDone
+from engine.core.events import Command, Event, OfferKv, OfferPrefix, PullDone, RaiseGenerations, RunStep, StartPull, StepDone
 from engine.core.worker_core import WorkerCore
 from engine.hash_model import HashModel, next_token, prefix_words
 from engine.step_time import LinearStepTime
@@ -103,7 +103,7 @@ class Checker:
             if isinstance(command, RunStep):
                 named = {b for e in command.plan.entries for b in e.block_table} | {b for pair in command.plan.block_copies for b in pair}
                 self.steps[command.plan.step_id] = named
-            elif isinstance(command, OfferKv):
+            elif isinstance(command, (OfferKv, OfferPrefix)):
                 self.leases[command.handoff.handoff_id] = set(command.handoff.shards[0].block_ids)
             elif isinstance(command, StartPull):
                 self.pulls[command.handoff.handoff_id] = set(command.target_block_ids)
@@ -199,7 +199,9 @@ class SimCluster:
             lambda: all(w.core.is_at_rest for w in self.workers.values() if w.is_alive), deadline_s=self.loop.now + deadline_s
         )
         alive = [w for w in self.workers.values() if w.is_alive]
-        assert at_rest, {w.worker_id: (list(w.core._attempts), len(w.core._offers), len(w.core._intake)) for w in alive}
+        assert at_rest, {
+            w.worker_id: (list(w.core._attempts), len(w.core._offers), len(w.core._intake), len(w.core._prefixes)) for w in alive
+        }
         for worker in alive:
             worker.core.check()
             snapshot = worker.core.snapshot(self.loop.now)

@@ -55,9 +55,12 @@ class WorkerCoreConfig:
     max_handoff_wait_s: float = 120.0  # an offer may wait this long for room here before it is given back and computed again
     max_offered_bytes: int = 1 << 40  # KV kept for targets; at the bound no further prompt is begun for a hand-off
     digest_mode: DigestMode = DigestMode.SAMPLED
+    prefix_pull_deadline_s: float = 1.0  # a prompt waits this long for a peer's prefix, from the question to the last byte
+    max_prefix_pulls: int = 16  # at once; more prompts are computed
 
     def __post_init__(self) -> None:
-        for name in ("max_waiting", "max_remembered_attempts", "lease_s", "pull_deadline_s", "max_handoff_wait_s", "max_offered_bytes"):
+        bounds = ["max_waiting", "max_remembered_attempts", "lease_s", "pull_deadline_s", "max_handoff_wait_s", "max_offered_bytes"]
+        for name in [*bounds, "prefix_pull_deadline_s"]:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
 

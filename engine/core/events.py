@@ -11,8 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.core.executor import BatchPlan, StepResult
-from protocol.kv import KVHandoff, Outcome
-from protocol.messages import NO_TOKENS, AttemptFailed, HandoffDone, Submit, TokenColumns, TokenRun, TransferFailed
+from protocol.kv import KVHandoff, KVPeer, Outcome
+from protocol.messages import (
+    NO_TOKENS,
+    AttemptFailed,
+    HandoffDone,
+    PrefixOffered,
+    PrefixRefused,
+    RequestPrefix,
+    Submit,
+    TokenColumns,
+    TokenRun,
+    TransferFailed,
+)
 from protocol.worker import KvEvent, Role
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -71,6 +82,14 @@ class LeaseRenewed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeerSaid:
+    """Another worker asks for a prefix, or answers what we asked. `worker_id`: who said it, as its connection proved."""
+
+    worker_id: str
+    message: RequestPrefix | PrefixOffered | PrefixRefused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoleChanged:
     role: Role
 
@@ -94,6 +113,7 @@ Event = (
     | PeerAcked
     | PeerDropped
     | LeaseRenewed
+    | PeerSaid
     | RoleChanged
     | DrainStarted
     | Tick
@@ -191,10 +211,54 @@ class RenewSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AskPrefix:
+    """Send RequestPrefix to the peer, with our own address as the requester's."""
+
+    peer: KVPeer
+    pull_id: str
+    request_id: str
+    attempt: int
+    cache_root: bytes
+    token_ids: array[int]
+    num_held_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfferPrefix:
+    """As OfferKv, for the peer that asked: it is sent PrefixOffered."""
+
+    peer: KVPeer
+    pull_id: str
+    handoff: KVHandoff
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusePrefix:
+    """Send the peer PrefixRefused."""
+
+    peer: KVPeer
+    pull_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PublishKvEvents:
     events: tuple[KvEvent, ...]
 
 
 Command = (
-    RaiseGenerations | RunStep | Emit | Tell | OfferKv | StartPull | CancelPull | AckSource | DropSource | RenewSource | PublishKvEvents
+    RaiseGenerations
+    | RunStep
+    | Emit
+    | Tell
+    | OfferKv
+    | StartPull
+    | CancelPull
+    | AckSource
+    | DropSource
+    | RenewSource
+    | AskPrefix
+    | OfferPrefix
+    | RefusePrefix
+    | PublishKvEvents
 )

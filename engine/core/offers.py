@@ -38,7 +38,9 @@ class Offers:
         self._digest_mode = digest_mode
         self._open: dict[str, tuple[SourceHandoff, AttemptKey, str]] = {}  # by handoff id: (offer, attempt, gateway)
         self._num_made = 0
-        self.offered_bytes = 0
+        self._prefixes: set[str] = set()  # those of `_open` that are cached prefixes
+        self.offered_bytes = 0  # of computed prompts
+        self.offered_prefix_bytes = 0
 
     def __len__(self) -> int:
         return len(self._open)
@@ -57,18 +59,6 @@ class Offers:
         self._open[handoff_id] = (offer, live.key, live.gateway)
         self.offered_bytes += size_bytes
         self._counters["handoffs_offered"] += 1
-        shard = HandoffShard(
-            worker_id=self._worker_id,
-            rank=0,
-            epoch=self._epoch,
-            endpoint=Endpoint(),
-            region_id=0,
-            layout=self._layout,
-            block_ids=block_ids[:],
-            generations=array("Q", [self._pool.generation(b) for b in block_ids]),
-            digest_mode=self._digest_mode,
-            digests=b"",
-        )
         return KVHandoff(
             handoff_id=handoff_id,
             kind=HandoffKind.PREFILL,
@@ -79,7 +69,45 @@ class Offers:
             layer_watermark=self._layout.num_layers,
             first_tokens=tuple(live.first_tokens),
             lease=Lease(duration_s=self._lease_s),
-            shards=(shard,),
+            shards=(self._shard(block_ids),),
+        )
+
+    def make_prefix(self, block_ids: array[int], token_ids: array[int], key: AttemptKey, *, lease_s: float, now: float) -> KVHandoff:
+        """Lease blocks that somebody owns at this moment, full ones of `token_ids`, for a peer that computes attempt `key`."""
+        self._pool.lease(block_ids)
+        self._num_made += 1
+        handoff_id = xxhash.xxh3_128_hexdigest(f"{self._worker_id}\0{self._epoch}\0{self._num_made}".encode())
+        size_bytes = len(block_ids) * self._layout.block_bytes
+        offer = SourceHandoff(handoff_id=handoff_id, block_ids=block_ids, size_bytes=size_bytes, lease_s=lease_s, expires_s=now + lease_s)
+        self._open[handoff_id] = (offer, key, "")
+        self._prefixes.add(handoff_id)
+        self.offered_prefix_bytes += size_bytes
+        self._counters["prefixes_offered"] += 1
+        return KVHandoff(
+            handoff_id=handoff_id,
+            kind=HandoffKind.PREFIX,
+            request_id=key.request_id,
+            attempt=key.attempt,
+            fingerprint=self._fingerprint,
+            token_ids=token_ids,
+            layer_watermark=self._layout.num_layers,
+            first_tokens=(),
+            lease=Lease(duration_s=lease_s),
+            shards=(self._shard(block_ids),),
+        )
+
+    def _shard(self, block_ids: array[int]) -> HandoffShard:
+        return HandoffShard(
+            worker_id=self._worker_id,
+            rank=0,
+            epoch=self._epoch,
+            endpoint=Endpoint(),
+            region_id=0,
+            layout=self._layout,
+            block_ids=block_ids[:],
+            generations=array("Q", [self._pool.generation(b) for b in block_ids]),
+            digest_mode=self._digest_mode,
+            digests=b"",
         )
 
     def renew(self, handoff_id: str, now: float) -> None:
@@ -126,5 +154,9 @@ class Offers:
     def _close(self, offer: SourceHandoff) -> None:
         assert not offer.is_open
         del self._open[offer.handoff_id]
-        self.offered_bytes -= offer.size_bytes
+        if offer.handoff_id in self._prefixes:
+            self._prefixes.remove(offer.handoff_id)
+            self.offered_prefix_bytes -= offer.size_bytes
+        else:
+            self.offered_bytes -= offer.size_bytes
         self._pool.end_lease(offer.block_ids)

@@ -28,6 +28,7 @@ from engine.core.events import (
     OfferKv,
     PeerAcked,
     PeerDropped,
+    PeerSaid,
     PublishKvEvents,
     PullDone,
     RaiseGenerations,
@@ -43,13 +44,24 @@ from engine.core.intake import Intake
 from engine.core.offers import Offers
 from engine.core.policy import DecodePolicy, PlainDecode, PlainPrefill, PrefillPolicy
 from engine.core.prefix_cache import PrefixCache
+from engine.core.prefix_offers import PrefixOffers
+from engine.core.prefix_pulls import PREFIX_COUNTERS, PrefixPulls
 from engine.core.residence import StepInFlight
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
 from engine.step_time import FittedStepTime, StepTimeModel
 from protocol.kv import FirstToken, KVLayout
 from protocol.lifecycle import SequenceState
-from protocol.messages import NO_TOKENS, AttemptFailed, KvSnapshot, Submit, TokenColumns, TokenLogprobs, TokenRun
+from protocol.messages import (
+    NO_TOKENS,
+    AttemptFailed,
+    KvSnapshot,
+    RequestPrefix,
+    Submit,
+    TokenColumns,
+    TokenLogprobs,
+    TokenRun,
+)
 from protocol.request import AttemptKey, FinishReason
 from protocol.worker import Role, WorkerSnapshot, WorkerState
 
@@ -70,6 +82,7 @@ COUNTERS = (
     "transfer_failures",
     "recomputes",  # attempts whose offered KV was computed here after all
     "leases_expired",
+    *PREFIX_COUNTERS,
     "late_messages",  # about a hand-off that had ended, or was never ours
     "attempts_refused",
     "duplicates_ignored",
@@ -141,6 +154,18 @@ class WorkerCore:
             digest_mode=config.digest_mode,
         )
         self._intake = Intake(config, self._scheduler, self._counters, layout=layout, fingerprint=fingerprint)
+        self._prefixes = PrefixPulls(
+            config,
+            self._scheduler,
+            self._pool,
+            self._cache,
+            self._counters,
+            worker_id=worker_id,
+            epoch=epoch,
+            layout=layout,
+            fingerprint=fingerprint,
+        )
+        self._prefix_offers = PrefixOffers(config, self._limits, self._pool, self._cache, self._offers)
         self._attempts: dict[PartKey, LiveAttempt] = {}
         self._remembered: OrderedDict[PartKey, None] = OrderedDict()  # ended; a repeated Submit of one is ignored
         self._num_submits = 0
@@ -163,6 +188,8 @@ class WorkerCore:
             for live in [a for a in self._attempts.values() if a.gateway == event.gateway]:
                 self._end(live)
             self._offers.cancel_of(event.gateway)
+        elif isinstance(event, PullDone) and self._prefixes.is_ours(event.handoff_id):
+            self._out += self._prefixes.finish(event.handoff_id, event.outcome, now)
         elif isinstance(event, PullDone):
             self._out += self._intake.finish(event.handoff_id, event.outcome)
         elif isinstance(event, PeerAcked):
@@ -171,6 +198,8 @@ class WorkerCore:
             self._offers.drop(event.handoff_id)
         elif isinstance(event, LeaseRenewed):
             self._offers.renew(event.handoff_id, now)
+        elif isinstance(event, PeerSaid):
+            self._peer_said(event, now)
         elif isinstance(event, RoleChanged):
             self._role = event.role
         elif isinstance(event, DrainStarted):
@@ -179,6 +208,7 @@ class WorkerCore:
             assert isinstance(event, Tick)
             self._offers.expire(now)
             self._out += self._intake.tick(now)
+            self._out += self._prefixes.tick(now)
         return self._with_steps()
 
     def _with_steps(self) -> list[Command]:
@@ -206,7 +236,7 @@ class WorkerCore:
         if live.part in self._attempts or live.part in self._remembered:
             self._counters["duplicates_ignored"] += 1
             return
-        num_waiting = len(self._scheduler.waiting)
+        num_waiting = len(self._scheduler.waiting) + self._prefixes.num_prompts
         if self._state is WorkerState.DRAINING:
             self._refuse(live, submit, "the worker is draining", retryable=True)
         elif num_waiting >= self._config.max_waiting:
@@ -239,8 +269,7 @@ class WorkerCore:
         self._attempts[live.part] = live
         if submit.handoff is not None:
             self._out += self._intake.accept(live, submit.handoff, attempt, now)
-        assert live.leader is not None
-        self._scheduler.add(live.leader)
+        self._out += self._prefixes.begin(live, submit.prefix_pull if submit.handoff is None else None, now)
 
     def _cancel(self, key: AttemptKey) -> None:
         for prefill_only in (True, False):
@@ -257,6 +286,7 @@ class WorkerCore:
     def _end(self, live: LiveAttempt) -> None:
         """Nothing of it is computed any more; a copy under way keeps its blocks until it has stopped."""
         self._out += self._intake.cancel(live)
+        self._out += self._prefixes.cancel(live)
         for sequence in live.sequences.values():
             self._scheduler.finish(sequence)
         live.sequences.clear()
@@ -264,6 +294,15 @@ class WorkerCore:
         self._remembered[live.part] = None
         if len(self._remembered) > self._config.max_remembered_attempts:
             self._remembered.popitem(last=False)
+
+    # --- prefixes of and for other workers ---
+
+    def _peer_said(self, event: PeerSaid, now: float) -> None:
+        message = event.message
+        if not isinstance(message, RequestPrefix):
+            self._out += self._prefixes.answered(event.worker_id, message, now)
+        elif message.requester.worker_id == event.worker_id:
+            self._out.append(self._prefix_offers.answer(message, now, is_draining=self._state is WorkerState.DRAINING))
 
     # --- a step is done ---
 
@@ -405,7 +444,7 @@ class WorkerCore:
     def snapshot(self, now: float) -> WorkerSnapshot:
         """How the worker is at `now`; `age_s` counts from here."""
         waiting, running = self._scheduler.waiting, self._scheduler.running
-        behind = waiting.num_tokens
+        behind = waiting.num_tokens + self._prefixes.num_tokens
         behind += sum(max(0, s.compute_end - s.num_computed_tokens) for s in running if not s.is_decoding)
         return WorkerSnapshot(
             worker_id=self._worker_id,
@@ -415,7 +454,7 @@ class WorkerCore:
             age_s=0.0,
             step_count=self._counters["steps"],
             last_event_number=self._cache.last_event_number,
-            num_waiting=len(waiting) + len(self._scheduler.pulling),
+            num_waiting=len(waiting) + len(self._scheduler.pulling) + self._prefixes.num_prompts,
             num_running=len(running),
             waiting_tokens=behind,
             running_kv_tokens=sum(s.num_computed_tokens for s in running),
@@ -442,7 +481,7 @@ class WorkerCore:
     @property
     def is_at_rest(self) -> bool:
         """True when nothing waits, runs, is pulled or offered, and no step is in flight."""
-        return not (self._attempts or self._scheduler.inflight or len(self._offers) or len(self._intake))
+        return not (self._attempts or self._scheduler.inflight or len(self._offers) or len(self._intake) or len(self._prefixes))
 
     def check(self) -> None:
         """Assert the conservation law, and that at rest only the prefix cache holds blocks. Linear in the pool: for tests."""
