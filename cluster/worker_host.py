@@ -20,6 +20,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+from cluster.prefix_post import PrefixPost
 from engine.core.events import (
     AckSource,
     CancelPull,
@@ -34,6 +35,7 @@ from engine.core.events import (
     OfferKv,
     PeerAcked,
     PeerDropped,
+    PeerSaid,
     PublishKvEvents,
     PullDone,
     RaiseGenerations,
@@ -59,8 +61,11 @@ from protocol.messages import (
     Offered,
     Ping,
     Pong,
+    PrefixOffered,
+    PrefixRefused,
     Register,
     RenewLease,
+    RequestPrefix,
     SnapshotFrame,
     StepOutput,
     Submit,
@@ -107,6 +112,7 @@ class WorkerHost:
         self._address = address
         self._counters = dict(counters)
         self._notes = notes
+        self._prefix_post = PrefixPost(self._endpoint, worker_id=address.worker_id, epoch=address.epoch)
         identity = Identity(name=address.worker_id, kind="worker", epoch=address.epoch, fingerprint=address.fingerprint)
         self._listener = Listener(identity, secret, self._accept)
         self._directory = MembershipWatch(identity, secret, host=directory_host, port=directory_port, on_change=lambda _: None)
@@ -129,6 +135,7 @@ class WorkerHost:
             RenewSource: lambda c: self._endpoint.send_to_source(c.handoff, RenewLease(handoff_id=c.handoff.handoff_id)),
             PublishKvEvents: self._publish,
         }
+        self._perform |= self._prefix_post.performers
 
     # --- life ---
 
@@ -275,13 +282,15 @@ class WorkerHost:
         elif isinstance(message, Ping):
             connection.send(Pong(nonce=message.nonce))
 
-    def _receive_from_peer(self, _: str, message: object) -> None:
+    def _receive_from_peer(self, worker_id: str, message: object) -> None:
         if isinstance(message, AckHandoff):
             self._turn(PeerAcked(handoff_id=message.handoff_id))
         elif isinstance(message, DropHandoff):
             self._turn(PeerDropped(handoff_id=message.handoff_id, reason=message.reason))
         elif isinstance(message, RenewLease):
             self._turn(LeaseRenewed(handoff_id=message.handoff_id))
+        elif isinstance(message, (RequestPrefix, PrefixOffered, PrefixRefused)):
+            self._turn(PeerSaid(worker_id=worker_id, message=message))
 
     def _gateway_arrived(self, connection: Connection) -> None:
         name = connection.peer.name

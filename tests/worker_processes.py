@@ -30,6 +30,7 @@ from protocol.messages import (
     Cancel,
     HandoffDone,
     Offered,
+    PrefixPull,
     SnapshotFrame,
     StepOutput,
     Submit,
@@ -212,13 +213,13 @@ class WireGateway:
         for name in self._links.up:
             self._links.send(name, Cancel(request_id=request_id, attempt=attempt))
 
-    def request(self, prompt: list[int], sampling: SamplingParams) -> Request:
+    def request(self, prompt: list[int], sampling: SamplingParams, *, root: bytes = b"r" * 16) -> Request:
         return Request(
             request_id=secrets.token_hex(16),
             model_id="test",
             prompt_token_ids=token_buffer(prompt),
             sampling=sampling,
-            cache_root=b"r" * 16,
+            cache_root=root,
             arrival_s=0.0,
         )
 
@@ -227,13 +228,16 @@ class WireGateway:
     ) -> Completion:
         return await self.run(first_attempt(self.request(prompt, sampling)), prefill=prefill, decode=decode, timeout_s=timeout_s)
 
-    async def run(self, attempt: Attempt, *, prefill: str, decode: str, timeout_s: float = 120.0) -> Completion:
-        """One attempt, prefilled on one worker and decoded on another (or on the same)."""
+    async def run(
+        self, attempt: Attempt, *, prefill: str, decode: str, timeout_s: float = 120.0, prefix_pull: PrefixPull | None = None
+    ) -> Completion:
+        """One attempt, prefilled on one worker (which may pull a prefix) and decoded on another (or on the same)."""
         n = attempt.request.sampling.n
         completion = Completion(tokens=[token_buffer() for _ in range(n)], logprobs=[[] for _ in range(n)], finish=[None] * n)
         key = (attempt.request.request_id, attempt.number)
         inbox = self._inbox[key] = asyncio.Queue()
-        assert self._links.send(prefill, Submit(attempt=attempt, prefill_only=prefill != decode, handoff=None))
+        submit = Submit(attempt=attempt, prefill_only=prefill != decode, handoff=None, prefix_pull=prefix_pull)
+        assert self._links.send(prefill, submit)
         async with asyncio.timeout(timeout_s):
             while not all(reason is not None or done for reason, done in zip(completion.finish, attempt.finished, strict=True)):
                 _, message = await inbox.get()
