@@ -59,6 +59,7 @@ def build_worker(spec: WorkerSpec) -> WorkerHost:
         max_model_len=plan.max_model_len,
         max_num_seqs=plan.core.scheduler.max_num_seqs,
         max_num_batched_tokens=plan.core.scheduler.max_num_batched_tokens,
+        kv_token_bytes=plan.layout.token_bytes,
     )
     executor, held = _make_executor(spec, plan, pool.region)
     return WorkerHost(
