@@ -31,7 +31,7 @@ PREFIX_COUNTERS = (
     "prefix_pulls",  # prefixes taken from peers instead of computed
     "prefix_pull_tokens",
     "prefix_pull_bytes",
-    "prefix_pull_us",  # from the question to the verified copy
+    "prefix_pull_us",  # waited, from the question to the verified copy or the failure
     "prefix_pull_failures",  # refused, late or broken: computed here
 )
 POOL_SHARE = 2  # at most one block in so many may be waiting for copies of prefixes
@@ -127,7 +127,7 @@ class PrefixPulls:
         pull = self._asked(worker_id, message.pull_id)
         if isinstance(message, PrefixRefused):
             if pull is not None:
-                self._failed(pull)
+                self._failed(pull, now)
             return []
         if pull is None:
             return [DropSource(handoff=message.handoff, reason=TransferError.CANCELLED.value)]
@@ -145,7 +145,7 @@ class PrefixPulls:
         pull.target.finish_pull(outcome)
         if pull.target.refusal is not None:
             pull.landing.discard()
-            self._failed(pull)
+            self._failed(pull, now)
             return [DropSource(handoff=pull.target.handoff, reason=pull.target.refusal.error.value)]
         pull.landing.keep()
         pull.target.release()
@@ -169,7 +169,7 @@ class PrefixPulls:
         commands: list[Command] = []
         for pull in list(self._waiting.values()):
             if now >= pull.began_s + self._config.prefix_pull_deadline_s:
-                self._failed(pull)
+                self._failed(pull, now)
                 commands += self._give_up(pull)
         return commands
 
@@ -197,7 +197,7 @@ class PrefixPulls:
         if refusal is not None or pull.landing is None:
             assert refusal is not None
             target.fail(refusal)
-            self._failed(pull)
+            self._failed(pull, now)
             return [DropSource(handoff=handoff, reason=refusal.error.value)]
         landing = pull.landing
         self._num_blocks += len(landing.block_ids)
@@ -251,9 +251,10 @@ class PrefixPulls:
             return [CancelPull(handoff_id=pull.target.handoff_id)]
         return []
 
-    def _failed(self, pull: _Pull) -> None:
+    def _failed(self, pull: _Pull, now: float) -> None:
         if pull.waiters:
             self._counters["prefix_pull_failures"] += 1
+            self._counters["prefix_pull_us"] += round((now - pull.began_s) * 1e6)
         self._to_inbox(pull)
 
     def _to_inbox(self, pull: _Pull) -> None:
