@@ -168,6 +168,8 @@ def core_config(config: ClusterConfig) -> WorkerCoreConfig:
         pull_deadline_s=workers.pull_deadline_s,
         max_handoff_wait_s=workers.max_handoff_wait_s,
         max_offered_bytes=workers.max_offered_bytes,
+        prefix_pull_deadline_s=workers.prefix_pull_deadline_s,
+        max_prefix_pulls=workers.max_prefix_pulls,
         digest_mode=config.transport.offer_digest_mode,
     )
 

@@ -100,6 +100,7 @@ FLAGS: tuple[Flag, ...] = (
     _row("Engine", "--max-num-batched-tokens", "workers.max_num_batched_tokens", "Most tokens of one step."),
     _row("Engine", "--enable-prefix-caching", "workers.enable_prefix_caching", "Reuse the KV of prompts that begin alike."),
     _row("Routing", "--policy", "router.policy", "Placement policy, NAME or NAME:k=v,..."),
+    _row("Routing", "--prefix-pull", "router.prefix_pull", "Pull a prefix from another worker where that beats computing it."),
     _row("Routing", "--kv-transport", "transport.kv_transport", "How KV blocks move: auto, shm or tcp."),
     _row("Cluster", "--ray-address", "ray.address", "Join this Ray cluster instead of starting one."),
 )  # fmt: skip

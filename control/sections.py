@@ -81,6 +81,8 @@ class WorkersSection:
     pull_deadline_s: float = limited(30.0, minimum=0.1)
     max_handoff_wait_s: float = limited(120.0, minimum=0.1)  # an offer waits this long for room on the decode worker
     max_offered_bytes: int = limited(1 << 40, minimum=1)  # KV kept for decode workers
+    prefix_pull_deadline_s: float = limited(1.0, minimum=0.01)  # a prompt waits this long for another worker's prefix, then it is computed
+    max_prefix_pulls: int = limited(16, minimum=0)  # prefixes on their way to one worker; more prompts are computed
     force_preempt_every: int = limited(0, minimum=0)  # for tests: preempt a sequence every so many steps; 0: never
 
     def __post_init__(self) -> None:
