@@ -20,6 +20,7 @@ from protocol.kv import KVPeer
 from protocol.messages import PrefixPull
 from protocol.request import SamplingParams, first_attempt
 from protocol.worker import Role
+from tests.serving import end, start
 from tests.worker_processes import Completion, WireGateway, Workers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -139,3 +140,40 @@ def test_the_comparison_sees_an_empty_pulled_block(model_dir: Path, whole: list[
             return [await complete(gateway, job, "prefill-1", pull) for job in jobs[1:]]
 
     assert same(asyncio.run(run()), whole[1:]).count(False) >= 3
+
+
+def test_a_served_prompt_is_pulled_where_another_worker_computed_it(tmp_path: Path) -> None:
+    """Router, gateway and workers together, as a user starts them: each in turn prefills, so the second prompt goes where it is not cached.
+
+    Seen to fail with `--no-prefix-pull`.
+    """
+    workers = {"prefill_workers": 2, "decode_workers": 1, "executor": "paced", "max_num_seqs": 8}
+    config = {"workers": workers, "router": {"disaggregate": "always"}}
+    serving = start(tmp_path, "--policy", "round_robin", config=config)
+    try:
+        serving.wait_at_rest(num_workers=3)
+        prompt = "All happy families are alike; each unhappy family is unhappy in its own way. " * 12
+
+        def ask(salt: str) -> str:
+            body = {"model": "demo", "prompt": prompt, "max_tokens": 8, "temperature": 0.0, "cache_salt": salt}
+            return str(serving.json("/v1/completions", body)["choices"][0]["text"])
+
+        texts = [ask("one")]
+        serving.wait_at_rest(num_workers=3)
+        texts.append(ask("one"))
+        rows = serving.wait_at_rest(num_workers=3)
+        counters = {worker_id: row["counters"] for worker_id, row in rows.items() if row["role"] == "prefill"}
+        pulled = [c["prefix_pull_tokens"] for c in counters.values()]
+        assert sorted(c["prefix_pulls"] for c in counters.values()) == [0, 1] and max(pulled) >= 128, counters
+        assert sum(c["prompt_tokens_computed"] for c in counters.values()) < 1.2 * max(
+            c["prompt_tokens_computed"] for c in counters.values()
+        )
+        detail = serving.status()["router"]["detail"]
+        told = [a["prefix_source"] for a in detail["assignments"] if a["prefix_source"]]
+        assert detail["counters"]["prefix_pulls"] == len(told) == 1 and told[0]["pull_s"] < told[0]["compute_s"]
+        texts.append(ask("two"))  # another root: nothing is named, nothing is shared
+        serving.wait_at_rest(num_workers=3)
+        assert serving.counter("prefix_pulls") == 1 and serving.status()["router"]["detail"]["counters"]["prefix_pulls"] == 1
+        assert len(set(texts)) == 1
+    finally:
+        end(serving)
