@@ -63,7 +63,7 @@ from protocol.messages import (
     TokenRun,
 )
 from protocol.request import AttemptKey, FinishReason
-from protocol.worker import Role, WorkerSnapshot, WorkerState
+from protocol.worker import Role, Tier, WorkerSnapshot, WorkerState
 
 COUNTERS = (
     "steps",
@@ -225,7 +225,7 @@ class WorkerCore:
             commands.append(RaiseGenerations(block_ids=block_ids, generations=generations))
         commands += steps
         commands += self._out
-        if events := self._cache.take_events():
+        if events := self._cache.log.take():
             commands.append(PublishKvEvents(events=events))
         return commands
 
@@ -453,7 +453,7 @@ class WorkerCore:
             state=self._state,
             age_s=0.0,
             step_count=self._counters["steps"],
-            last_event_number=self._cache.last_event_number,
+            last_event_number=self._cache.log.last_number,
             num_waiting=len(waiting) + len(self._scheduler.pulling) + self._prefixes.num_prompts,
             num_running=len(running),
             waiting_tokens=behind,
@@ -469,11 +469,11 @@ class WorkerCore:
         )
 
     def kv_snapshot(self) -> KvSnapshot:
-        hashes, parents = self._cache.listing()
+        hashes, parents = self._cache.log.listing(Tier.DEVICE)
         return KvSnapshot(
             worker_id=self._worker_id,
             epoch=self._epoch,
-            next_event_number=self._cache.last_event_number + 1,
+            next_event_number=self._cache.log.last_number + 1,
             hashes=hashes,
             parents=parents,
         )
