@@ -205,6 +205,7 @@ class KvSnapshot:
     next_event_number: int
     hashes: tuple[bytes, ...]
     parents: tuple[bytes, ...]  # parent of each hash
+    host_hashes: tuple[bytes, ...] = ()  # of the host tier, in any order
 
 
 # --- gateway <-> router -----------------------------------------------------------------------------------------------

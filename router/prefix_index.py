@@ -136,8 +136,9 @@ class PrefixIndex:
             return False
         self.catch_up()
         self._remove(holdings, holdings.device.difference(frame.hashes), Tier.DEVICE)
-        self._remove(holdings, list(holdings.host), Tier.HOST)
+        self._remove(holdings, holdings.host.difference(frame.host_hashes), Tier.HOST)
         self._store(holdings, frame.hashes, Tier.DEVICE)
+        self._store(holdings, frame.host_hashes, Tier.HOST)
         holdings.next_number = frame.next_event_number
         return True
 

@@ -13,6 +13,8 @@ from engine.core.events import (
     Emit,
     Event,
     LeaseRenewed,
+    LoadBlocks,
+    LoadDone,
     OfferKv,
     OfferPrefix,
     PeerAcked,
@@ -24,6 +26,7 @@ from engine.core.events import (
     RefusePrefix,
     RenewSource,
     RunStep,
+    SaveBlocks,
     StartPull,
     StepDone,
     Tell,
@@ -44,6 +47,7 @@ from protocol.messages import (
 from protocol.worker import KvEvent
 from simulator.loop import VirtualLoop
 from simulator.sim_executor import SimExecutor, SimPool
+from simulator.sim_host_tier import SimHostTier
 from simulator.sim_transport import SimTransport
 
 FromWorker = StepOutput | Offered | HandoffDone | TransferFailed | AttemptFailed
@@ -63,6 +67,7 @@ class SimWorker:
         pool: SimPool,
         executor: SimExecutor,
         to_gateway: Callable[[str, FromWorker], None],
+        tier: SimHostTier,
         tick_s: float = 0.05,
     ) -> None:
         self.worker_id = worker_id
@@ -70,6 +75,7 @@ class SimWorker:
         self.core = core
         self.pool = pool
         self.executor = executor
+        self.tier = tier
         self.is_alive = True
         self.kv_events: list[KvEvent] = []
         self.after_turn: Callable[[Event, list[Command]], None] = lambda _event, _commands: None  # checkers look here
@@ -143,5 +149,10 @@ class SimWorker:
             case RefusePrefix():
                 refused = PrefixRefused(pull_id=command.pull_id, reason=command.reason)
                 self._transport.send_to_peer(command.peer, PeerSaid(worker_id=self.worker_id, message=refused))
+            case SaveBlocks():
+                self.tier.save(command)
+            case LoadBlocks():
+                load_id = command.load_id
+                self.tier.load(command, lambda error: self.take(LoadDone(load_id=load_id, error=error)))
             case PublishKvEvents():
                 self.kv_events += command.events

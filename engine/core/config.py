@@ -57,6 +57,7 @@ class WorkerCoreConfig:
     digest_mode: DigestMode = DigestMode.SAMPLED
     prefix_pull_deadline_s: float = 1.0  # a prompt waits this long for a peer's prefix, from the question to the last byte
     max_prefix_pulls: int = 16  # at once; more prompts are computed
+    host_tier_bytes: int = 0  # of host memory that keep blocks evicted from the pool; 0: none
 
     def __post_init__(self) -> None:
         bounds = ["max_waiting", "max_remembered_attempts", "lease_s", "pull_deadline_s", "max_handoff_wait_s", "max_offered_bytes"]

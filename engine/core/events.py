@@ -62,6 +62,14 @@ class PullDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadDone:
+    """A copy asked for by LoadBlocks came to an end. `error` empty: the blocks hold what the slots held."""
+
+    load_id: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerAcked:
     """A target has verified its copy of our blocks."""
 
@@ -110,6 +118,7 @@ Event = (
     | GatewayLost
     | StepDone
     | PullDone
+    | LoadDone
     | PeerAcked
     | PeerDropped
     | LeaseRenewed
@@ -120,6 +129,31 @@ Event = (
 )
 
 # --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveBlocks:
+    """Copy these blocks of the pool into slots of the host tier, in order, before any later command: they are about to be written anew.
+
+    A pool in device memory may order the copies before the steps on its stream instead of waiting for them.
+    """
+
+    block_ids: array[int]
+    slots: array[int]
+    generations: array[int]  # of the slots, from now on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadBlocks:
+    """Copy slots of the host tier into blocks of the pool; LoadDone must follow.
+
+    The slots keep the generations they had when they were saved until then; the blocks are nobody else's.
+    """
+
+    load_id: int
+    slots: array[int]
+    generations: array[int]
+    block_ids: array[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +281,9 @@ class PublishKvEvents:
 
 
 Command = (
-    RaiseGenerations
+    SaveBlocks
+    | LoadBlocks
+    | RaiseGenerations
     | RunStep
     | Emit
     | Tell

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.worker import BlocksRemoved, BlocksStored, KvEvent, Tier
+from protocol.messages import KvSnapshot
+from protocol.worker import BlocksRemoved, BlocksStored, KvEvent, Tier, WorkerId
 
 
 class KvLog:
@@ -33,6 +34,18 @@ class KvLog:
         """(hashes, parent of each) of everything that can be hit in a tier now, parents first."""
         held = self._held[tier]
         return tuple(held), tuple(h.before for h in held.values())
+
+    def snapshot(self, worker_id: WorkerId, epoch: int) -> KvSnapshot:
+        """All of it, for one who missed events."""
+        hashes, parents = self.listing(Tier.DEVICE)
+        return KvSnapshot(
+            worker_id=worker_id,
+            epoch=epoch,
+            next_event_number=self.last_number + 1,
+            hashes=hashes,
+            parents=parents,
+            host_hashes=self.listing(Tier.HOST)[0],
+        )
 
     def store(self, tier: Tier, before: bytes, hashes: tuple[bytes, ...]) -> None:
         """A block with these hash blocks, which follow `before`, can be hit."""

@@ -25,6 +25,7 @@ from engine.core.events import (
     Event,
     GatewayLost,
     LeaseRenewed,
+    LoadDone,
     OfferKv,
     PeerAcked,
     PeerDropped,
@@ -40,6 +41,8 @@ from engine.core.events import (
     Tick,
 )
 from engine.core.executor import SampledTokens, StepResult
+from engine.core.host_loads import HOST_COUNTERS, HostLoads
+from engine.core.host_tier import HostTier
 from engine.core.intake import Intake
 from engine.core.offers import Offers
 from engine.core.policy import DecodePolicy, PlainDecode, PlainPrefill, PrefillPolicy
@@ -63,7 +66,7 @@ from protocol.messages import (
     TokenRun,
 )
 from protocol.request import AttemptKey, FinishReason
-from protocol.worker import Role, Tier, WorkerSnapshot, WorkerState
+from protocol.worker import Role, WorkerSnapshot, WorkerState
 
 COUNTERS = (
     "steps",
@@ -83,6 +86,7 @@ COUNTERS = (
     "recomputes",  # attempts whose offered KV was computed here after all
     "leases_expired",
     *PREFIX_COUNTERS,
+    *HOST_COUNTERS,
     "late_messages",  # about a hand-off that had ended, or was never ours
     "attempts_refused",
     "duplicates_ignored",
@@ -165,6 +169,8 @@ class WorkerCore:
             layout=layout,
             fingerprint=fingerprint,
         )
+        tier = HostTier(config.host_tier_bytes // layout.block_bytes, self._cache.log, block_size_tokens=layout.block_size_tokens)
+        self._loads = HostLoads(tier, self._pool, self._cache, self._prefixes, self._counters)
         self._prefix_offers = PrefixOffers(config, self._limits, self._pool, self._cache, self._offers)
         self._attempts: dict[PartKey, LiveAttempt] = {}
         self._remembered: OrderedDict[PartKey, None] = OrderedDict()  # ended; a repeated Submit of one is ignored
@@ -198,6 +204,8 @@ class WorkerCore:
             self._offers.drop(event.handoff_id)
         elif isinstance(event, LeaseRenewed):
             self._offers.renew(event.handoff_id, now)
+        elif isinstance(event, LoadDone):
+            self._out += self._loads.finish(event.load_id, event.error, now)
         elif isinstance(event, PeerSaid):
             self._peer_said(event, now)
         elif isinstance(event, RoleChanged):
@@ -219,7 +227,7 @@ class WorkerCore:
         while (plan := self._scheduler.plan()) is not None:
             self._counters["max_batch"] = max(self._counters["max_batch"], len(plan.entries))
             steps.append(RunStep(plan=plan))
-        commands: list[Command] = []
+        commands = self._loads.saves()
         block_ids, generations = self._pool.take_raised()
         if block_ids:
             commands.append(RaiseGenerations(block_ids=block_ids, generations=generations))
@@ -236,7 +244,7 @@ class WorkerCore:
         if live.part in self._attempts or live.part in self._remembered:
             self._counters["duplicates_ignored"] += 1
             return
-        num_waiting = len(self._scheduler.waiting) + self._prefixes.num_prompts
+        num_waiting = len(self._scheduler.waiting) + self._loads.num_prompts
         if self._state is WorkerState.DRAINING:
             self._refuse(live, submit, "the worker is draining", retryable=True)
         elif num_waiting >= self._config.max_waiting:
@@ -269,7 +277,7 @@ class WorkerCore:
         self._attempts[live.part] = live
         if submit.handoff is not None:
             self._out += self._intake.accept(live, submit.handoff, attempt, now)
-        self._out += self._prefixes.begin(live, submit.prefix_pull if submit.handoff is None else None, now)
+        self._out += self._loads.begin(live, submit.prefix_pull if submit.handoff is None else None, now)
 
     def _cancel(self, key: AttemptKey) -> None:
         for prefill_only in (True, False):
@@ -286,7 +294,7 @@ class WorkerCore:
     def _end(self, live: LiveAttempt) -> None:
         """Nothing of it is computed any more; a copy under way keeps its blocks until it has stopped."""
         self._out += self._intake.cancel(live)
-        self._out += self._prefixes.cancel(live)
+        self._out += self._loads.cancel(live)
         for sequence in live.sequences.values():
             self._scheduler.finish(sequence)
         live.sequences.clear()
@@ -444,7 +452,7 @@ class WorkerCore:
     def snapshot(self, now: float) -> WorkerSnapshot:
         """How the worker is at `now`; `age_s` counts from here."""
         waiting, running = self._scheduler.waiting, self._scheduler.running
-        behind = waiting.num_tokens + self._prefixes.num_tokens
+        behind = waiting.num_tokens + self._loads.num_tokens
         behind += sum(max(0, s.compute_end - s.num_computed_tokens) for s in running if not s.is_decoding)
         return WorkerSnapshot(
             worker_id=self._worker_id,
@@ -454,7 +462,7 @@ class WorkerCore:
             age_s=0.0,
             step_count=self._counters["steps"],
             last_event_number=self._cache.log.last_number,
-            num_waiting=len(waiting) + len(self._scheduler.pulling) + self._prefixes.num_prompts,
+            num_waiting=len(waiting) + len(self._scheduler.pulling) + self._loads.num_prompts,
             num_running=len(running),
             waiting_tokens=behind,
             running_kv_tokens=sum(s.num_computed_tokens for s in running),
@@ -469,22 +477,18 @@ class WorkerCore:
         )
 
     def kv_snapshot(self) -> KvSnapshot:
-        hashes, parents = self._cache.log.listing(Tier.DEVICE)
-        return KvSnapshot(
-            worker_id=self._worker_id,
-            epoch=self._epoch,
-            next_event_number=self._cache.log.last_number + 1,
-            hashes=hashes,
-            parents=parents,
-        )
+        return self._cache.log.snapshot(self._worker_id, self._epoch)
 
     @property
     def is_at_rest(self) -> bool:
         """True when nothing waits, runs, is pulled or offered, and no step is in flight."""
-        return not (self._attempts or self._scheduler.inflight or len(self._offers) or len(self._intake) or len(self._prefixes))
+        return not (
+            self._attempts or self._scheduler.inflight or len(self._offers) or len(self._intake) or len(self._prefixes) or len(self._loads)
+        )
 
     def check(self) -> None:
         """Assert the conservation law, and that at rest only the prefix cache holds blocks. Linear in the pool: for tests."""
         self._pool.check()
+        self._loads.check()
         if self.is_at_rest:
             assert self._pool.num_owned == 0 and self._pool.num_leased == 0, "a block is held by nobody that lives"
