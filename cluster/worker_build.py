@@ -13,6 +13,7 @@ from control.compose import WorkerPlan, compose_worker, compose_worker_core
 from control.config import ClusterConfig
 from engine.core.executor import Executor
 from kvtransfer.endpoint import KVEndpoint
+from kvtransfer.host_tier import CpuHostTier
 from kvtransfer.region import PoolMemory
 from kvtransfer.transport import Region
 from protocol.kv import Endpoint
@@ -81,6 +82,7 @@ def build_worker(spec: WorkerSpec) -> WorkerHost:
         directory_port=spec.directory_port,
         counters=held.counters,
         notes=held.notes,
+        host_tier=CpuHostTier(pool.region, plan.num_host_blocks) if plan.num_host_blocks else None,
     )
 
 

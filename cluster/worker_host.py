@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cluster.prefix_post import PrefixPost
+from cluster.tier_copies import TierCopies
 from engine.core.events import (
     AckSource,
     CancelPull,
@@ -50,6 +51,7 @@ from engine.core.events import (
 from engine.core.executor import Executor, StepResult
 from engine.core.worker_core import WorkerCore
 from kvtransfer.endpoint import KVEndpoint
+from kvtransfer.host_tier import HostTierMemory
 from kvtransfer.peers import OnPeerMessage
 from protocol.kv import Outcome
 from protocol.links import MembershipWatch
@@ -105,6 +107,7 @@ class WorkerHost:
         directory_port: int,
         counters: Mapping[str, int] = MappingProxyType({}),
         notes: tuple[str, ...] = (),
+        host_tier: HostTierMemory | None = None,
     ) -> None:
         self._core = core
         self._executor = executor
@@ -136,6 +139,9 @@ class WorkerHost:
             PublishKvEvents: self._publish,
         }
         self._perform |= self._prefix_post.performers
+        self._tier_copies = TierCopies(host_tier, self._turn) if host_tier is not None else None
+        if self._tier_copies is not None:
+            self._perform |= self._tier_copies.performers
 
     # --- life ---
 
@@ -166,6 +172,8 @@ class WorkerHost:
         self._listener.close()
         await asyncio.to_thread(self._executor.close)
         await self._endpoint.close()
+        if self._tier_copies is not None:
+            await self._tier_copies.close()
 
     def snapshot(self) -> WorkerSnapshot:
         core = self._core.snapshot(self._now())

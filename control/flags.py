@@ -96,6 +96,7 @@ FLAGS: tuple[Flag, ...] = (
     _row("Workers", "--seed", "workers.seed", "Seeds placement, and requests that bring no seed, in order of arrival."),
     _row("Engine", "--block-size", "workers.block_size", "Tokens of a KV block, a multiple of 16."),
     _row("Engine", "--kv-cache-memory-bytes", "workers.kv_cache_memory_bytes", "KV cache of each worker, such as 2GiB."),
+    _row("Engine", "--kv-host-tier-bytes", "workers.kv_host_tier_bytes", "Host memory of each worker for what its KV cache evicts."),
     _row("Engine", "--max-num-seqs", "workers.max_num_seqs", "Most sequences of one batch."),
     _row("Engine", "--max-num-batched-tokens", "workers.max_num_batched_tokens", "Most tokens of one step."),
     _row("Engine", "--enable-prefix-caching", "workers.enable_prefix_caching", "Reuse the KV of prompts that begin alike."),

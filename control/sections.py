@@ -68,6 +68,7 @@ class WorkersSection:
     block_size: int = limited(16, minimum=16, maximum=256)  # tokens of a KV block; a multiple of 16
     num_kv_blocks: int | None = limited(None, minimum=2)  # of each worker; None: from kv_cache_memory_bytes
     kv_cache_memory_bytes: int | None = limited(None, minimum=1)  # of each worker; None: a share of the memory that is free
+    kv_host_tier_bytes: int = limited(0, minimum=0)  # of each worker, for blocks its pool had no room for any more; 0: none
     max_num_seqs: int = limited(64, minimum=1, maximum=65_536)
     max_num_batched_tokens: int = limited(512, minimum=16, maximum=1_048_576)
     step_time_budget_s: float | None = limited(None, minimum=0.001)  # of steps that mix prompts into decoding; None: no bound

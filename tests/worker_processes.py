@@ -94,7 +94,25 @@ def _shift_positions(host: Any) -> None:
     runner.forward = sabotaged
 
 
-SABOTAGE: dict[str, Callable[[Any], None]] = {"zero_block": _zero_one_pulled_block, "shift_positions": _shift_positions}
+def _zero_one_loaded_block(host: Any) -> None:
+    """A load from the host tier that reports success and left one block empty."""
+    memory = host._tier_copies._memory
+    load = memory.load
+
+    def sabotaged(slots: Any, generations: Any, block_ids: Any) -> str:
+        outcome: str = load(slots, generations, block_ids)
+        size = memory._pool.layout.block_bytes
+        memory._pool.blocks[block_ids[0] * size : (block_ids[0] + 1) * size] = bytes(size)
+        return outcome
+
+    memory.load = sabotaged
+
+
+SABOTAGE: dict[str, Callable[[Any], None]] = {
+    "zero_block": _zero_one_pulled_block,
+    "shift_positions": _shift_positions,
+    "zero_load": _zero_one_loaded_block,
+}
 
 
 class Workers:

@@ -133,7 +133,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveBlocks:
-    """Copy these blocks of the pool into slots of the host tier, in order, before any later command: they are about to be written anew.
+    """Copy these blocks of the pool into slots of the host tier before any later command: they are about to be written anew.
 
     A pool in device memory may order the copies before the steps on its stream instead of waiting for them.
     """

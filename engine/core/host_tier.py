@@ -50,7 +50,7 @@ class HostTier:
         self._entries: OrderedDict[bytes, SlotEntry] = OrderedDict()  # by name; next to go first
         self._free = deque(range(num_slots))
         self._generations = [0] * num_slots
-        self._saves = Saves(block_ids=array("I"), slots=array("I"), generations=array("Q"))
+        self._saves: dict[int, int] = {}  # slot -> block, since the last `take_saves`
         self._came: dict[bytes, CachedBlock] = {}  # since the last `take_saves`
         self.num_saved = 0
 
@@ -73,20 +73,19 @@ class HostTier:
         self._generations[slot] += 1
         self._entries[block.name] = SlotEntry(slot=slot, generation=self._generations[slot], block=block)
         self._came[block.name] = block
-        self._saves.block_ids.append(block.block_id)
-        self._saves.slots.append(slot)
-        self._saves.generations.append(self._generations[slot])
+        self._saves[slot] = block.block_id
         self.num_saved += 1
 
     def take_saves(self) -> Saves | None:
-        """Copies to be made before any block is written anew, in order; and their events go to the log."""
+        """Copies to be made before any block is written anew, one a slot; and their events go to the log."""
         for block in reversed(self._came.values()):  # evicted children first, told parents first
             self._log.store(Tier.HOST, block.before, block.hashes)
         self._came = {}
-        if not self._saves.slots:
+        if not self._saves:
             return None
-        saves, self._saves = self._saves, Saves(block_ids=array("I"), slots=array("I"), generations=array("Q"))
-        return saves
+        saves, self._saves = self._saves, {}
+        generations = array("Q", [self._generations[slot] for slot in saves])
+        return Saves(block_ids=array("I", saves.values()), slots=array("I", saves), generations=generations)
 
     def find(self, prefix: Prefix, found: list[CachedBlock]) -> list[SlotEntry]:
         """The slots that continue `prefix` behind the blocks found in the pool."""
@@ -147,6 +146,7 @@ class HostTier:
         name = entry.block.name
         del self._entries[name]
         self._free.append(entry.slot)
+        self._saves.pop(entry.slot, None)
         if self._came.pop(name, None) is None:
             self._log.remove(Tier.HOST, entry.block.hashes)
 
