@@ -90,6 +90,11 @@ class _Ask:
     kv_tokens: int
     source: Source | None  # who holds most of the prompt
 
+    @property
+    def has_host_tokens(self) -> bool:
+        """True when somebody holds a part of the prompt in host memory only."""
+        return self.device_tokens is not self.cached_tokens
+
     def cached(self, worker: Worker) -> int:
         return self.cached_tokens.get(worker.worker_id, 0)
 
@@ -252,6 +257,7 @@ class Placement:
             decode_worker=decode_worker.worker_id if decode_worker is not None else None,
             transfer_s=self._transfer_s(ask) if pool is not Pool.WHOLE else 0.0,
             pulls=self._pulls_to(ask, workers) if ask.source is not None and pool is not Pool.DECODE else {},
+            loads_s=self._loads_s(ask, workers) if ask.has_host_tokens and pool is not Pool.DECODE else {},
         )
         policy, costs = self._policy.score(view, ask.place, ask.now)
         best = sorted([(costs[w.worker_id][0], w.last_chosen, w.tie_hash, i) for i, w in enumerate(workers) if w.worker_id in costs])
@@ -275,7 +281,18 @@ class Placement:
         """Until the prompt is computed there, alone, with what is pulled."""
         pull = self._pull(ask, worker)
         saved_s = pull.compute_s - pull.pull_s if pull is not None else 0.0
-        return worker.cost.prefill_s(ask.missed(worker), ask.place.num_tokens) - saved_s
+        return worker.cost.prefill_s(ask.missed(worker), ask.place.num_tokens) - saved_s + self._load_s(ask, worker)
+
+    def _load_s(self, ask: _Ask, worker: Worker) -> float:
+        """To bring what it has cached in host memory into its pool."""
+        num_tokens = ask.cached(worker) - ask.device_tokens.get(worker.worker_id, 0)
+        token_bytes = worker.address.kv_token_bytes
+        token_s = token_bytes / self._config.host_link_bytes_per_s if token_bytes else self._config.transfer_s_per_token
+        return num_tokens * token_s
+
+    def _loads_s(self, ask: _Ask, workers: Sequence[Worker]) -> dict[WorkerId, float]:
+        priced = ((worker.worker_id, self._load_s(ask, worker)) for worker in workers)
+        return {worker_id: load_s for worker_id, load_s in priced if load_s > 0.0}
 
     def _pull(self, ask: _Ask, worker: Worker) -> Pull | None:
         """What the worker had better pull than compute."""

@@ -120,6 +120,7 @@ class PlacementView(NamedTuple):
     decode_worker: WorkerId | None  # chosen already, when pool is PREFILL
     transfer_s: float  # to move the prompt's missing KV to that worker; nothing when it is the same
     pulls: Mapping[WorkerId, Pull] = MappingProxyType({})  # of workers for which one is worth it; none when pool is DECODE
+    loads_s: Mapping[WorkerId, float] = MappingProxyType({})  # to bring cached tokens from host memory; those with none are left out
 
 
 # --- what a policy is told --------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.messages import Assignment, Place
-from protocol.worker import BlocksStored, Role, WorkerState
+from protocol.messages import Assignment, KvSnapshot, Place
+from protocol.worker import BlocksStored, Role, Tier, WorkerState
 from router.cost_model import StepCost
+from router.events import FromWorker
 from router.link_cost import LinkCost
 from router.policies.api import PlacementView, Pool, Pull
 from router.policies.prefix_cost import PrefixCost
@@ -234,3 +235,55 @@ def test_what_was_pulled_once_is_told_by_events_and_not_pulled_again() -> None:
     world.kv_events("prefill-0", BlocksStored(number=1, parent=b"", hashes=PREFIX))
     second = world.assign(long_prompt(2))
     assert (second.prefill_worker, second.cached_tokens, second.prefix_source) == ("prefill-0", 2048, None)
+
+
+# --- host memory ------------------------------------------------------------------------------------------------------
+
+
+def world_with_tiers() -> World:
+    """Both hold the prefix: prefill-0 in host memory, prefill-1 in its pool."""
+    world = World([replace(address(w, r), kv_token_bytes=50_000) for w, r in pools(2, 1).items()], inbox_steps=100.0)
+    world.kv_events("prefill-0", BlocksStored(number=1, parent=b"", hashes=PREFIX, tier=Tier.HOST))
+    world.hold("prefill-1", PREFIX)
+    return world
+
+
+def test_what_lies_in_host_memory_costs_its_loading() -> None:
+    """2,048 tokens of 50 kB at 5 GB/s are 20 ms: dearer than the pool, far cheaper than computing. Seen to fail with the term left out."""
+    world = world_with_tiers()
+    found = world.assign(long_prompt())
+    assert found.prefill_worker == "prefill-1"
+    scores = {s.worker_id: s for s in found.prefill_scores}
+    terms = {w: dict(zip(s.term_names, s.term_seconds, strict=True)) for w, s in scores.items()}
+    assert scores["prefill-0"].cached_tokens == scores["prefill-1"].cached_tokens == 2048
+    assert terms["prefill-0"]["load"] == pytest.approx(2048 * 50_000 / 5e9) and "load" not in terms["prefill-1"]
+    assert all(sum(t.values()) == pytest.approx(scores[w].seconds) for w, t in terms.items())
+
+
+def test_host_memory_is_chosen_where_the_pool_is_busy() -> None:
+    world = world_with_tiers()
+    world.report("prefill-1", waiting_tokens=20_000)
+    found = world.assign(long_prompt())
+    assert (found.prefill_worker, found.cached_tokens, found.prefix_source) == ("prefill-0", 2048, None)
+
+
+def test_nobody_pulls_from_host_memory() -> None:
+    """A source offers blocks of its pool. Seen to fail with the index taking every tier for the pool."""
+    world = World(pools(2, 1), inbox_steps=100.0)
+    world.kv_events("prefill-1", BlocksStored(number=1, parent=b"", hashes=PREFIX, tier=Tier.HOST))
+    world.report("prefill-1", waiting_tokens=40_000)
+    found = world.assign(long_prompt())
+    assert found.prefill_worker == "prefill-0" and found.prefix_source is None
+
+
+def test_a_snapshot_of_both_tiers_replaces_both() -> None:
+    """Seen to fail with `host_hashes` not taken."""
+    world = World(pools(1, 1))
+    world.kv_events("prefill-0", BlocksStored(number=1, parent=b"", hashes=PREFIX[:4], tier=Tier.HOST))
+    a = world.addresses["prefill-0"]
+    message = KvSnapshot(
+        worker_id="prefill-0", epoch=a.epoch, next_event_number=9, hashes=PREFIX[:2], parents=(b"",) * 2, host_hashes=PREFIX[2:7]
+    )
+    world.on(FromWorker(worker_id="prefill-0", epoch=a.epoch, message=message))
+    match = world.core.index.match(PREFIX)
+    assert (match.device_tokens["prefill-0"], match.total_tokens["prefill-0"]) == (32, 112)
