@@ -256,7 +256,9 @@ class Placement:
             kv_tokens=ask.kv_tokens,
             decode_worker=decode_worker.worker_id if decode_worker is not None else None,
             transfer_s=self._transfer_s(ask) if pool is not Pool.WHOLE else 0.0,
-            pulls=self._pulls_to(ask, workers) if ask.source is not None and pool is not Pool.DECODE else {},
+            pulls=self._pulls.prices(ask.source, workers, ask.cached_tokens, ask.place.num_tokens)
+            if ask.source is not None and pool is not Pool.DECODE
+            else {},
             loads_s=self._loads_s(ask, workers) if ask.has_host_tokens and pool is not Pool.DECODE else {},
         )
         policy, costs = self._policy.score(view, ask.place, ask.now)
@@ -298,11 +300,7 @@ class Placement:
         """What the worker had better pull than compute."""
         if ask.source is None:
             return None
-        return self._pulls.price(ask.source, worker, cached_tokens=ask.cached(worker), num_tokens=ask.place.num_tokens)
-
-    def _pulls_to(self, ask: _Ask, workers: Sequence[Worker]) -> dict[WorkerId, Pull]:
-        priced = ((worker.worker_id, self._pull(ask, worker)) for worker in workers)
-        return {worker_id: pull for worker_id, pull in priced if pull is not None}
+        return self._pulls.prices(ask.source, [worker], ask.cached_tokens, ask.place.num_tokens).get(worker.worker_id)
 
     def _transfer_s(self, ask: _Ask) -> float:
         return self._config.transfer_s_base + self._config.transfer_s_per_token * ask.place.num_tokens

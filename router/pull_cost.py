@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from protocol.messages import Place
@@ -47,15 +47,21 @@ class PullCosts:
                 best = Source(worker=worker, num_tokens=num_tokens)
         return best
 
-    def price(self, source: Source, worker: Worker, *, cached_tokens: int, num_tokens: int) -> Pull | None:
-        """Of bringing to `worker`, which has `cached_tokens` of `num_tokens`, what the source has beyond. None: computing is cheaper."""
-        pulled = source.num_tokens - cached_tokens
-        if pulled < self._min_tokens or worker.address.fingerprint != source.worker.address.fingerprint:
-            return None
-        assert worker is not source.worker, "a worker lacks nothing that it holds"
-        cost = worker.cost
-        compute_s = pulled * (cost.prefill_token_s + num_tokens * cost.prefill_pair_s)
-        pull_s = self._bias * worker.link.seconds(pulled)
-        if pull_s >= compute_s:
-            return None
-        return Pull(source.worker.worker_id, source.num_tokens, pulled, pull_s, compute_s)
+    def prices(
+        self, source: Source, workers: Sequence[Worker], cached_tokens: Mapping[WorkerId, int], num_tokens: int
+    ) -> dict[WorkerId, Pull]:
+        """Of bringing to each worker what the source has beyond it of a prompt; left out where computing is cheaper."""
+        giver, held, min_tokens, bias = source.worker.worker_id, source.num_tokens, self._min_tokens, self._bias
+        fingerprint, cached = source.worker.address.fingerprint, cached_tokens.get
+        pulls = {}
+        for worker in workers:
+            pulled = held - cached(worker.worker_id, 0)
+            if pulled < min_tokens or worker.address.fingerprint != fingerprint:
+                continue
+            assert worker is not source.worker, "a worker lacks nothing that it holds"
+            cost = worker.cost
+            compute_s = pulled * (cost.prefill_token_s + num_tokens * cost.prefill_pair_s)
+            pull_s = bias * worker.link.seconds(pulled)
+            if pull_s < compute_s:
+                pulls[worker.worker_id] = Pull(giver, held, pulled, pull_s, compute_s)
+        return pulls
