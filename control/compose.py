@@ -252,9 +252,15 @@ def _blocks_that_fit(
     config: ClusterConfig, model: ModelConfig, memory_bytes: int, length: int, blocks: int | None, *, kernels: Kernels
 ) -> int:
     num_workers = sum(pool_sizes(config).values())
+    left_bytes = int(MEMORY_SHARE * memory_bytes) - num_workers * config.workers.kv_host_tier_bytes
+    if left_bytes <= 0:
+        raise ConfigError(
+            f"kv_host_tier_bytes {config.workers.kv_host_tier_bytes:,} of {num_workers} workers leave nothing of the"
+            f" {int(MEMORY_SHARE * memory_bytes):,} bytes that may be used; lower --kv-host-tier-bytes"
+        )
     plan = memory_plan(
         model,
-        memory_bytes=max(0, int(MEMORY_SHARE * memory_bytes) - num_workers * config.workers.kv_host_tier_bytes),
+        memory_bytes=left_bytes,
         num_workers=num_workers,
         block_size_tokens=config.workers.block_size,
         max_model_len=length,
