@@ -31,7 +31,7 @@ from protocol.messages import (
     Subscribe,
 )
 from protocol.request import AttemptKey
-from protocol.worker import AllBlocksCleared, BlocksStored, WorkerId, WorkerState
+from protocol.worker import AllBlocksCleared, BlocksStored, Tier, WorkerId, WorkerState
 from router import admission, policies, status
 from router.bookings import Booking, Bookings, Hold, Phase
 from router.config import RouterConfig
@@ -299,7 +299,9 @@ class RouterCore:
             self._resync_asked_s.pop(worker.worker_id, None)
             number = message.next_event_number - 1
             cleared, stored = AllBlocksCleared(number=number), BlocksStored(number=number, parent=b"", hashes=message.hashes)
-            self.policy.observe(KvChanged(worker_id=worker.worker_id, events=(cleared, stored)), now)
+            in_host = BlocksStored(number=number, parent=b"", hashes=message.host_hashes, tier=Tier.HOST)
+            events = (cleared, stored, in_host) if message.host_hashes else (cleared, stored)
+            self.policy.observe(KvChanged(worker_id=worker.worker_id, events=events), now)
 
     def _take_snapshot(self, worker: Worker, frame: SnapshotFrame, now: float) -> None:
         snapshot = frame.snapshot
