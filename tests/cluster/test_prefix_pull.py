@@ -8,7 +8,9 @@ Seen to fail under the planted bug of the last test: a pulled block left empty (
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,32 @@ def test_a_source_that_is_gone_costs_the_deadline_at_most(model_dir: Path, whole
             assert same([computed], whole[1:2]) == [True]
             (target,) = await counters(gateway, "prefill-1")
             assert (target["prefix_pulls"], target["prefix_pull_failures"]) == (0, 1)
+
+    asyncio.run(run())
+
+
+def test_a_source_that_stands_still_holds_nobody_up_and_nothing_back(model_dir: Path, whole: list[Completion]) -> None:
+    """SIGSTOP beyond the deadline: the prompt is computed. Once the source goes on, its late offer is dropped and all blocks are free.
+
+    Seen to fail with late offers ignored: the lease runs out instead.
+    """
+
+    async def run() -> None:
+        jobs = make_jobs()
+        async with Workers(config(prefix_pull_deadline_s=2.0), model_dir, ROLES) as workers, WireGateway(workers) as gateway:
+            await complete(gateway, jobs[0], "prefill-0", None)
+            pull = source_of(workers, "prefill-0", NUM_SHARED)
+            pid = workers.processes["prefill-0"].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            asyncio.get_running_loop().call_later(2.5, os.kill, pid, signal.SIGCONT)
+            computed = await complete(gateway, jobs[1], "prefill-1", pull)
+            assert same([computed], whole[1:2]) == [True]
+            source: dict[str, int] = {}
+            while source.get("prefixes_offered", 0) == 0:
+                source, target = await counters(gateway, "prefill-0", "prefill-1")
+            assert (target["prefix_pulls"], target["prefix_pull_failures"]) == (0, 1)
+            assert source["leases_expired"] == 0 and target["late_messages"] == 1
 
     asyncio.run(run())
 
