@@ -14,6 +14,7 @@ from control.compose import WorkerPlan, compose_worker, compose_worker_core
 from control.config import ClusterConfig
 from engine.core.executor import Executor
 from kvtransfer.endpoint import KVEndpoint
+from kvtransfer.host_tier import CpuHostTier
 from kvtransfer.region import PoolMemory
 from kvtransfer.transport import KVTransport, Region
 from protocol.kv import Endpoint
@@ -73,6 +74,7 @@ def build_worker(
         max_model_len=plan.max_model_len,
         max_num_seqs=plan.core.scheduler.max_num_seqs,
         max_num_batched_tokens=plan.core.scheduler.max_num_batched_tokens,
+        kv_token_bytes=plan.layout.token_bytes,
     )
     executor, held = _make_executor(spec, plan, pool.region)
     return WorkerHost(
@@ -95,6 +97,7 @@ def build_worker(
         directory_port=spec.directory_port,
         counters=held.counters,
         notes=held.notes if spec.wrap_transport is None else (*held.notes, WRAPPED_NOTE),
+        host_tier=CpuHostTier(pool.region, plan.num_host_blocks) if plan.num_host_blocks else None,
     )
 
 

@@ -20,6 +20,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+from cluster.prefix_post import PrefixPost
+from cluster.tier_copies import TierCopies
 from engine.core.events import (
     AckSource,
     CancelPull,
@@ -37,6 +39,7 @@ from engine.core.events import (
     OfferKv,
     PeerAcked,
     PeerDropped,
+    PeerSaid,
     PublishKvEvents,
     PullDone,
     RaiseGenerations,
@@ -51,6 +54,7 @@ from engine.core.events import (
 from engine.core.executor import Executor, StepResult
 from engine.core.worker_core import WorkerCore
 from kvtransfer.endpoint import KVEndpoint
+from kvtransfer.host_tier import HostTierMemory
 from kvtransfer.peers import OnPeerMessage
 from protocol.kv import HandoffCompletion, KVHandoff, Outcome
 from protocol.links import MembershipWatch
@@ -63,8 +67,11 @@ from protocol.messages import (
     Offered,
     Ping,
     Pong,
+    PrefixOffered,
+    PrefixRefused,
     Register,
     RenewLease,
+    RequestPrefix,
     SnapshotFrame,
     StepOutput,
     Submit,
@@ -104,6 +111,7 @@ class WorkerHost:
         directory_port: int,
         counters: Mapping[str, int] = MappingProxyType({}),
         notes: tuple[str, ...] = (),
+        host_tier: HostTierMemory | None = None,
     ) -> None:
         self._core = core
         self._executor = executor
@@ -111,6 +119,7 @@ class WorkerHost:
         self._address = address
         self._counters = dict(counters)
         self._notes = notes
+        self._prefix_post = PrefixPost(self._endpoint, worker_id=address.worker_id, epoch=address.epoch)
         identity = Identity(name=address.worker_id, kind="worker", epoch=address.epoch, fingerprint=address.fingerprint)
         self._listener = Listener(identity, secret, self._accept)
         self._directory = MembershipWatch(identity, secret, host=directory_host, port=directory_port, on_change=lambda _: None)
@@ -135,6 +144,10 @@ class WorkerHost:
             RenewSource: lambda c: self._endpoint.send_to_source(c.handoff, RenewLease(handoff_id=c.handoff.handoff_id)),
             PublishKvEvents: self._publish,
         }
+        self._perform |= self._prefix_post.performers
+        self._tier_copies = TierCopies(host_tier, self._turn) if host_tier is not None else None
+        if self._tier_copies is not None:
+            self._perform |= self._tier_copies.performers
 
     # --- life ---
 
@@ -165,6 +178,8 @@ class WorkerHost:
         self._listener.close()
         await asyncio.to_thread(self._executor.close)
         await self._endpoint.close()
+        if self._tier_copies is not None:
+            await self._tier_copies.close()
 
     def snapshot(self) -> WorkerSnapshot:
         core = self._core.snapshot(self._now())
@@ -296,13 +311,15 @@ class WorkerHost:
         elif isinstance(message, Ping):
             connection.send(Pong(nonce=message.nonce))
 
-    def _receive_from_peer(self, _: str, message: object) -> None:
+    def _receive_from_peer(self, worker_id: str, message: object) -> None:
         if isinstance(message, AckHandoff):
             self._turn(PeerAcked(handoff_id=message.handoff_id))
         elif isinstance(message, DropHandoff):
             self._turn(PeerDropped(handoff_id=message.handoff_id, reason=message.reason))
         elif isinstance(message, RenewLease):
             self._turn(LeaseRenewed(handoff_id=message.handoff_id))
+        elif isinstance(message, (RequestPrefix, PrefixOffered, PrefixRefused)):
+            self._turn(PeerSaid(worker_id=worker_id, message=message))
 
     def _gateway_arrived(self, connection: Connection) -> None:
         name = connection.peer.name

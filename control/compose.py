@@ -46,6 +46,11 @@ class WorkerPlan:
     kernels: ChosenKernels  # of this machine
     step_time: StepTimeModel | None  # None: fitted to the steps seen
 
+    @property
+    def num_host_blocks(self) -> int:
+        """Slots of one worker's host tier."""
+        return self.core.host_tier_bytes // self.layout.block_bytes
+
 
 def compose_worker(config: ClusterConfig, model_dir: Path, *, memory_bytes: int | None = None) -> WorkerPlan:
     """The plan for the checkpoint in `model_dir`; reads its headers, not its weights.
@@ -169,6 +174,9 @@ def core_config(config: ClusterConfig) -> WorkerCoreConfig:
         max_handoff_wait_s=workers.max_handoff_wait_s,
         max_offered_bytes=workers.max_offered_bytes,
         offer_early=workers.offer_early,
+        prefix_pull_deadline_s=workers.prefix_pull_deadline_s,
+        max_prefix_pulls=workers.max_prefix_pulls,
+        host_tier_bytes=workers.kv_host_tier_bytes,
         digest_mode=config.transport.offer_digest_mode,
         kv_load_failure_policy=config.transport.kv_load_failure_policy,
     )
@@ -245,10 +253,17 @@ def _asked_blocks(config: ClusterConfig, layout: KVLayout) -> int | None:
 def _blocks_that_fit(
     config: ClusterConfig, model: ModelConfig, memory_bytes: int, length: int, blocks: int | None, *, kernels: Kernels
 ) -> int:
+    num_workers = sum(pool_sizes(config).values())
+    left_bytes = int(MEMORY_SHARE * memory_bytes) - num_workers * config.workers.kv_host_tier_bytes
+    if left_bytes <= 0:
+        raise ConfigError(
+            f"kv_host_tier_bytes {config.workers.kv_host_tier_bytes:,} of {num_workers} workers leave nothing of the"
+            f" {int(MEMORY_SHARE * memory_bytes):,} bytes that may be used; lower --kv-host-tier-bytes"
+        )
     plan = memory_plan(
         model,
-        memory_bytes=int(MEMORY_SHARE * memory_bytes),
-        num_workers=sum(pool_sizes(config).values()),
+        memory_bytes=left_bytes,
+        num_workers=num_workers,
         block_size_tokens=config.workers.block_size,
         max_model_len=length,
         num_blocks=blocks,

@@ -68,6 +68,7 @@ class WorkersSection:
     block_size: int = limited(16, minimum=16, maximum=256)  # tokens of a KV block; a multiple of 16
     num_kv_blocks: int | None = limited(None, minimum=2)  # of each worker; None: from kv_cache_memory_bytes
     kv_cache_memory_bytes: int | None = limited(None, minimum=1)  # of each worker; None: a share of the memory that is free
+    kv_host_tier_bytes: int = limited(0, minimum=0)  # of each worker, for blocks its pool had no room for any more; 0: none
     max_num_seqs: int = limited(64, minimum=1, maximum=65_536)
     max_num_batched_tokens: int = limited(512, minimum=16, maximum=1_048_576)
     step_time_budget_s: float | None = limited(None, minimum=0.001)  # of steps that mix prompts into decoding; None: no bound
@@ -82,6 +83,8 @@ class WorkersSection:
     max_handoff_wait_s: float = limited(120.0, minimum=0.1)  # an offer waits this long for room on the decode worker
     max_offered_bytes: int = limited(1 << 40, minimum=1)  # KV kept for decode workers
     offer_early: bool = True  # a decode worker copies KV layer by layer while the last step of its prefill computes
+    prefix_pull_deadline_s: float = limited(1.0, minimum=0.01)  # a prompt waits this long for another worker's prefix, then it is computed
+    max_prefix_pulls: int = limited(16, minimum=0)  # prefixes on their way to one worker; more prompts are computed
     force_preempt_every: int = limited(0, minimum=0)  # for tests: preempt a sequence every so many steps; 0: never
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from protocol.messages import (
     Place,
     PlaceAck,
     PrefillDone,
+    PrefixSource,
     Refused,
     Submit,
     TokenLogprobs,
@@ -139,10 +140,14 @@ class TellRouter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmitTo:
-    """Send to the worker; answer with WorkerLost when it cannot be reached."""
+    """Send to the worker; answer with WorkerLost when it cannot be reached.
+
+    prefix_source: another worker holds more of the prompt; the driver, who knows addresses, tells the worker where.
+    """
 
     worker_id: str
     submit: Submit
+    prefix_source: PrefixSource | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -290,8 +291,9 @@ class GatewayService:
 
     def _perform(self, live: LiveRequest, command: Command) -> None:
         match command:
-            case SubmitTo(worker_id=worker_id, submit=submit):
-                self.workers.send(worker_id, submit)
+            case SubmitTo(worker_id=worker_id, submit=submit, prefix_source=source):
+                pull = self.workers.prefix_pull(source) if source is not None else None
+                self.workers.send(worker_id, submit if pull is None else replace(submit, prefix_pull=pull))
             case TellRouter(message=message):
                 self.router.send(message)
             case SendPlace(place=place):

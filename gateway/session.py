@@ -242,7 +242,7 @@ class Session:
                 timeline.assigned_s = now
         apart = assignment.prefill_worker != assignment.decode_worker
         submit = Submit(attempt=self.attempt, prefill_only=apart, handoff=None)
-        self._out.append(SubmitTo(worker_id=assignment.prefill_worker, submit=submit))
+        self._out.append(SubmitTo(worker_id=assignment.prefill_worker, submit=submit, prefix_source=assignment.prefix_source))
 
     def _on_refused(self, refused: Refused, now: float) -> None:
         if self.attempt.number == 0 or refused.status not in (429, 503):

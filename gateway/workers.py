@@ -13,6 +13,7 @@ from typing import Any
 
 from gateway.config import GatewayConfig
 from gateway.events import WorkerSaid
+from protocol.kv import KVPeer
 from protocol.links import Links, Target
 from protocol.messages import (
     AttemptFailed,
@@ -21,6 +22,8 @@ from protocol.messages import (
     Membership,
     OfferCompleted,
     Offered,
+    PrefixPull,
+    PrefixSource,
     SnapshotFrame,
     StepOutput,
     Submit,
@@ -122,6 +125,16 @@ class Workers:
 
     def is_up(self, worker_id: str) -> bool:
         return self._links.get(worker_id) is not None
+
+    def prefix_pull(self, source: PrefixSource) -> PrefixPull | None:
+        """Where that worker's prefix can be had; None when it is not linked any more, or drains."""
+        row = self.rows.get(source.worker_id)
+        if row is None or row.state is not WorkerState.READY or not self.is_up(source.worker_id):
+            return None
+        address = row.address
+        return PrefixPull(
+            peer=KVPeer(worker_id=address.worker_id, epoch=address.epoch, endpoint=address.kv_endpoint), num_tokens=source.num_tokens
+        )
 
     def send(self, worker_id: str, message: _ToWorker) -> None:
         """Now, or when the link is up within link_wait_s; else on_lost for a submit."""

@@ -34,7 +34,7 @@ from kvtransfer.shm import ShmTransport
 from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import KVTransport, Ticket, Transfer
 from protocol.errors import ConfigError, LayoutMismatch
-from protocol.kv import Endpoint, KVHandoff, Outcome, TransferError
+from protocol.kv import Endpoint, HandoffShard, KVHandoff, KVPeer, Outcome, TransferError
 from protocol.wire import Identity
 
 OnDone = Callable[[Outcome], None]
@@ -235,8 +235,12 @@ class KVEndpoint:
     def send_to_source(self, handoff: KVHandoff, message: PeerMessage) -> None:
         """Say it to every process that holds a part of the offer. At most once: a lease covers what is lost."""
         for shard in handoff.shards:
-            same_host = not shard.endpoint.control_port or host_proof(shard.endpoint) is PathReason.SAME_HOST
-            self._post.send(shard, message, same_host=same_host)
+            self.send_to_peer(shard, message)
+
+    def send_to_peer(self, peer: KVPeer | HandoffShard, message: PeerMessage) -> None:
+        """Say it to one incarnation of a worker, at most once."""
+        same_host = not peer.endpoint.control_port or host_proof(peer.endpoint) is PathReason.SAME_HOST
+        self._post.send(peer, message, same_host=same_host)
 
     async def close(self) -> None:
         """Cancel every pull (each `on_done` still comes), stop listening, join threads, close and remove sockets."""

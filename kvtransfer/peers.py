@@ -1,4 +1,4 @@
-"""Small words between workers beside the blocks: a target acknowledges, renews or drops an offer at its source.
+"""Small words between workers beside the blocks: a target acknowledges, renews or drops an offer at its source, or asks for a prefix.
 
 At most once and in order. A word that is lost costs a lease's length of kept blocks, never correctness, so nothing is resent: what
 waits for a peer that stays away longer than `_GIVE_UP_S`, or came back as another incarnation, is dropped and counted.
@@ -14,11 +14,11 @@ from typing import Any
 
 from kvtransfer.config import TransportConfig
 from protocol.errors import MalformedFrame, WireError
-from protocol.kv import Endpoint, HandoffShard
-from protocol.messages import AckHandoff, DropHandoff, RenewLease
+from protocol.kv import Endpoint, HandoffShard, KVPeer
+from protocol.messages import AckHandoff, DropHandoff, PrefixOffered, PrefixRefused, RenewLease, RequestPrefix
 from protocol.wire import Connection, Identity, Listener, dial
 
-PeerMessage = AckHandoff | DropHandoff | RenewLease
+PeerMessage = AckHandoff | DropHandoff | RenewLease | RequestPrefix | PrefixOffered | PrefixRefused
 OnPeerMessage = Callable[[str, PeerMessage], None]  # (worker id of the sender, message)
 
 _GIVE_UP_S = 5.0
@@ -56,12 +56,12 @@ class PeerPost:
             port = listener.port
         return Endpoint(control_path=unix_path, control_port=port)
 
-    def send(self, source: HandoffShard, message: PeerMessage, *, same_host: bool) -> None:
-        """Queue a word for the process that made the offer."""
-        key = (source.worker_id, source.epoch)
+    def send(self, to: HandoffShard | KVPeer, message: PeerMessage, *, same_host: bool) -> None:
+        """Queue a word for that process: the one that made the offer, or a peer."""
+        key = (to.worker_id, to.epoch)
         route = self._routes.get(key)
         if route is None:
-            route = self._routes[key] = _Route(source.worker_id, source.epoch, source.endpoint, use_unix=same_host)
+            route = self._routes[key] = _Route(to.worker_id, to.epoch, to.endpoint, use_unix=same_host)
             route.task = asyncio.get_running_loop().create_task(self._keep(key, route))
         if len(route.queue) >= self._config.max_queued_messages:
             self._counters["messages_dropped"] += 1

@@ -119,6 +119,15 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KVPeer:
+    """One incarnation of a worker, and where its pool can be reached."""
+
+    worker_id: str
+    epoch: int
+    endpoint: Endpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
     """A promise to keep blocks for a duration, renewed by heartbeats; ends at acknowledgement or expiry, whichever is first."""
 

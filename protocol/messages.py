@@ -7,7 +7,8 @@
     worker  -> router      SnapshotFrame, KvEvents, KvSnapshot        (gateway and router dial and send Subscribe)
     anyone  -> directory   Register, RegisterService, Watch
     directory -> watcher   Membership
-    worker  -> worker      Pull, PullTrailer, AckHandoff, RenewLease, DropHandoff   (kvtransfer)
+    worker  -> worker      Pull, PullTrailer, AckHandoff, RenewLease, DropHandoff,
+                           RequestPrefix, PrefixOffered, PrefixRefused              (kvtransfer)
     anyone  -> anyone      Ping, Pong, StatusRequest, StatusReply
 
 Facts about an attempt are fenced by (request_id, attempt); facts about a worker by its epoch.
@@ -19,11 +20,19 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from protocol.kv import HandoffCompletion, KVHandoff
+from protocol.kv import HandoffCompletion, KVHandoff, KVPeer
 from protocol.request import Attempt, FinishReason
 from protocol.worker import KvEvent, WorkerAddress, WorkerSnapshot
 
 # --- gateway -> worker ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixPull:
+    """Another worker is believed to hold the KV of the first `num_tokens` tokens: pulling it is cheaper than computing it."""
+
+    peer: KVPeer
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +42,13 @@ class Submit:
     prefill_only: stop after sampling the next token of each live choice, keep the blocks and offer them.
     handoff: the KV is offered by another worker: pull it instead of computing it; recompute here if that fails.
     Neither: compute the prompt and decode here.
+    prefix_pull: where more of the prompt can be had than lies here; a hint, without `handoff` only.
     """
 
     attempt: Attempt
     prefill_only: bool
     handoff: KVHandoff | None
+    prefix_pull: PrefixPull | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +214,7 @@ class KvSnapshot:
     next_event_number: int
     hashes: tuple[bytes, ...]
     parents: tuple[bytes, ...]  # parent of each hash
+    host_hashes: tuple[bytes, ...] = ()  # of the host tier, in any order
 
 
 # --- gateway <-> router -----------------------------------------------------------------------------------------------
@@ -249,6 +261,16 @@ class CandidateScore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixSource:
+    """Who the prefill worker pulls a prefix from, and what was expected of it."""
+
+    worker_id: str
+    num_tokens: int  # leading tokens of the prompt it holds
+    pull_s: float  # to bring over those that the prefill worker lacks
+    compute_s: float  # to compute the same tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     """Where an attempt runs and why. prefill_worker == decode_worker: prefilled where it decodes."""
 
@@ -262,6 +284,7 @@ class Assignment:
     prefill_scores: tuple[CandidateScore, ...]  # best first, at most 8
     decode_scores: tuple[CandidateScore, ...]
     waited_s: float
+    prefix_source: PrefixSource | None = None  # None: the prefill worker computes what it lacks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -388,6 +411,38 @@ class DropHandoff:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestPrefix:
+    """Offer me the KV of the longest run of whole blocks you hold of these tokens, if it is longer than `num_held_tokens`.
+
+    The source compares the tokens themselves, in the chain that starts at `cache_root`: tenants never meet.
+    """
+
+    pull_id: str  # 32 hex digits
+    requester: KVPeer
+    request_id: str
+    attempt: int
+    cache_root: bytes
+    token_ids: array[int]
+    num_held_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixOffered:
+    """The blocks are leased to the requester: an offer like that of a computed prompt, of kind PREFIX."""
+
+    pull_id: str
+    handoff: KVHandoff
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixRefused:
+    """Nothing to be had here; the requester computes."""
+
+    pull_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pull:
     """Send these blocks over the data socket (TCP); shared memory needs no Pull."""
 
@@ -417,4 +472,5 @@ MESSAGES: tuple[type, ...] = (
     Register, RegisterService, Watch, Membership,
     Ping, Pong, StatusRequest, StatusReply,
     RenewLease, AckHandoff, DropHandoff, Pull, PullTrailer,
+    RequestPrefix, PrefixOffered, PrefixRefused,
 )  # fmt: skip

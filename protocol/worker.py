@@ -59,6 +59,7 @@ class WorkerAddress:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    kv_token_bytes: int = 0  # KV of one token on this worker; 0: not told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

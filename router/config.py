@@ -63,6 +63,14 @@ class RouterConfig:
     transfer_s_base: float = _bounded(2e-3, 0.0)
     transfer_s_per_token: float = _bounded(2e-6, 0.0)
 
+    # Prefixes of other workers
+    prefix_pull: bool = True  # a worker may pull a prefix from another where that is cheaper than computing it
+    prefix_pull_min_tokens: int = _bounded(64, 16)  # fewer are computed
+    prefix_pull_s_base: float = _bounded(3e-3, 0.0)  # of every pull, before its first byte
+    link_bytes_per_s: float = _bounded(2e9, 1.0)  # between workers, until pulls were measured
+
+    host_link_bytes_per_s: float = _bounded(5e9, 1.0)  # from a worker's host memory into its pool
+
     # Policy supervision
     policy_time_limit_s: float = _bounded(0.05, 0.0)  # above what a busy machine takes a thread away for
     policy_penalty_s: float = _bounded(1.0, 0.0)  # after an overrun least_work decides for so long

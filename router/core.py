@@ -31,7 +31,7 @@ from protocol.messages import (
     Subscribe,
 )
 from protocol.request import AttemptKey
-from protocol.worker import AllBlocksCleared, BlocksStored, WorkerId, WorkerState
+from protocol.worker import AllBlocksCleared, BlocksStored, Tier, WorkerId, WorkerState
 from router import admission, policies, status
 from router.bookings import Booking, Bookings, Hold, Phase
 from router.config import RouterConfig
@@ -52,6 +52,7 @@ from router.events import (
 )
 from router.fleet import Fleet, Pools, Worker
 from router.guarded_policy import GuardedPolicy
+from router.link_cost import link_to
 from router.placement import Blocked, Choice, Placement
 from router.policies.api import (
     Booked,
@@ -250,6 +251,7 @@ class RouterCore:
         worker = Worker(
             address,
             model=CostModel(self._prior, bias=self.config.estimate_bias),
+            link=link_to(address, self.config),
             tie_hash=xxhash.xxh3_64_intdigest(event.worker_id.encode(), seed=self._tie_seed),
             stale_s=self.config.snapshot_stale_s,
             settle_s=self.config.booking_settle_s,
@@ -297,7 +299,9 @@ class RouterCore:
             self._resync_asked_s.pop(worker.worker_id, None)
             number = message.next_event_number - 1
             cleared, stored = AllBlocksCleared(number=number), BlocksStored(number=number, parent=b"", hashes=message.hashes)
-            self.policy.observe(KvChanged(worker_id=worker.worker_id, events=(cleared, stored)), now)
+            in_host = BlocksStored(number=number, parent=b"", hashes=message.host_hashes, tier=Tier.HOST)
+            events = (cleared, stored, in_host) if message.host_hashes else (cleared, stored)
+            self.policy.observe(KvChanged(worker_id=worker.worker_id, events=events), now)
 
     def _take_snapshot(self, worker: Worker, frame: SnapshotFrame, now: float) -> None:
         snapshot = frame.snapshot
@@ -407,7 +411,7 @@ class RouterCore:
 
     def _book(self, waiting: Waiting, choice: Choice, predicted_output_tokens: int, now: float) -> None:
         place, key, prefill, decode = waiting.place, waiting.key, choice.prefill, choice.decode
-        missed = place.num_tokens - choice.cached_tokens
+        missed = place.num_tokens - choice.cached_tokens - choice.pulled_tokens
         assignment = Assignment(
             request_id=place.request_id,
             attempt=place.attempt,
@@ -419,7 +423,9 @@ class RouterCore:
             prefill_scores=choice.prefill_scores,
             decode_scores=choice.decode_scores,
             waited_s=now - waiting.since_s,
+            prefix_source=choice.prefix_source,
         )
+        self.counters["prefix_pulls"] += choice.pull is not None
         prefill_hold = Hold(
             key=key,
             phase=Phase.PREFILL,
@@ -454,12 +460,7 @@ class RouterCore:
         self.explained.append(assignment)
         self.counters["splits" if choice.is_split else "locals"] += 1
         self._commands.append(ToGateway(gateway=waiting.gateway, message=Assigned(assignment=assignment)))
-        booked = Booked(
-            request=place,
-            prefill_worker=prefill.worker_id,
-            decode_worker=decode.worker_id,
-            cached_tokens=choice.cached_tokens,
-        )
+        booked = Booked(request=place, prefill_worker=prefill.worker_id, decode_worker=decode.worker_id, cached_tokens=choice.cached_tokens)
         self.policy.observe(booked, now)
 
     def _release(self, key: AttemptKey, phase: Phase) -> None:

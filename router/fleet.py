@@ -18,6 +18,7 @@ from protocol.request import AttemptKey
 from protocol.worker import Role, WorkerAddress, WorkerId, WorkerSnapshot, WorkerState
 from router.bookings import Hold, Phase, Tally
 from router.cost_model import CostModel, StepCost, Work
+from router.link_cost import LinkCost
 
 HoldKey = tuple[AttemptKey, Phase]
 
@@ -55,6 +56,7 @@ class Worker:
         "kv_capacity_tokens",
         "kv_tokens",
         "last_chosen",
+        "link",
         "max_request_tokens",
         "model",
         "num_sequences",
@@ -70,11 +72,12 @@ class Worker:
         "worker_id",
     )
 
-    def __init__(self, address: WorkerAddress, *, model: CostModel, tie_hash: int, stale_s: float, settle_s: float) -> None:
+    def __init__(self, address: WorkerAddress, *, model: CostModel, link: LinkCost, tie_hash: int, stale_s: float, settle_s: float) -> None:
         self.address = address
         self.worker_id: WorkerId = address.worker_id
         self.epoch = address.epoch
         self.model = model
+        self.link = link  # of pulls from other workers to this one
         self.cost: StepCost = model.cost  # seconds of work here, leaning high
         self.tie_hash = tie_hash
         self.role: Role = address.role
@@ -223,6 +226,7 @@ class Worker:
             del self._settling[key]
             self.fresh.add(self.holds[key], -1)
         if before is not None:
+            self.link.observe(before, snapshot, now)
             self.model.observe(work_between(before, snapshot, self.context_mean))
             if now - self._refit_at_s >= refit_interval_s:
                 self._refit_at_s = now

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from enum import Enum
 
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
-from protocol.messages import CandidateScore, Place
+from protocol.messages import CandidateScore, Place, PrefixSource
 from protocol.worker import WorkerId
 from router.config import Disaggregate, RouterConfig
 from router.fleet import Fleet, Pools, Worker
 from router.guarded_policy import GuardedPolicy
-from router.policies.api import Cost, PlacementView, Pool, Replicate
+from router.policies.api import Cost, PlacementView, Pool, Pull, Replicate
 from router.prefix_index import PrefixIndex
+from router.pull_cost import PullCosts, Source
 
 MAX_REPLICATIONS = 1024
 _AGE_MAX_S = 1e9  # said of a worker never heard of
@@ -58,10 +59,23 @@ class Choice:
     reason: str
     prefill_scores: tuple[CandidateScore, ...]
     decode_scores: tuple[CandidateScore, ...]
+    pull: Pull | None  # from another worker to the prefill worker
 
     @property
     def is_split(self) -> bool:
         return self.prefill is not self.decode
+
+    @property
+    def pulled_tokens(self) -> int:
+        return self.pull.pulled_tokens if self.pull is not None else 0
+
+    @property
+    def prefix_source(self) -> PrefixSource | None:
+        """As the assignment tells it."""
+        if self.pull is None:
+            return None
+        pull = self.pull
+        return PrefixSource(worker_id=pull.source, num_tokens=pull.num_tokens, pull_s=pull.pull_s, compute_s=pull.compute_s)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,6 +88,12 @@ class _Ask:
     device_tokens: Mapping[WorkerId, int]
     predicted_output_tokens: int
     kv_tokens: int
+    source: Source | None  # who holds most of the prompt
+
+    @property
+    def has_host_tokens(self) -> bool:
+        """True when somebody holds a part of the prompt in host memory only."""
+        return self.device_tokens is not self.cached_tokens
 
     def cached(self, worker: Worker) -> int:
         return self.cached_tokens.get(worker.worker_id, 0)
@@ -93,6 +113,7 @@ class Placement:
         self._fleet = fleet
         self._index = index
         self._policy = policy
+        self._pulls = PullCosts(fleet, index, min_tokens=config.prefix_pull_min_tokens, bias=config.estimate_bias)
         self._replications: dict[bytes, tuple[WorkerId, float]] = {}
 
     def choose(self, place: Place, now: float, *, predicted_output_tokens: int) -> Choice | Blocked:
@@ -177,6 +198,7 @@ class Placement:
             reason=reason,
             prefill_scores=prefill.scores,
             decode_scores=decode.scores,
+            pull=self._pull(ask, prefill.best),
         )
 
     def _better_local(self, ask: _Ask, decoders: list[Worker], decode: Ranking, prefill: Worker) -> Choice | None:
@@ -184,14 +206,14 @@ class Placement:
         holders = [w for w in decoders if w.worker_id in ask.cached_tokens]
         most_cached = max(holders, key=ask.cached, default=decode.best)
         config, num_tokens = self._config, ask.place.num_tokens
-        split_s = prefill.queued_prefill_s + prefill.cost.prefill_s(ask.missed(prefill), num_tokens) + self._transfer_s(ask)
+        split_s = prefill.queued_prefill_s + self._prefill_s(ask, prefill) + self._transfer_s(ask)
         for worker in (decode.best, most_cached):
             missed = ask.missed(worker)
             if missed > config.local_prefill_predicted_max_tokens or missed > config.local_prefill_max_missed_ratio * num_tokens:
                 continue
             if self._is_busy(worker) or not self._prefillers(ask, [worker]):
                 continue
-            alone_s = worker.queued_prefill_s + worker.cost.prefill_s(missed, num_tokens)
+            alone_s = worker.queued_prefill_s + self._prefill_s(ask, worker)
             local_s = alone_s * config.local_prefill_interference
             if local_s < split_s:
                 return self._local(
@@ -203,8 +225,9 @@ class Placement:
                 )
         return None
 
-    @staticmethod
-    def _local(ask: _Ask, worker: Worker, ranking: Ranking, reason: str, *, prefill_scores: tuple[CandidateScore, ...] = ()) -> Choice:
+    def _local(
+        self, ask: _Ask, worker: Worker, ranking: Ranking, reason: str, *, prefill_scores: tuple[CandidateScore, ...] = ()
+    ) -> Choice:
         return Choice(
             prefill=worker,
             decode=worker,
@@ -215,6 +238,7 @@ class Placement:
             reason=reason,
             prefill_scores=prefill_scores,
             decode_scores=ranking.scores,
+            pull=self._pull(ask, worker),
         )
 
     # --- pricing ---
@@ -232,6 +256,10 @@ class Placement:
             kv_tokens=ask.kv_tokens,
             decode_worker=decode_worker.worker_id if decode_worker is not None else None,
             transfer_s=self._transfer_s(ask) if pool is not Pool.WHOLE else 0.0,
+            pulls=self._pulls.prices(ask.source, workers, ask.cached_tokens, ask.place.num_tokens)
+            if ask.source is not None and pool is not Pool.DECODE
+            else {},
+            loads_s=self._loads_s(ask, workers) if ask.has_host_tokens and pool is not Pool.DECODE else {},
         )
         policy, costs = self._policy.score(view, ask.place, ask.now)
         best = sorted([(costs[w.worker_id][0], w.last_chosen, w.tie_hash, i) for i, w in enumerate(workers) if w.worker_id in costs])
@@ -242,7 +270,7 @@ class Placement:
     def _total_s(self, ask: _Ask, choice: Choice) -> float:
         """Predicted seconds until the last token, to compare shapes."""
         prefill, decode = choice.prefill, choice.decode
-        seconds = prefill.queued_prefill_s + prefill.cost.prefill_s(ask.missed(prefill), ask.place.num_tokens)
+        seconds = prefill.queued_prefill_s + self._prefill_s(ask, prefill)
         num_sequences = decode.num_sequences + ask.place.num_choices
         token_s = decode.cost.decode_step_s(num_sequences, decode.kv_tokens + ask.kv_tokens)
         if choice.is_split:
@@ -250,6 +278,29 @@ class Placement:
         else:
             seconds *= self._config.local_prefill_interference
         return seconds + ask.predicted_output_tokens * token_s
+
+    def _prefill_s(self, ask: _Ask, worker: Worker) -> float:
+        """Until the prompt is computed there, alone, with what is pulled."""
+        pull = self._pull(ask, worker)
+        saved_s = pull.compute_s - pull.pull_s if pull is not None else 0.0
+        return worker.cost.prefill_s(ask.missed(worker), ask.place.num_tokens) - saved_s + self._load_s(ask, worker)
+
+    def _load_s(self, ask: _Ask, worker: Worker) -> float:
+        """To bring what it has cached in host memory into its pool."""
+        num_tokens = ask.cached(worker) - ask.device_tokens.get(worker.worker_id, 0)
+        token_bytes = worker.address.kv_token_bytes
+        token_s = token_bytes / self._config.host_link_bytes_per_s if token_bytes else self._config.transfer_s_per_token
+        return num_tokens * token_s
+
+    def _loads_s(self, ask: _Ask, workers: Sequence[Worker]) -> dict[WorkerId, float]:
+        priced = ((worker.worker_id, self._load_s(ask, worker)) for worker in workers)
+        return {worker_id: load_s for worker_id, load_s in priced if load_s > 0.0}
+
+    def _pull(self, ask: _Ask, worker: Worker) -> Pull | None:
+        """What the worker had better pull than compute."""
+        if ask.source is None:
+            return None
+        return self._pulls.prices(ask.source, [worker], ask.cached_tokens, ask.place.num_tokens).get(worker.worker_id)
 
     def _transfer_s(self, ask: _Ask) -> float:
         return self._config.transfer_s_base + self._config.transfer_s_per_token * ask.place.num_tokens
@@ -299,14 +350,16 @@ class Placement:
         match = self._index.match(place.block_hashes)
         most = place.num_tokens - 1
         cached = _at_most(match.total_tokens, most)
+        device = cached if match.device_tokens is match.total_tokens else _at_most(match.device_tokens, most)
         leaned = round(predicted_output_tokens * self._config.estimate_bias)
         return _Ask(
             place=place,
             now=now,
             cached_tokens=cached,
-            device_tokens=cached if match.device_tokens is match.total_tokens else _at_most(match.device_tokens, most),
+            device_tokens=device,
             predicted_output_tokens=predicted_output_tokens,
             kv_tokens=place.num_tokens + place.num_choices * leaned,
+            source=self._pulls.source(place, device) if self._config.prefix_pull and device else None,
         )
 
     def _replication_target(self, ask: _Ask, prefillers: tuple[Worker, ...]) -> Worker | None:

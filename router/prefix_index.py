@@ -8,6 +8,7 @@ holds a block without its parents. The walk runs at C speed in strides and stops
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -135,8 +136,9 @@ class PrefixIndex:
             return False
         self.catch_up()
         self._remove(holdings, holdings.device.difference(frame.hashes), Tier.DEVICE)
-        self._remove(holdings, list(holdings.host), Tier.HOST)
+        self._remove(holdings, holdings.host.difference(frame.host_hashes), Tier.HOST)
         self._store(holdings, frame.hashes, Tier.DEVICE)
+        self._store(holdings, frame.host_hashes, Tier.HOST)
         holdings.next_number = frame.next_event_number
         return True
 
@@ -195,6 +197,15 @@ class PrefixIndex:
         get_device, get_host = self._device.get, self._host.get
         either = {h: get_device(h, 0) | get_host(h, 0) for h in hashes}
         return Match(device_tokens=device, total_tokens=self._depths(hashes, either))
+
+    def confirmed_tokens(self, worker_id: WorkerId, hashes: Sequence[bytes], num_tokens: int) -> int:
+        """How many of the first `num_tokens`, which `match` believes to be there, the worker itself has told of: no guesses."""
+        holdings = self._holdings.get(worker_id)
+        if holdings is None:
+            return 0
+        device, num_blocks = holdings.device, num_tokens // HASH_BLOCK_SIZE_TOKENS
+        # A worker holds no block without its parents, so what it told of is a beginning.
+        return bisect_left(range(num_blocks), True, key=lambda index: hashes[index] not in device) * HASH_BLOCK_SIZE_TOKENS
 
     @property
     def num_entries(self) -> int:

@@ -17,6 +17,7 @@ COUNTERS = (
     "stale_places",
     "splits",
     "locals",
+    "prefix_pulls",
     "refused_413",
     "refused_429",
     "refused_503",
@@ -88,6 +89,7 @@ def _worker(worker: Worker, now: float) -> dict[str, object]:
         "booked_sequences": worker.booked.num_sequences,
         "hit_rate": round(worker.hit_rate, 4),
         "cost": {name: float(f"{seconds:.3g}") for name, seconds in asdict(fitted).items()},
+        "link_scale": round(worker.link.scale, 3),
         "cost_samples": worker.model.num_samples,
         "cost_relative_error": round(worker.model.relative_error, 4),
     }
@@ -103,6 +105,7 @@ def _assignment(assignment: Assignment) -> dict[str, object]:
         "policy": assignment.policy,
         "reason": assignment.reason,
         "waited_s": round(assignment.waited_s, 6),
+        "prefix_source": asdict(assignment.prefix_source) if assignment.prefix_source is not None else None,
         "prefill_scores": [_score(s) for s in assignment.prefill_scores],
         "decode_scores": [_score(s) for s in assignment.decode_scores],
     }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from engine.core.events import CancelReceived, OfferCompletedReceived, SubmitReceived
 from protocol.kv import KVHandoff
-from protocol.messages import AttemptFailed, HandoffDone, OfferCompleted, Offered, StepOutput, Submit, TokenRun, TransferFailed
+from protocol.messages import AttemptFailed, HandoffDone, OfferCompleted, Offered, PrefixPull, StepOutput, Submit, TokenRun, TransferFailed
 from protocol.request import Attempt, FinishReason, Request, token_buffer
 from simulator.loop import VirtualLoop
 from simulator.sim_worker import FromWorker, SimWorker
@@ -51,6 +51,7 @@ class SimGateway:
         self.name = name
         self.ledgers: dict[str, Ledger] = {}
         self.workers: dict[str, SimWorker] = {}
+        self.prefix_pull: Callable[[Attempt, str], PrefixPull | None] = lambda _attempt, _prefill: None  # what the prefill worker may pull
         self._loop = loop
         self._place = place
         self._latency_s = latency_s
@@ -89,7 +90,8 @@ class SimGateway:
         ledger.prefill_worker, ledger.decode_worker = self._place(attempt)
         ledger.decodes_elsewhere = ledger.is_ahead = False
         is_split = ledger.prefill_worker != ledger.decode_worker
-        self._send(ledger.prefill_worker, Submit(attempt=attempt, prefill_only=is_split, handoff=None))
+        pull = self.prefix_pull(attempt, ledger.prefill_worker)
+        self._send(ledger.prefill_worker, Submit(attempt=attempt, prefill_only=is_split, handoff=None, prefix_pull=pull))
 
     def _attempt(self, ledger: Ledger) -> Attempt:
         return Attempt(

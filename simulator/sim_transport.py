@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
-from engine.core.events import CompletePull, Event, LeaseRenewed, PeerAcked, PeerDropped, StartPull
+from engine.core.events import CompletePull, Event, LeaseRenewed, PeerAcked, PeerDropped, PeerSaid, StartPull
 from kvtransfer.handoff import step_begin
-from protocol.kv import KVHandoff, Outcome, TransferError
+from protocol.kv import HandoffShard, KVHandoff, KVPeer, Outcome, TransferError
 from simulator.loop import VirtualLoop
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _FOLLOW_S = 0.0005  # how often a copy looks whether its source has computed mor
 class NetworkFaults:
     """Probabilities, and the longest delay. The defaults are a network without faults."""
 
-    lose_message: float = 0.0  # of a renewal, acknowledgement or drop between workers
+    lose_message: float = 0.0  # of any word between workers
     repeat_message: float = 0.0
     fail_pull: float = 0.0  # the peer is gone, or the digest does not match
     hang_pull: float = 0.0  # nothing comes; the deadline ends it
@@ -53,15 +53,19 @@ class SimTransport:
 
     def send(self, handoff: KVHandoff, event: PeerAcked | PeerDropped | LeaseRenewed) -> None:
         """To the source of `handoff`: later, perhaps never, perhaps twice."""
+        self.send_to_peer(handoff.shards[0], event)
+
+    def send_to_peer(self, peer: KVPeer | HandoffShard, event: PeerAcked | PeerDropped | LeaseRenewed | PeerSaid) -> None:
+        """To one incarnation of a worker: later, perhaps never, perhaps twice."""
         if self._rng.random() < self._faults.lose_message:
             return
         for _ in range(2 if self._rng.random() < self._faults.repeat_message else 1):
-            self._loop.call_later(self._delay_s(), lambda: self._deliver(handoff, event))
+            self._loop.call_later(self._delay_s(), lambda: self._deliver(peer, event))
 
-    def _deliver(self, handoff: KVHandoff, event: Event) -> None:
-        source = self._source(handoff)
-        if source is not None:
-            source.take(event)
+    def _deliver(self, peer: KVPeer | HandoffShard, event: Event) -> None:
+        worker = self._incarnation(peer)
+        if worker is not None:
+            worker.take(event)
 
     def start_pull(self, target: SimWorker, command: StartPull, on_done: Callable[[Outcome], None]) -> None:
         """Exactly one outcome follows, at the deadline at the latest (but for a deaf one); after it nothing writes the target blocks."""
@@ -158,8 +162,11 @@ class SimTransport:
 
     def _source(self, handoff: KVHandoff) -> SimWorker | None:
         """The live worker that made the offer; None when it is gone, or came back as another."""
-        worker = self.workers.get(handoff.shards[0].worker_id)
-        return worker if worker is not None and worker.is_alive and worker.epoch == handoff.shards[0].epoch else None
+        return self._incarnation(handoff.shards[0])
+
+    def _incarnation(self, peer: KVPeer | HandoffShard) -> SimWorker | None:
+        worker = self.workers.get(peer.worker_id)
+        return worker if worker is not None and worker.is_alive and worker.epoch == peer.epoch else None
 
     def _is_computed(self, command: StartPull) -> bool:
         """Steps are computed at their end; that of an early offer has to be over. Of a source that is gone `_is_fresh` tells."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from engine.core.events import (
     AckSource,
+    AskPrefix,
     CancelPull,
     Command,
     CompleteOffer,
@@ -14,25 +15,42 @@ from engine.core.events import (
     Emit,
     Event,
     LeaseRenewed,
+    LoadBlocks,
+    LoadDone,
     OfferKv,
+    OfferPrefix,
     PeerAcked,
     PeerDropped,
+    PeerSaid,
     PublishKvEvents,
     PullDone,
     RaiseGenerations,
+    RefusePrefix,
     RenewSource,
     RunStep,
+    SaveBlocks,
     StartPull,
     StepDone,
     Tell,
     Tick,
 )
 from engine.core.worker_core import WorkerCore
-from protocol.kv import HandoffCompletion
-from protocol.messages import AttemptFailed, HandoffDone, OfferCompleted, Offered, StepOutput, TransferFailed
+from protocol.kv import Endpoint, HandoffCompletion, KVPeer
+from protocol.messages import (
+    AttemptFailed,
+    HandoffDone,
+    OfferCompleted,
+    Offered,
+    PrefixOffered,
+    PrefixRefused,
+    RequestPrefix,
+    StepOutput,
+    TransferFailed,
+)
 from protocol.worker import KvEvent
 from simulator.loop import VirtualLoop
 from simulator.sim_executor import SimExecutor, SimPool
+from simulator.sim_host_tier import SimHostTier
 from simulator.sim_transport import SimTransport
 
 FromWorker = StepOutput | Offered | OfferCompleted | HandoffDone | TransferFailed | AttemptFailed
@@ -52,6 +70,7 @@ class SimWorker:
         pool: SimPool,
         executor: SimExecutor,
         to_gateway: Callable[[str, FromWorker], None],
+        tier: SimHostTier,
         tick_s: float = 0.05,
     ) -> None:
         self.worker_id = worker_id
@@ -59,6 +78,7 @@ class SimWorker:
         self.core = core
         self.pool = pool
         self.executor = executor
+        self.tier = tier
         self.is_alive = True
         self.kv_events: list[KvEvent] = []
         self.after_turn: Callable[[Event, list[Command]], None] = lambda _event, _commands: None  # checkers look here
@@ -124,5 +144,27 @@ class SimWorker:
                 self._transport.send(command.handoff, PeerDropped(handoff_id=command.handoff.handoff_id, reason=command.reason))
             case RenewSource():
                 self._transport.send(command.handoff, LeaseRenewed(handoff_id=command.handoff.handoff_id))
+            case AskPrefix():
+                request = RequestPrefix(
+                    pull_id=command.pull_id,
+                    requester=KVPeer(worker_id=self.worker_id, epoch=self.epoch, endpoint=Endpoint()),
+                    request_id=command.request_id,
+                    attempt=command.attempt,
+                    cache_root=command.cache_root,
+                    token_ids=command.token_ids,
+                    num_held_tokens=command.num_held_tokens,
+                )
+                self._transport.send_to_peer(command.peer, PeerSaid(worker_id=self.worker_id, message=request))
+            case OfferPrefix():
+                offered = PrefixOffered(pull_id=command.pull_id, handoff=command.handoff)
+                self._transport.send_to_peer(command.peer, PeerSaid(worker_id=self.worker_id, message=offered))
+            case RefusePrefix():
+                refused = PrefixRefused(pull_id=command.pull_id, reason=command.reason)
+                self._transport.send_to_peer(command.peer, PeerSaid(worker_id=self.worker_id, message=refused))
+            case SaveBlocks():
+                self.tier.save(command)
+            case LoadBlocks():
+                load_id = command.load_id
+                self.tier.load(command, lambda error: self.take(LoadDone(load_id=load_id, error=error)))
             case PublishKvEvents():
                 self.kv_events += command.events

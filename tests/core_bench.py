@@ -20,7 +20,7 @@ from engine.core.events import (
 from engine.core.executor import BatchPlan, Sampled, SampledTokens, StepResult
 from engine.core.worker_core import WorkerCore
 from protocol.kv import KVHandoff, Outcome, TransferError
-from protocol.messages import Submit, TokenRun
+from protocol.messages import PrefixPull, Submit, TokenRun
 from protocol.request import Attempt, Request, first_attempt
 from protocol.worker import Role
 from tests.sim_cluster import FINGERPRINT, layout, make_request
@@ -58,10 +58,17 @@ class Bench:
         return commands
 
     def submit(
-        self, attempt: Attempt | Request, *, prefill_only: bool = False, handoff: KVHandoff | None = None, gateway: str = "g"
+        self,
+        attempt: Attempt | Request,
+        *,
+        prefill_only: bool = False,
+        handoff: KVHandoff | None = None,
+        gateway: str = "g",
+        prefix_pull: PrefixPull | None = None,
     ) -> list[Command]:
         attempt = first_attempt(attempt) if isinstance(attempt, Request) else attempt
-        return self.on(SubmitReceived(gateway=gateway, submit=Submit(attempt=attempt, prefill_only=prefill_only, handoff=handoff)))
+        submit = Submit(attempt=attempt, prefill_only=prefill_only, handoff=handoff, prefix_pull=prefix_pull)
+        return self.on(SubmitReceived(gateway=gateway, submit=submit))
 
     def finish_step(self, token: int = 7, *, error: str | None = None, sequence_error: dict[int, str] | None = None) -> list[Command]:
         """The oldest step is done; every sample is `token`."""

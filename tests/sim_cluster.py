@@ -9,17 +9,30 @@ from random import Random
 from typing import Any
 
 from engine.core.config import SchedulerConfig, WorkerCoreConfig
-from engine.core.events import Command, Event, OfferKv, PullDone, RaiseGenerations, RunStep, StartPull, StepDone
+from engine.core.events import (
+    Command,
+    Event,
+    LoadBlocks,
+    LoadDone,
+    OfferKv,
+    OfferPrefix,
+    PullDone,
+    RaiseGenerations,
+    RunStep,
+    StartPull,
+    StepDone,
+)
 from engine.core.worker_core import WorkerCore
 from engine.hash_model import HashModel, next_token, prefix_words
 from engine.step_time import LinearStepTime
 from protocol.block_hash import block_hashes
 from protocol.kv import KVLayout, LayerGroup, LayerKind, ShardRectangle
 from protocol.request import Attempt, FinishReason, Request, SamplingParams, token_buffer
-from protocol.worker import BlocksRemoved, BlocksStored, Role
+from protocol.worker import AllBlocksCleared, BlocksRemoved, BlocksStored, Role, Tier
 from simulator.loop import VirtualLoop
 from simulator.sim_executor import SimExecutor, SimPool
 from simulator.sim_gateway import SimGateway
+from simulator.sim_host_tier import SimHostTier
 from simulator.sim_transport import NetworkFaults, SimTransport
 from simulator.sim_worker import SimWorker
 
@@ -91,6 +104,8 @@ class Checker:
             del self.steps[event.result.step_id]
         if isinstance(event, PullDone):
             del self.pulls[event.handoff_id]
+        if isinstance(event, LoadDone):
+            del self.pulls[str(event.load_id)]
         still_open = self.worker.core._offers._open
         self.leases = {k: v for k, v in self.leases.items() if k in still_open}
         for command in commands:
@@ -103,8 +118,10 @@ class Checker:
             if isinstance(command, RunStep):
                 named = {b for e in command.plan.entries for b in e.block_table} | {b for pair in command.plan.block_copies for b in pair}
                 self.steps[command.plan.step_id] = named
-            elif isinstance(command, OfferKv):
+            elif isinstance(command, (OfferKv, OfferPrefix)):
                 self.leases[command.handoff.handoff_id] = set(command.handoff.shards[0].block_ids)
+            elif isinstance(command, LoadBlocks):
+                self.pulls[str(command.load_id)] = set(command.block_ids)
             elif isinstance(command, StartPull):
                 self.pulls[command.handoff.handoff_id] = set(command.target_block_ids)
 
@@ -124,6 +141,7 @@ class SimCluster:
         place: Callable[[Attempt], tuple[str, str]] | None = None,
         core: dict[str, Any] | None = None,
         check: bool = True,
+        load_fails: float = 0.0,
         **scheduler: Any,
     ) -> None:
         self.loop = VirtualLoop()
@@ -136,6 +154,7 @@ class SimCluster:
         self._num_blocks = num_blocks
         self._eos_period = eos_period
         self._check = check
+        self._load_fails = load_fails
         self._layout = layout(block_size)
         settings = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "block_size_tokens": block_size} | scheduler
         self._config = replace(WorkerCoreConfig(**(core or {})), scheduler=SchedulerConfig(**settings))
@@ -165,6 +184,7 @@ class SimCluster:
             ),
             pool=pool,
             executor=SimExecutor(self.loop, model, step_time),
+            tier=SimHostTier(self.loop, pool, Random(epoch), fail=self._load_fails),
             to_gateway=lambda _, message: self.gateway.receive(worker_id, message),
         )
         if self._check:
@@ -199,7 +219,7 @@ class SimCluster:
             lambda: all(w.core.is_at_rest for w in self.workers.values() if w.is_alive), deadline_s=self.loop.now + deadline_s
         )
         alive = [w for w in self.workers.values() if w.is_alive]
-        assert at_rest, {w.worker_id: (list(w.core._attempts), len(w.core._offers), len(w.core._intake)) for w in alive}
+        assert at_rest, {w.worker_id: (list(w.core._attempts), len(w.core._offers), len(w.core._intake), len(w.core._loads)) for w in alive}
         for worker in alive:
             worker.core.check()
             snapshot = worker.core.snapshot(self.loop.now)
@@ -223,14 +243,17 @@ class SimCluster:
                 assert all(mine == right[: len(mine)] for mine, right in zip(got, tokens, strict=True))
 
 
-def cached_names(worker: SimWorker) -> set[bytes]:
-    """Hash blocks the router believes the worker holds, from its events alone; checks that they are numbered on."""
+def cached_names(worker: SimWorker, tier: Tier = Tier.DEVICE) -> set[bytes]:
+    """Hash blocks the router believes the worker holds in a tier, from its events alone; checks that they are numbered on."""
     names: set[bytes] = set()
     for number, event in enumerate(worker.kv_events, 1):
         assert event.number == number
+        if not isinstance(event, AllBlocksCleared) and event.tier is not tier:
+            continue
         if isinstance(event, BlocksStored):
             assert not names & set(event.hashes), "announced twice"
-            assert event.parent in names or event.parent == ROOT, "a block whose parent was never announced"
+            is_known = event.parent in names or event.parent == ROOT
+            assert is_known or tier is Tier.HOST, "a block whose parent was never announced"
             names |= set(event.hashes)
         elif isinstance(event, BlocksRemoved):
             assert names >= set(event.hashes), "removed before it was stored"

@@ -31,6 +31,7 @@ from protocol.messages import (
     HandoffDone,
     OfferCompleted,
     Offered,
+    PrefixPull,
     SnapshotFrame,
     StepOutput,
     Submit,
@@ -96,7 +97,25 @@ def _shift_positions(host: Any) -> None:
     runner.forward = sabotaged
 
 
-SABOTAGE: dict[str, Callable[[Any], None]] = {"zero_block": _zero_one_pulled_block, "shift_positions": _shift_positions}
+def _zero_one_loaded_block(host: Any) -> None:
+    """A load from the host tier that reports success and left one block empty."""
+    memory = host._tier_copies._memory
+    load = memory.load
+
+    def sabotaged(slots: Any, generations: Any, block_ids: Any) -> str:
+        outcome: str = load(slots, generations, block_ids)
+        size = memory._pool.layout.block_bytes
+        memory._pool.blocks[block_ids[0] * size : (block_ids[0] + 1) * size] = bytes(size)
+        return outcome
+
+    memory.load = sabotaged
+
+
+SABOTAGE: dict[str, Callable[[Any], None]] = {
+    "zero_block": _zero_one_pulled_block,
+    "shift_positions": _shift_positions,
+    "zero_load": _zero_one_loaded_block,
+}
 
 
 class Workers:
@@ -215,13 +234,13 @@ class WireGateway:
         for name in self._links.up:
             self._links.send(name, Cancel(request_id=request_id, attempt=attempt))
 
-    def request(self, prompt: list[int], sampling: SamplingParams) -> Request:
+    def request(self, prompt: list[int], sampling: SamplingParams, *, root: bytes = b"r" * 16) -> Request:
         return Request(
             request_id=secrets.token_hex(16),
             model_id="test",
             prompt_token_ids=token_buffer(prompt),
             sampling=sampling,
-            cache_root=b"r" * 16,
+            cache_root=root,
             arrival_s=0.0,
         )
 
@@ -230,13 +249,16 @@ class WireGateway:
     ) -> Completion:
         return await self.run(first_attempt(self.request(prompt, sampling)), prefill=prefill, decode=decode, timeout_s=timeout_s)
 
-    async def run(self, attempt: Attempt, *, prefill: str, decode: str, timeout_s: float = 120.0) -> Completion:
-        """One attempt, prefilled on one worker and decoded on another (or on the same)."""
+    async def run(
+        self, attempt: Attempt, *, prefill: str, decode: str, timeout_s: float = 120.0, prefix_pull: PrefixPull | None = None
+    ) -> Completion:
+        """One attempt, prefilled on one worker (which may pull a prefix) and decoded on another (or on the same)."""
         n = attempt.request.sampling.n
         completion = Completion(tokens=[token_buffer() for _ in range(n)], logprobs=[[] for _ in range(n)], finish=[None] * n)
         key = (attempt.request.request_id, attempt.number)
         inbox = self._inbox[key] = asyncio.Queue()
-        assert self._links.send(prefill, Submit(attempt=attempt, prefill_only=prefill != decode, handoff=None))
+        submit = Submit(attempt=attempt, prefill_only=prefill != decode, handoff=None, prefix_pull=prefix_pull)
+        assert self._links.send(prefill, submit)
         is_ahead = False
         async with asyncio.timeout(timeout_s):
             while not all(reason is not None or done for reason, done in zip(completion.finish, attempt.finished, strict=True)):

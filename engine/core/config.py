@@ -58,9 +58,13 @@ class WorkerCoreConfig:
     digest_mode: DigestMode = DigestMode.SAMPLED
     offer_early: bool = True  # offer KV when the last step of its prefill begins, so that the target's copy follows the layers
     kv_load_failure_policy: FailurePolicy = FailurePolicy.RECOMPUTE
+    prefix_pull_deadline_s: float = 1.0  # a prompt waits this long for a peer's prefix, from the question to the last byte
+    max_prefix_pulls: int = 16  # at once; more prompts are computed
+    host_tier_bytes: int = 0  # of host memory that keep blocks evicted from the pool; 0: none
 
     def __post_init__(self) -> None:
-        for name in ("max_waiting", "max_remembered_attempts", "lease_s", "pull_deadline_s", "max_handoff_wait_s", "max_offered_bytes"):
+        bounds = ["max_waiting", "max_remembered_attempts", "lease_s", "pull_deadline_s", "max_handoff_wait_s", "max_offered_bytes"]
+        for name in [*bounds, "prefix_pull_deadline_s"]:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
 

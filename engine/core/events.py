@@ -11,8 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.core.executor import BatchPlan, StepResult
-from protocol.kv import KVHandoff, Outcome
-from protocol.messages import NO_TOKENS, AttemptFailed, HandoffDone, OfferCompleted, Submit, TokenColumns, TokenRun, TransferFailed
+from protocol.kv import KVHandoff, KVPeer, Outcome
+from protocol.messages import (
+    NO_TOKENS,
+    AttemptFailed,
+    HandoffDone,
+    OfferCompleted,
+    PrefixOffered,
+    PrefixRefused,
+    RequestPrefix,
+    Submit,
+    TokenColumns,
+    TokenRun,
+    TransferFailed,
+)
 from protocol.worker import KvEvent, Role
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -51,6 +63,14 @@ class PullDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadDone:
+    """A copy asked for by LoadBlocks came to an end. `error` empty: the blocks hold what the slots held."""
+
+    load_id: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerAcked:
     """A target has verified its copy of our blocks."""
 
@@ -78,6 +98,14 @@ class OfferCompletedReceived:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeerSaid:
+    """Another worker asks for a prefix, or answers what we asked. `worker_id`: who said it, as its connection proved."""
+
+    worker_id: str
+    message: RequestPrefix | PrefixOffered | PrefixRefused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoleChanged:
     role: Role
 
@@ -98,16 +126,43 @@ Event = (
     | GatewayLost
     | StepDone
     | PullDone
+    | LoadDone
     | PeerAcked
     | PeerDropped
     | LeaseRenewed
     | OfferCompletedReceived
+    | PeerSaid
     | RoleChanged
     | DrainStarted
     | Tick
 )
 
 # --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveBlocks:
+    """Copy these blocks of the pool into slots of the host tier before any later command: they are about to be written anew.
+
+    A pool in device memory may order the copies before the steps on its stream instead of waiting for them.
+    """
+
+    block_ids: array[int]
+    slots: array[int]
+    generations: array[int]  # of the slots, from now on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadBlocks:
+    """Copy slots of the host tier into blocks of the pool; LoadDone must follow.
+
+    The slots keep the generations they had when they were saved until then; the blocks are nobody else's.
+    """
+
+    load_id: int
+    slots: array[int]
+    generations: array[int]
+    block_ids: array[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,12 +277,45 @@ class RenewSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AskPrefix:
+    """Send RequestPrefix to the peer, with our own address as the requester's."""
+
+    peer: KVPeer
+    pull_id: str
+    request_id: str
+    attempt: int
+    cache_root: bytes
+    token_ids: array[int]
+    num_held_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfferPrefix:
+    """As OfferKv, for the peer that asked: it is sent PrefixOffered."""
+
+    peer: KVPeer
+    pull_id: str
+    handoff: KVHandoff
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusePrefix:
+    """Send the peer PrefixRefused."""
+
+    peer: KVPeer
+    pull_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PublishKvEvents:
     events: tuple[KvEvent, ...]
 
 
 Command = (
-    RaiseGenerations
+    SaveBlocks
+    | LoadBlocks
+    | RaiseGenerations
     | RunStep
     | Emit
     | Tell
@@ -239,5 +327,8 @@ Command = (
     | AckSource
     | DropSource
     | RenewSource
+    | AskPrefix
+    | OfferPrefix
+    | RefusePrefix
     | PublishKvEvents
 )

@@ -38,7 +38,9 @@ class Offers:
         self._digest_mode = digest_mode
         self._open: dict[str, tuple[SourceHandoff, AttemptKey, str]] = {}  # by handoff id: (offer, attempt, gateway)
         self._num_made = 0
-        self.offered_bytes = 0
+        self._prefixes: set[str] = set()  # those of `_open` that are cached prefixes
+        self.offered_bytes = 0  # of computed prompts
+        self.offered_prefix_bytes = 0
 
     def __len__(self) -> int:
         return len(self._open)
@@ -61,7 +63,45 @@ class Offers:
         self._open[handoff_id] = (offer, live.key, live.gateway)
         self.offered_bytes += size_bytes
         self._counters["handoffs_offered"] += 1
-        shard = HandoffShard(
+        return KVHandoff(
+            handoff_id=handoff_id,
+            kind=HandoffKind.PREFILL,
+            request_id=live.key.request_id,
+            attempt=live.key.attempt,
+            fingerprint=self._fingerprint,
+            token_ids=token_ids,
+            layer_watermark=0 if clock else self._layout.num_layers,
+            first_tokens=tuple(live.first_tokens),
+            lease=Lease(duration_s=self._lease_s),
+            shards=(self._shard(block_ids, clock=clock, num_whole_blocks=num_whole_blocks),),
+        )
+
+    def make_prefix(self, block_ids: array[int], token_ids: array[int], key: AttemptKey, *, lease_s: float, now: float) -> KVHandoff:
+        """Lease blocks that somebody owns at this moment, full ones of `token_ids`, for a peer that computes attempt `key`."""
+        self._pool.lease(block_ids)
+        self._num_made += 1
+        handoff_id = xxhash.xxh3_128_hexdigest(f"{self._worker_id}\0{self._epoch}\0{self._num_made}".encode())
+        size_bytes = len(block_ids) * self._layout.block_bytes
+        offer = SourceHandoff(handoff_id=handoff_id, block_ids=block_ids, size_bytes=size_bytes, lease_s=lease_s, expires_s=now + lease_s)
+        self._open[handoff_id] = (offer, key, "")
+        self._prefixes.add(handoff_id)
+        self.offered_prefix_bytes += size_bytes
+        self._counters["prefixes_offered"] += 1
+        return KVHandoff(
+            handoff_id=handoff_id,
+            kind=HandoffKind.PREFIX,
+            request_id=key.request_id,
+            attempt=key.attempt,
+            fingerprint=self._fingerprint,
+            token_ids=token_ids,
+            layer_watermark=self._layout.num_layers,
+            first_tokens=(),
+            lease=Lease(duration_s=lease_s),
+            shards=(self._shard(block_ids),),
+        )
+
+    def _shard(self, block_ids: array[int], *, clock: int = 0, num_whole_blocks: int = 0) -> HandoffShard:
+        return HandoffShard(
             worker_id=self._worker_id,
             rank=0,
             epoch=self._epoch,
@@ -74,18 +114,6 @@ class Offers:
             digests=b"",
             layer_clock=clock,
             num_whole_blocks=num_whole_blocks,
-        )
-        return KVHandoff(
-            handoff_id=handoff_id,
-            kind=HandoffKind.PREFILL,
-            request_id=live.key.request_id,
-            attempt=live.key.attempt,
-            fingerprint=self._fingerprint,
-            token_ids=token_ids,
-            layer_watermark=0 if clock else self._layout.num_layers,
-            first_tokens=tuple(live.first_tokens),
-            lease=Lease(duration_s=self._lease_s),
-            shards=(shard,),
         )
 
     def renew(self, handoff_id: str, now: float) -> None:
@@ -102,6 +130,21 @@ class Offers:
         if (offer := self._find(handoff_id)) is not None:
             offer.drop()
             self._close(offer)
+
+    def follow(self, handoff_id: str, block_table: array[int]) -> None:
+        """The prompt of an early offer is computed; keep the blocks its sequence lives in now as well.
+
+        Where another sequence computed the same meanwhile, it has taken that one's block for its own, and the blocks behind hang on it in
+        the prefix cache: whoever holds a block holds its parents.
+        """
+        offer, _, _ = self._open[handoff_id]
+        kept = array("I")
+        for now, then in zip(block_table, offer.block_ids, strict=False):
+            kept.append(then)
+            if now != then:
+                self._pool.lease((now,))
+                kept.append(now)
+        offer.block_ids = kept
 
     def withdraw(self, handoff_id: str) -> None:
         """It will not be completed; it may have ended before."""
@@ -140,5 +183,9 @@ class Offers:
     def _close(self, offer: SourceHandoff) -> None:
         assert not offer.is_open
         del self._open[offer.handoff_id]
-        self.offered_bytes -= offer.size_bytes
+        if offer.handoff_id in self._prefixes:
+            self._prefixes.remove(offer.handoff_id)
+            self.offered_prefix_bytes -= offer.size_bytes
+        else:
+            self.offered_bytes -= offer.size_bytes
         self._pool.end_lease(offer.block_ids)

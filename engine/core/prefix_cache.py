@@ -1,4 +1,4 @@
-"""Which prefixes lie in which blocks, by the names of protocol.block_hash, and the events that tell the router.
+"""Which prefixes lie in which blocks, by the names of protocol.block_hash.
 
 A block is named by the hash at its end, so a name stands for everything before it as well. A hash never decides alone: token ids
 are compared at each block on the way from the root, and each entry hangs on its parent entry, not on its parent's hash.
@@ -10,11 +10,13 @@ and the caller takes it instead of its own). Holders let go of the deepest block
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.core.block_pool import BlockPool
+from engine.core.kv_log import KvLog
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
-from protocol.worker import BlocksRemoved, BlocksStored, KvEvent
+from protocol.worker import Tier
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -39,18 +41,13 @@ class PrefixCache:
     def __init__(self, pool: BlockPool, *, block_size_tokens: int, enabled: bool) -> None:
         assert block_size_tokens % HASH_BLOCK_SIZE_TOKENS == 0
         self.enabled = enabled
-        self.last_event_number = 0
+        self.log = KvLog()  # of this and of the tiers behind it
+        self.on_evict: Callable[[CachedBlock], None] = _nobody_else  # told of a block whose content is about to go
         self._pool = pool
         self.block_size_tokens = block_size_tokens
         self._hashes_per_block = block_size_tokens // HASH_BLOCK_SIZE_TOKENS
         self._by_name: dict[bytes, CachedBlock] = {}
         self._by_block: dict[int, CachedBlock] = {}
-        self._announced: dict[
-            bytes, _Announced
-        ] = {}  # hash block -> how many blocks hold it (more than one: blocks larger than a hash block)
-        self._stored: _Run | None = None  # event being gathered
-        self._removed: list[bytes] = []
-        self._events: list[KvEvent] = []
         pool.on_evict = self._forget
 
     def match(self, root: bytes, hashes: list[bytes], tokens: array[int], num_tokens_max: int) -> list[CachedBlock]:
@@ -92,7 +89,7 @@ class PrefixCache:
         self._pool.name(block_id)
         if parent is not None:
             parent.num_children += 1
-        self._announce(entry)
+        self.log.store(Tier.DEVICE, before, hashes)
         return entry
 
     @staticmethod
@@ -105,70 +102,12 @@ class PrefixCache:
         del self._by_name[entry.name]
         if entry.parent is not None:
             entry.parent.num_children -= 1
-        self._retract(entry)
+        self.log.remove(Tier.DEVICE, entry.hashes)
+        self.on_evict(entry)
 
     def __len__(self) -> int:
         return len(self._by_name)
 
-    # --- events, in hash blocks ---
 
-    def take_events(self) -> tuple[KvEvent, ...]:
-        """Changes since the last call, numbered on without a gap."""
-        self._end_stored()
-        self._end_removed()
-        events, self._events = tuple(self._events), []
-        return events
-
-    def listing(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
-        """(hashes, parent of each) of everything that can be hit now, parents first."""
-        return tuple(self._announced), tuple(a.before for a in self._announced.values())
-
-    def _announce(self, entry: CachedBlock) -> None:
-        self._end_removed()
-        before = entry.before
-        for name in entry.hashes:
-            known = self._announced.get(name)
-            if known is not None:
-                known.count += 1
-            else:
-                self._announced[name] = _Announced(before=before, count=1)
-                if self._stored is None or self._stored.last != before:
-                    self._end_stored()
-                    self._stored = _Run(parent=before, last=before, hashes=[])
-                self._stored.hashes.append(name)
-                self._stored.last = name
-            before = name
-
-    def _retract(self, entry: CachedBlock) -> None:
-        self._end_stored()
-        for name in reversed(entry.hashes):
-            known = self._announced[name]
-            known.count -= 1
-            if known.count == 0:
-                del self._announced[name]
-                self._removed.append(name)
-
-    def _end_stored(self) -> None:
-        if self._stored is not None:
-            self.last_event_number += 1
-            self._events.append(BlocksStored(number=self.last_event_number, parent=self._stored.parent, hashes=tuple(self._stored.hashes)))
-            self._stored = None
-
-    def _end_removed(self) -> None:
-        if self._removed:
-            self.last_event_number += 1
-            self._events.append(BlocksRemoved(number=self.last_event_number, hashes=tuple(self._removed)))
-            self._removed = []
-
-
-@dataclass(slots=True, kw_only=True)
-class _Announced:
-    before: bytes
-    count: int
-
-
-@dataclass(slots=True, kw_only=True)
-class _Run:
-    parent: bytes
-    last: bytes
-    hashes: list[bytes]
+def _nobody_else(block: CachedBlock) -> None:
+    """No tier lies behind the pool."""

@@ -26,10 +26,12 @@ from engine.core.events import (
     Event,
     GatewayLost,
     LeaseRenewed,
+    LoadDone,
     OfferCompletedReceived,
     OfferKv,
     PeerAcked,
     PeerDropped,
+    PeerSaid,
     PublishKvEvents,
     PullDone,
     RaiseGenerations,
@@ -41,10 +43,14 @@ from engine.core.events import (
     Tick,
 )
 from engine.core.executor import SampledTokens, StepResult
+from engine.core.host_loads import HOST_COUNTERS, HostLoads
+from engine.core.host_tier import HostTier
 from engine.core.intake import Intake
 from engine.core.offers import Offers
 from engine.core.policy import DecodePolicy, PlainDecode, PlainPrefill, PrefillPolicy
 from engine.core.prefix_cache import PrefixCache
+from engine.core.prefix_offers import PrefixOffers
+from engine.core.prefix_pulls import PREFIX_COUNTERS, PrefixPulls
 from engine.core.residence import StepInFlight
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
@@ -52,7 +58,17 @@ from engine.step_time import FittedStepTime, StepTimeModel
 from kvtransfer.handoff import step_begin
 from protocol.kv import FirstToken, KVHandoff, KVLayout
 from protocol.lifecycle import SequenceState
-from protocol.messages import NO_TOKENS, AttemptFailed, KvSnapshot, OfferCompleted, Submit, TokenColumns, TokenLogprobs, TokenRun
+from protocol.messages import (
+    NO_TOKENS,
+    AttemptFailed,
+    KvSnapshot,
+    OfferCompleted,
+    RequestPrefix,
+    Submit,
+    TokenColumns,
+    TokenLogprobs,
+    TokenRun,
+)
 from protocol.request import AttemptKey, FinishReason
 from protocol.worker import Role, WorkerSnapshot, WorkerState
 
@@ -74,6 +90,8 @@ COUNTERS = (
     "recomputes",  # attempts whose offered KV was computed here after all
     "pulls_again",  # after one that broke off, under kv_load_failure_policy retry
     "leases_expired",
+    *PREFIX_COUNTERS,
+    *HOST_COUNTERS,
     "late_messages",  # about a hand-off that had ended, or was never ours
     "attempts_refused",
     "duplicates_ignored",
@@ -152,6 +170,20 @@ class WorkerCore:
             fingerprint=fingerprint,
             fail=lambda live, reason: self._fail(live, reason, retryable=False),
         )
+        self._prefixes = PrefixPulls(
+            config,
+            self._scheduler,
+            self._pool,
+            self._cache,
+            self._counters,
+            worker_id=worker_id,
+            epoch=epoch,
+            layout=layout,
+            fingerprint=fingerprint,
+        )
+        tier = HostTier(config.host_tier_bytes // layout.block_bytes, self._cache.log, block_size_tokens=layout.block_size_tokens)
+        self._loads = HostLoads(tier, self._pool, self._cache, self._prefixes, self._counters)
+        self._prefix_offers = PrefixOffers(config, self._limits, self._pool, self._cache, self._offers)
         self._attempts: dict[PartKey, LiveAttempt] = {}
         self._remembered: OrderedDict[PartKey, None] = OrderedDict()  # ended; a repeated Submit of one is ignored
         self._num_submits = 0
@@ -171,9 +203,11 @@ class WorkerCore:
         elif isinstance(event, CancelReceived):
             self._cancel(AttemptKey(request_id=event.request_id, attempt=event.attempt))
         elif isinstance(event, GatewayLost):
+            self._offers.cancel_of(event.gateway)
             for live in [a for a in self._attempts.values() if a.gateway == event.gateway]:
                 self._end(live)
-            self._offers.cancel_of(event.gateway)
+        elif isinstance(event, PullDone) and self._prefixes.is_ours(event.handoff_id):
+            self._out += self._prefixes.finish(event.handoff_id, event.outcome, now)
         elif isinstance(event, PullDone):
             self._out += self._intake.finish(event.handoff_id, event.outcome, now)
         elif isinstance(event, PeerAcked):
@@ -184,6 +218,10 @@ class WorkerCore:
             self._offers.renew(event.handoff_id, now)
         elif isinstance(event, OfferCompletedReceived):
             self._complete(event.completed, now)
+        elif isinstance(event, LoadDone):
+            self._out += self._loads.finish(event.load_id, event.error, now)
+        elif isinstance(event, PeerSaid):
+            self._peer_said(event, now)
         elif isinstance(event, RoleChanged):
             self._role = event.role
         elif isinstance(event, DrainStarted):
@@ -194,6 +232,7 @@ class WorkerCore:
             self._out += self._intake.tick(now)
             for live in self._intake.overdue(now):
                 self._fail(live, f"no first token within {self._config.max_handoff_wait_s:g} s of an early offer", retryable=True)
+            self._out += self._prefixes.tick(now)
         return self._with_steps(now)
 
     def _with_steps(self, now: float) -> list[Command]:
@@ -207,13 +246,13 @@ class WorkerCore:
             if self._config.offer_early:
                 self._offer_early(self._scheduler.inflight[-1], now)
                 self._scheduler.offered_bytes = self._offers.offered_bytes
-        commands: list[Command] = []
+        commands = self._loads.saves()
         block_ids, generations = self._pool.take_raised()
         if block_ids:
             commands.append(RaiseGenerations(block_ids=block_ids, generations=generations))
         commands += steps
         commands += self._out
-        if events := self._cache.take_events():
+        if events := self._cache.log.take():
             commands.append(PublishKvEvents(events=events))
         return commands
 
@@ -224,7 +263,7 @@ class WorkerCore:
         if live.part in self._attempts or live.part in self._remembered:
             self._counters["duplicates_ignored"] += 1
             return
-        num_waiting = len(self._scheduler.waiting) + len(self._scheduler.parked)
+        num_waiting = len(self._scheduler.waiting) + len(self._scheduler.parked) + self._loads.num_prompts
         if self._state is WorkerState.DRAINING:
             self._refuse(live, submit, "the worker is draining", retryable=True)
         elif num_waiting >= self._config.max_waiting:
@@ -255,17 +294,19 @@ class WorkerCore:
         self._num_submits += 1
         self._next_sequence_id += len(live.sequences)
         self._attempts[live.part] = live
-        assert live.leader is not None
-        self._scheduler.add(live.leader)
         if submit.handoff is not None:
+            assert live.leader is not None
+            self._scheduler.add(live.leader)
             self._out += self._intake.accept(live, submit.handoff, attempt, now)
+        else:
+            self._out += self._loads.begin(live, submit.prefix_pull, now)
 
     def _cancel(self, key: AttemptKey) -> None:
+        self._offers.cancel(key)  # before its sequence lets go: the deepest blocks are given back first
         for prefill_only in (True, False):
             live = self._attempts.get((key.request_id, key.attempt, prefill_only))
             if live is not None:
                 self._end(live)
-        self._offers.cancel(key)
 
     def _complete(self, completed: OfferCompleted, now: float) -> None:
         live = self._attempts.get((completed.request_id, completed.attempt, False))
@@ -284,6 +325,7 @@ class WorkerCore:
     def _end(self, live: LiveAttempt) -> None:
         """Nothing of it is computed any more; a copy under way keeps its blocks until it has stopped."""
         self._out += self._intake.cancel(live)
+        self._out += self._loads.cancel(live)
         for sequence in live.sequences.values():
             self._scheduler.finish(sequence)
         live.sequences.clear()
@@ -291,6 +333,15 @@ class WorkerCore:
         self._remembered[live.part] = None
         if len(self._remembered) > self._config.max_remembered_attempts:
             self._remembered.popitem(last=False)
+
+    # --- prefixes of and for other workers ---
+
+    def _peer_said(self, event: PeerSaid, now: float) -> None:
+        message = event.message
+        if not isinstance(message, RequestPrefix):
+            self._out += self._prefixes.answered(event.worker_id, message, now)
+        elif message.requester.worker_id == event.worker_id:
+            self._out.append(self._prefix_offers.answer(message, now, is_draining=self._state is WorkerState.DRAINING))
 
     # --- a step is done ---
 
@@ -433,6 +484,9 @@ class WorkerCore:
         if not live.first_tokens:
             self._offers.withdraw(handoff.handoff_id)  # its first token was its last
             return
+        assert live.leader is not None
+        if self._offers.is_open(handoff.handoff_id):
+            self._offers.follow(handoff.handoff_id, live.leader.block_table)
         handoff = replace(handoff, first_tokens=tuple(live.first_tokens))
         self._out.append(CompleteOffer(gateway=live.gateway, handoff=handoff, is_kept=self._offers.is_open(handoff.handoff_id)))
 
@@ -459,7 +513,7 @@ class WorkerCore:
     def snapshot(self, now: float) -> WorkerSnapshot:
         """How the worker is at `now`; `age_s` counts from here."""
         waiting, running = self._scheduler.waiting, self._scheduler.running
-        behind = waiting.num_tokens
+        behind = waiting.num_tokens + self._loads.num_tokens
         behind += sum(max(0, s.compute_end - s.num_computed_tokens) for s in running if not s.is_decoding)
         return WorkerSnapshot(
             worker_id=self._worker_id,
@@ -468,8 +522,8 @@ class WorkerCore:
             state=self._state,
             age_s=0.0,
             step_count=self._counters["steps"],
-            last_event_number=self._cache.last_event_number,
-            num_waiting=len(waiting) + len(self._scheduler.pulling) + len(self._scheduler.parked),
+            last_event_number=self._cache.log.last_number,
+            num_waiting=len(waiting) + len(self._scheduler.pulling) + len(self._scheduler.parked) + self._loads.num_prompts,
             num_pulling=len(self._scheduler.pulling),
             num_running=len(running),
             waiting_tokens=behind,
@@ -485,22 +539,18 @@ class WorkerCore:
         )
 
     def kv_snapshot(self) -> KvSnapshot:
-        hashes, parents = self._cache.listing()
-        return KvSnapshot(
-            worker_id=self._worker_id,
-            epoch=self._epoch,
-            next_event_number=self._cache.last_event_number + 1,
-            hashes=hashes,
-            parents=parents,
-        )
+        return self._cache.log.snapshot(self._worker_id, self._epoch)
 
     @property
     def is_at_rest(self) -> bool:
         """True when nothing waits, runs, is pulled or offered, and no step is in flight."""
-        return not (self._attempts or self._scheduler.inflight or len(self._offers) or len(self._intake))
+        return not (
+            self._attempts or self._scheduler.inflight or len(self._offers) or len(self._intake) or len(self._prefixes) or len(self._loads)
+        )
 
     def check(self) -> None:
         """Assert the conservation law, and that at rest only the prefix cache holds blocks. Linear in the pool: for tests."""
         self._pool.check()
+        self._loads.check()
         if self.is_at_rest:
             assert self._pool.num_owned == 0 and self._pool.num_leased == 0, "a block is held by nobody that lives"

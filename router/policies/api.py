@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from random import Random
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from protocol.messages import Place
@@ -97,6 +98,16 @@ class WorkerView(Protocol):
         ...
 
 
+class Pull(NamedTuple):
+    """A prefix that can be brought to a worker from another, more cheaply than computing it there."""
+
+    source: WorkerId
+    num_tokens: int  # leading tokens of the prompt the source holds
+    pulled_tokens: int  # those of them that the worker lacks
+    pull_s: float
+    compute_s: float  # of the pulled tokens; more than pull_s
+
+
 class PlacementView(NamedTuple):
     """The fleet at the moment of one choice: the candidates, all with room, and what each has cached of this prompt."""
 
@@ -108,6 +119,8 @@ class PlacementView(NamedTuple):
     kv_tokens: int  # of the request at its expected end, all choices over one prompt
     decode_worker: WorkerId | None  # chosen already, when pool is PREFILL
     transfer_s: float  # to move the prompt's missing KV to that worker; nothing when it is the same
+    pulls: Mapping[WorkerId, Pull] = MappingProxyType({})  # of workers for which one is worth it; none when pool is DECODE
+    loads_s: Mapping[WorkerId, float] = MappingProxyType({})  # to bring cached tokens from host memory; those with none are left out
 
 
 # --- what a policy is told --------------------------------------------------------------------------------------------

@@ -66,6 +66,16 @@ def test_little_memory_makes_a_smaller_pool_and_then_a_shorter_length() -> None:
         assert made.max_model_len == min(2048, num_blocks * 16)
 
 
+def test_a_host_tier_takes_its_memory_from_the_pool() -> None:
+    """Two workers with as much tier as 100 blocks each. Seen to fail with the tier not counted."""
+    tree = {"workers": {"kv_host_tier_bytes": 100 * BLOCK_BYTES + 7}}
+    made = plan(tree, memory_bytes=little_memory_bytes(500))
+    assert made.num_host_blocks == 100 and made.core.host_tier_bytes == 100 * BLOCK_BYTES + 7
+    assert plan(memory_bytes=little_memory_bytes(500)).num_kv_blocks - made.num_kv_blocks in (100, 101)
+    with pytest.raises(ConfigError, match="leave nothing"):
+        plan({"workers": {"kv_host_tier_bytes": 8 * GIB}}, memory_bytes=GIB)
+
+
 def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(ModelDoesNotFit, match=r"does not fit: .* weights \+ 2 x .* available"):
         plan(memory_bytes=GIB // 2)

@@ -14,6 +14,7 @@ from engine.core.events import (
     CompletePull,
     DropSource,
     Emit,
+    GatewayLost,
     OfferCompletedReceived,
     OfferKv,
     PeerAcked,
@@ -231,3 +232,31 @@ def test_a_second_completion_changes_nothing() -> None:
     assert target.on(completion(handoff, token=5)) == [] and target.counter("late_messages") == 1
     target.on(PullDone(handoff_id=handoff.handoff_id, outcome=done()))
     assert target.steps[0].starts[0].token_ids == array("I", [*prompt(40), 9])
+
+
+@pytest.mark.parametrize("end", ["acked", "cancelled", "gateway lost"])
+def test_blocks_swapped_for_equal_ones_are_let_go_behind_those_that_hang_on_them(end: str) -> None:
+    """Two prompts that begin alike, computed at once: the second takes the first one's blocks while its own are on offer.
+
+    Seen to fail ("acked") without `Offers.follow`, ("cancelled", "gateway lost") with the sequence ended before its offer: a block is
+    evicted before its children.
+    """
+    source = Bench(num_blocks=12, core={"offer_early": True}, max_num_batched_tokens=50, max_inflight_steps=2)
+    source.submit(make_request(1, prompt(34), max_tokens=1))
+    source.submit(make_request(2, prompt(66), max_tokens=9), prefill_only=True)
+    source.finish_step()
+    assert source.all(OfferKv), "its last step begins"
+    source.finish_step()
+    if end == "acked":
+        source.finish_step()
+        (completed,) = source.all(CompleteOffer)
+        source.on(PeerAcked(handoff_id=completed.handoff.handoff_id))
+    elif end == "cancelled":
+        source.on(CancelReceived(request_id=make_request(2, []).request_id, attempt=0))
+    else:
+        source.on(GatewayLost(gateway="g"))
+    source.finish_all()
+    for number in range(3, 9):  # evict block after block
+        source.submit(make_request(number, prompt(100, 1000 * number), max_tokens=1))
+        source.finish_all()
+    assert source.core.is_at_rest

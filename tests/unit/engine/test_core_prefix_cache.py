@@ -9,7 +9,7 @@ import pytest
 from engine.core.block_pool import BlockPool
 from engine.core.prefix_cache import CachedBlock, PrefixCache
 from protocol.block_hash import block_hashes
-from protocol.worker import BlocksRemoved, BlocksStored
+from protocol.worker import BlocksRemoved, BlocksStored, Tier
 
 pytestmark = pytest.mark.pure
 
@@ -109,10 +109,10 @@ def test_events_are_numbered_and_follow_the_chain() -> None:
     chains = Chains(num_blocks=3)
     names = block_hashes(ROOT, tokens(1, 2))
     chains.store(tokens(1, 2))
-    assert chains.cache.take_events() == (BlocksStored(number=1, parent=ROOT, hashes=tuple(names)),)
+    assert chains.cache.log.take() == (BlocksStored(number=1, parent=ROOT, hashes=tuple(names)),)
     chains.pool.allocate(3)
-    assert chains.cache.take_events() == (BlocksRemoved(number=2, hashes=(names[1], names[0])),)
-    assert chains.cache.take_events() == () and chains.cache.last_event_number == 2
+    assert chains.cache.log.take() == (BlocksRemoved(number=2, hashes=(names[1], names[0])),)
+    assert chains.cache.log.take() == () and chains.cache.log.last_number == 2
 
 
 def test_hash_blocks_inside_larger_blocks_are_told_once_and_taken_back_with_their_last_holder() -> None:
@@ -121,14 +121,14 @@ def test_hash_blocks_inside_larger_blocks_are_told_once_and_taken_back_with_thei
     chains.store(tokens(1, 2))
     chains.store(tokens(1, 3))
     shared = block_hashes(ROOT, tokens(1))[0]
-    first, second = chains.cache.take_events()
+    first, second = chains.cache.log.take()
     assert isinstance(first, BlocksStored) and isinstance(second, BlocksStored)
     assert len(first.hashes) == 2 and second.parent == shared and len(second.hashes) == 1
     chains.pool.allocate(1)
-    assert chains.cache.take_events() == (BlocksRemoved(number=3, hashes=(first.hashes[1],)),)
-    assert set(chains.cache.listing()[0]) == {shared, second.hashes[0]}
+    assert chains.cache.log.take() == (BlocksRemoved(number=3, hashes=(first.hashes[1],)),)
+    assert set(chains.cache.log.listing(Tier.DEVICE)[0]) == {shared, second.hashes[0]}
     chains.pool.allocate(1)
-    assert chains.cache.take_events() == (BlocksRemoved(number=4, hashes=(second.hashes[0], shared)),)
+    assert chains.cache.log.take() == (BlocksRemoved(number=4, hashes=(second.hashes[0], shared)),)
 
 
 def test_switched_off_it_keeps_and_tells_nothing() -> None:
@@ -136,4 +136,4 @@ def test_switched_off_it_keeps_and_tells_nothing() -> None:
     cache = PrefixCache(pool, block_size_tokens=16, enabled=False)
     (block_id,) = pool.allocate(1)
     assert cache.store(None, ROOT, (b"x" * 16,), tokens(1), block_id) is None
-    assert cache.match(ROOT, block_hashes(ROOT, tokens(1)), tokens(1), 16) == [] and cache.take_events() == ()
+    assert cache.match(ROOT, block_hashes(ROOT, tokens(1)), tokens(1), 16) == [] and cache.log.take() == ()

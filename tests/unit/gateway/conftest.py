@@ -41,6 +41,7 @@ from protocol.messages import (
     PlaceAck,
     Pong,
     PrefillDone,
+    PrefixSource,
     Refused,
     Register,
     RegisterService,
@@ -283,6 +284,7 @@ class FakeRouter:
         self.hung = False  # takes nothing
         self.assign = True  # False: leaves what it acknowledged in its queue
         self.refuse: tuple[int, str, float | None] | None = None
+        self.prefix_source: PrefixSource | None = None  # said in every assignment
         self.places: list[Place] = []
         self.told: list[PrefillDone | Done] = []
         self._directory_port = directory_port
@@ -335,6 +337,7 @@ class FakeRouter:
             assignment=Assignment(
                 request_id=place.request_id, attempt=place.attempt, prefill_worker=source, decode_worker=target, cached_tokens=0,
                 policy="fake", reason="round robin", prefill_scores=(), decode_scores=(), waited_s=0.0,
+                prefix_source=self.prefix_source,
             )
         )  # fmt: skip
 

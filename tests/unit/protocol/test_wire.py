@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,12 +19,25 @@ from protocol.kv import (
     HandoffShard,
     KVHandoff,
     KVLayout,
+    KVPeer,
     LayerGroup,
     LayerKind,
     Lease,
     ShardRectangle,
 )
-from protocol.messages import Cancel, Ping, Pong, StepOutput, Submit, TokenLogprobs, TokenRun
+from protocol.messages import (
+    Cancel,
+    Ping,
+    Pong,
+    PrefixOffered,
+    PrefixPull,
+    PrefixRefused,
+    RequestPrefix,
+    StepOutput,
+    Submit,
+    TokenLogprobs,
+    TokenRun,
+)
 from protocol.request import FinishReason, Request, SamplingParams, first_attempt, token_buffer
 from protocol.wire import Connection, Identity, Listener, decode, dial, encode
 
@@ -69,6 +83,24 @@ def make_submit() -> Submit:
         shards=(shard,),
     )
     return Submit(attempt=first_attempt(request), prefill_only=False, handoff=handoff)
+
+
+def test_words_of_a_peer_pull_survive_the_wire() -> None:
+    submit = make_submit()
+    assert submit.handoff is not None
+    peer = KVPeer(worker_id="prefill-1", epoch=1 << 61, endpoint=Endpoint(host="h", control_port=9))
+    asked = RequestPrefix(
+        pull_id="ef" * 16,
+        requester=peer,
+        request_id="ab" * 16,
+        attempt=2,
+        cache_root=b"r" * 16,
+        token_ids=token_buffer(range(32)),
+        num_held_tokens=16,
+    )
+    told = replace(submit, handoff=None, prefix_pull=PrefixPull(peer=peer, num_tokens=32))
+    for message in (asked, told, PrefixOffered(pull_id="ef" * 16, handoff=submit.handoff), PrefixRefused(pull_id="ef" * 16, reason="none")):
+        assert decode(encode(message)[4:]) == message
 
 
 def test_nested_records_survive_the_wire() -> None:

@@ -57,7 +57,7 @@ def test_prompt_cached_on_a_decode_worker_is_prefilled_there() -> None:
 
 
 def test_half_cached_long_prompt_is_kept_only_while_the_decode_worker_is_not_busy() -> None:
-    world = World(pools(1, 2))
+    world = World(pools(1, 2), prefix_pull=False)
     request = place(1, num_tokens=2048)
     world.hold("decode-1", request.block_hashes[:100])
     busy = {"num_running": 60, "running_kv_tokens": 6000}

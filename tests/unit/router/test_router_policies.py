@@ -99,17 +99,22 @@ def test_least_work_counts_seconds_not_requests() -> None:
 
 
 def test_prefix_cost_follows_a_prefix_until_its_queue_costs_more_than_three_times_what_it_saves() -> None:
-    """beta 2: (1 + 2) times. The saved prefill is 2048 tokens, the queue grows by reports of waiting tokens."""
+    """beta 2: (1 + 2) times. The saved prefill is 2048 tokens, the queue grows by reports of waiting tokens.
+
+    Where the prefix can be pulled it saves what computing costs above pulling, so it spreads much earlier.
+    """
     prefix = chain("system prompt", 128)
 
-    def chosen(waiting_tokens: int, beta: float) -> str:
-        world = World(pools(2, 1), policy=policies.load(f"prefix_cost:beta={beta}"), inbox_steps=100.0)
+    def chosen(waiting_tokens: int, beta: float, prefix_pull: bool = False) -> str:
+        policy = policies.load(f"prefix_cost:beta={beta}")
+        world = World(pools(2, 1), policy=policy, inbox_steps=100.0, prefix_pull=prefix_pull)
         world.hold("prefill-1", prefix)
         world.report("prefill-1", waiting_tokens=waiting_tokens)
         return world.assign(place(1, num_tokens=2100, block_hashes=prefix)).prefill_worker
 
     assert [chosen(w, beta=2.0) for w in (0, 2048, 5000, 7500)] == ["prefill-1"] * 3 + ["prefill-0"]
     assert [chosen(w, beta=0.0) for w in (0, 1500, 2500)] == ["prefill-1"] * 2 + ["prefill-0"]
+    assert [chosen(w, beta=2.0, prefix_pull=True) for w in (0, 200, 1000)] == ["prefill-1"] * 2 + ["prefill-0"]
 
 
 def test_siblings_that_arrive_together_land_together() -> None:

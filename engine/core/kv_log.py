@@ -1,0 +1,106 @@
+"""What the router is told of our cached prefixes: one numbered line of events over all tiers, in hash blocks.
+
+A KV block may hold several hash blocks, and two KV blocks may begin alike, so a hash block is told of when the first KV block that holds
+it comes and when the last one goes. Runs of one chain become one event.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol.messages import KvSnapshot
+from protocol.worker import BlocksRemoved, BlocksStored, KvEvent, Tier, WorkerId
+
+
+class KvLog:
+    """Events of one worker, gathered until they are taken. Bounded by what the tiers hold."""
+
+    def __init__(self) -> None:
+        self.last_number = 0
+        self._held: dict[Tier, dict[bytes, _Held]] = {tier: {} for tier in Tier}
+        self._stored: _Run | None = None  # event being gathered
+        self._removed: list[bytes] = []
+        self._removed_tier = Tier.DEVICE
+        self._events: list[KvEvent] = []
+
+    def take(self) -> tuple[KvEvent, ...]:
+        """Changes since the last call, numbered on without a gap."""
+        self._end_stored()
+        self._end_removed()
+        events, self._events = tuple(self._events), []
+        return events
+
+    def listing(self, tier: Tier) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+        """(hashes, parent of each) of everything that can be hit in a tier now, parents first."""
+        held = self._held[tier]
+        return tuple(held), tuple(h.before for h in held.values())
+
+    def snapshot(self, worker_id: WorkerId, epoch: int) -> KvSnapshot:
+        """All of it, for one who missed events."""
+        hashes, parents = self.listing(Tier.DEVICE)
+        return KvSnapshot(
+            worker_id=worker_id,
+            epoch=epoch,
+            next_event_number=self.last_number + 1,
+            hashes=hashes,
+            parents=parents,
+            host_hashes=self.listing(Tier.HOST)[0],
+        )
+
+    def store(self, tier: Tier, before: bytes, hashes: tuple[bytes, ...]) -> None:
+        """A block with these hash blocks, which follow `before`, can be hit."""
+        self._end_removed()
+        held = self._held[tier]
+        for name in hashes:
+            known = held.get(name)
+            if known is not None:
+                known.count += 1
+            else:
+                held[name] = _Held(before=before, count=1)
+                if self._stored is None or self._stored.last != before or self._stored.tier is not tier:
+                    self._end_stored()
+                    self._stored = _Run(tier=tier, parent=before, last=before, hashes=[])
+                self._stored.hashes.append(name)
+                self._stored.last = name
+            before = name
+
+    def remove(self, tier: Tier, hashes: tuple[bytes, ...]) -> None:
+        """That block cannot be hit any more."""
+        self._end_stored()
+        if tier is not self._removed_tier:
+            self._end_removed()
+            self._removed_tier = tier
+        held = self._held[tier]
+        for name in reversed(hashes):
+            known = held[name]
+            known.count -= 1
+            if known.count == 0:
+                del held[name]
+                self._removed.append(name)
+
+    def _end_stored(self) -> None:
+        if self._stored is not None:
+            self.last_number += 1
+            run = self._stored
+            self._events.append(BlocksStored(number=self.last_number, parent=run.parent, hashes=tuple(run.hashes), tier=run.tier))
+            self._stored = None
+
+    def _end_removed(self) -> None:
+        if self._removed:
+            self.last_number += 1
+            self._events.append(BlocksRemoved(number=self.last_number, hashes=tuple(self._removed), tier=self._removed_tier))
+            self._removed = []
+
+
+@dataclass(slots=True, kw_only=True)
+class _Held:
+    before: bytes
+    count: int
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    tier: Tier
+    parent: bytes
+    last: bytes
+    hashes: list[bytes]
