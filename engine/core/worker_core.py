@@ -203,9 +203,9 @@ class WorkerCore:
         elif isinstance(event, CancelReceived):
             self._cancel(AttemptKey(request_id=event.request_id, attempt=event.attempt))
         elif isinstance(event, GatewayLost):
-            self._offers.cancel_of(event.gateway)
             for live in [a for a in self._attempts.values() if a.gateway == event.gateway]:
                 self._end(live)
+            self._offers.cancel_of(event.gateway)
         elif isinstance(event, PullDone) and self._prefixes.is_ours(event.handoff_id):
             self._out += self._prefixes.finish(event.handoff_id, event.outcome, now)
         elif isinstance(event, PullDone):
@@ -302,11 +302,11 @@ class WorkerCore:
             self._out += self._loads.begin(live, submit.prefix_pull, now)
 
     def _cancel(self, key: AttemptKey) -> None:
-        self._offers.cancel(key)  # before its sequence lets go: the deepest blocks are given back first
         for prefill_only in (True, False):
             live = self._attempts.get((key.request_id, key.attempt, prefill_only))
             if live is not None:
                 self._end(live)
+        self._offers.cancel(key)
 
     def _complete(self, completed: OfferCompleted, now: float) -> None:
         live = self._attempts.get((completed.request_id, completed.attempt, False))
