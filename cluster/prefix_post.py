@@ -11,13 +11,11 @@ from kvtransfer.endpoint import KVEndpoint
 from protocol.kv import KVHandoff, KVPeer
 from protocol.messages import PrefixOffered, PrefixRefused, RequestPrefix
 
-INLINE_OFFER_BYTES = 8 << 20  # read of an offer for its digests in 1 ms; more would hold up the loop
-
 
 class PrefixPost:
-    """Performs the three commands on one worker's endpoint."""
+    """Performs the three commands on one worker's endpoint. Digests of offers that read more than `inline_bytes` are made on a thread."""
 
-    def __init__(self, endpoint: KVEndpoint, *, worker_id: str, epoch: int) -> None:
+    def __init__(self, endpoint: KVEndpoint, *, worker_id: str, epoch: int, inline_bytes: int) -> None:
         self.performers: dict[type, Callable[[Any], None]] = {
             AskPrefix: self._ask,
             OfferPrefix: self._offer,
@@ -26,6 +24,7 @@ class PrefixPost:
         self._endpoint = endpoint
         self._worker_id = worker_id
         self._epoch = epoch
+        self._inline_bytes = inline_bytes
 
     def _ask(self, command: AskPrefix) -> None:
         request = RequestPrefix(
@@ -45,7 +44,7 @@ class PrefixPost:
         def send(handoff: KVHandoff) -> None:
             self._endpoint.send_to_peer(command.peer, PrefixOffered(pull_id=command.pull_id, handoff=handoff))
 
-        if self._endpoint.offer_read_bytes(command.handoff) <= INLINE_OFFER_BYTES:
+        if self._endpoint.offer_read_bytes(command.handoff) <= self._inline_bytes:
             send(self._endpoint.fill_offer(command.handoff))
             return
         filling = asyncio.get_running_loop().run_in_executor(None, self._endpoint.fill_offer, command.handoff)

@@ -119,7 +119,7 @@ class WorkerHost:
         self._address = address
         self._counters = dict(counters)
         self._notes = notes
-        self._prefix_post = PrefixPost(self._endpoint, worker_id=address.worker_id, epoch=address.epoch)
+        self._prefix_post = PrefixPost(self._endpoint, worker_id=address.worker_id, epoch=address.epoch, inline_bytes=INLINE_OFFER_BYTES)
         identity = Identity(name=address.worker_id, kind="worker", epoch=address.epoch, fingerprint=address.fingerprint)
         self._listener = Listener(identity, secret, self._accept)
         self._directory = MembershipWatch(identity, secret, host=directory_host, port=directory_port, on_change=lambda _: None)

@@ -13,11 +13,15 @@ from array import array
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
+from engine.core.config import WorkerCoreConfig
 from engine.core.kv_log import KvLog
 from engine.core.landing import Prefix
 from engine.core.prefix_cache import CachedBlock
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
+from protocol.kv import KVLayout
 from protocol.worker import Tier
+
+SAVED_BYTES_MAX = 64 << 20  # of one turn: the driver's loop stands still for their copy
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -42,8 +46,10 @@ class Saves:
 class HostTier:
     """Slots of one worker, bounded by `num_slots`; knows nothing of their bytes."""
 
-    def __init__(self, num_slots: int, log: KvLog, *, block_size_tokens: int) -> None:
+    def __init__(self, num_slots: int, log: KvLog, *, block_size_tokens: int, num_saves_max: int) -> None:
+        """num_saves_max: of one turn, since saving takes the driver's time; further blocks are let go."""
         self.num_slots = num_slots
+        self._num_saves_max = num_saves_max
         self._log = log
         self._size = block_size_tokens
         self._hashes_per_block = block_size_tokens // HASH_BLOCK_SIZE_TOKENS
@@ -54,16 +60,27 @@ class HostTier:
         self._came: dict[bytes, CachedBlock] = {}  # since the last `take_saves`
         self.num_saved = 0
 
+    @classmethod
+    def of(cls, config: WorkerCoreConfig, layout: KVLayout, log: KvLog) -> HostTier:
+        """As many slots as the configured bytes hold; none when it is off."""
+        block_bytes = layout.block_bytes
+        return cls(
+            config.host_tier_bytes // block_bytes,
+            log,
+            block_size_tokens=layout.block_size_tokens,
+            num_saves_max=max(1, SAVED_BYTES_MAX // block_bytes),
+        )
+
     def __len__(self) -> int:
         return len(self._entries)
 
     def save(self, block: CachedBlock) -> None:
-        """The pool is about to reuse this block. Not saved when every slot is being read."""
+        """The pool is about to reuse this block. Not saved when every slot is being read, or enough was saved in this turn."""
         known = self._entries.get(block.name)
         if known is not None and _is_same(known.block, block):
             self._entries.move_to_end(block.name)
             return
-        if known is not None and known.num_readers:
+        if len(self._saves) >= self._num_saves_max or (known is not None and known.num_readers):
             return
         if known is not None:
             self._drop(known)

@@ -181,8 +181,7 @@ class WorkerCore:
             layout=layout,
             fingerprint=fingerprint,
         )
-        tier = HostTier(config.host_tier_bytes // layout.block_bytes, self._cache.log, block_size_tokens=layout.block_size_tokens)
-        self._loads = HostLoads(tier, self._pool, self._cache, self._prefixes, self._counters)
+        self._loads = HostLoads(HostTier.of(config, layout, self._cache.log), self._pool, self._cache, self._prefixes, self._counters)
         self._prefix_offers = PrefixOffers(config, self._limits, self._pool, self._cache, self._offers)
         self._attempts: dict[PartKey, LiveAttempt] = {}
         self._remembered: OrderedDict[PartKey, None] = OrderedDict()  # ended; a repeated Submit of one is ignored

@@ -61,7 +61,7 @@ ACTS = st.lists(
 @given(num_slots=st.integers(1, 6), acts=ACTS)
 def test_a_slot_holds_what_it_is_found_for(num_slots: int, acts: list[Any]) -> None:
     log = KvLog()
-    tier = HostTier(num_slots, log, block_size_tokens=SIZE)
+    tier = HostTier(num_slots, log, block_size_tokens=SIZE, num_saves_max=5)
     pool: dict[int, Chain] = {}  # block id -> what lies there; an id is reused by later evictions
     slots: dict[int, tuple[int, Chain]] = {}  # slot -> (generation, what lies there)
     reading: list[tuple[list[SlotEntry], list[Chain]]] = []

@@ -39,10 +39,10 @@ def chain(token_ids: array[int], root: bytes = ROOT) -> list[CachedBlock]:
     return blocks
 
 
-def tier_with(*blocks: CachedBlock, num_slots: int = 4) -> tuple[HostTier, KvLog]:
+def tier_with(*blocks: CachedBlock, num_slots: int = 4, num_saves_max: int = 100) -> tuple[HostTier, KvLog]:
     """As eviction does it: the deepest first."""
     log = KvLog()
-    tier = HostTier(num_slots, log, block_size_tokens=SIZE)
+    tier = HostTier(num_slots, log, block_size_tokens=SIZE, num_saves_max=num_saves_max)
     for block in reversed(blocks):
         tier.save(block)
     return tier, log
@@ -143,3 +143,14 @@ def test_events_tell_parents_first_and_their_tier() -> None:
     tier.take_saves()
     told = [name for event in log.take() if isinstance(event, BlocksStored) for name in event.hashes]
     assert len(told) == 3, "the first of four had gone before it was told of"
+
+
+def test_a_turn_saves_so_much_and_no_more() -> None:
+    """What is beyond is let go, and not told of. Seen to fail with the bound left out."""
+    text = tokens(4)
+    tier, log = tier_with(*chain(text), num_saves_max=3)
+    saves = tier.take_saves()
+    assert saves is not None and len(saves.slots) == 3 == len(tier)
+    assert [len(event.hashes) for event in log.take() if isinstance(event, BlocksStored)] == [3]
+    tier.save(chain(text)[0])
+    assert tier.take_saves() is not None and len(tier.find(prefix(text), [])) == 4
