@@ -2,7 +2,8 @@
 
     python serve_with_faults.py CONFIG RATES REGISTRAR_PORT
 
-RATES is a JSON file, read before each transfer: fields of kvtransfer.faulty.FaultRates, for every worker. REGISTRAR_PORT is that of a
+RATES is a JSON file, read before each transfer: fields of kvtransfer.faulty.FaultRates, for every worker, and the seed of what they
+draw, which begins anew when it changes. REGISTRAR_PORT is that of a
 tests.cluster.slow_link, and 0 without one. Everything workers need of this file goes to them by value, with their WorkerSpec.
 """
 
@@ -26,13 +27,19 @@ from protocol.kv import Endpoint
 class ToldFaults(FaultyTransport):
     """Looks up what it shall do, and says that its data port is that of the link."""
 
-    def __init__(self, inner: KVTransport, rng: random.Random, *, rates_file: Path, registrar_port: int) -> None:
-        super().__init__(inner, FaultRates(), rng)
+    def __init__(self, inner: KVTransport, worker_id: str, *, rates_file: Path, registrar_port: int) -> None:
+        super().__init__(inner, FaultRates(), random.Random())
+        self._worker_id = worker_id
+        self._seed = -1
         self._rates_file = rates_file
         self._registrar_port = registrar_port
 
     def start(self, transfer: Transfer) -> Ticket:
-        self.rates = FaultRates(**json.loads(self._rates_file.read_text()))
+        told = json.loads(self._rates_file.read_text())
+        seed = told.pop("seed", 0)
+        if seed != self._seed:
+            self._seed, self._rng = seed, random.Random(f"{self._worker_id} {self.name} {seed}")
+        self.rates = FaultRates(**told)
         return super().start(transfer)
 
     def endpoint(self) -> Endpoint:
@@ -46,7 +53,7 @@ class ToldFaults(FaultyTransport):
 
 
 def wrap(rates_file: Path, registrar_port: int, worker_id: str, transport: KVTransport) -> KVTransport:
-    return ToldFaults(transport, random.Random(f"{worker_id} {transport.name}"), rates_file=rates_file, registrar_port=registrar_port)
+    return ToldFaults(transport, worker_id, rates_file=rates_file, registrar_port=registrar_port)
 
 
 if __name__ == "__main__":

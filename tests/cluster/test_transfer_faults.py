@@ -52,8 +52,8 @@ CONFIG: dict[str, Any] = {
 CREEPING = Weather(bytes_per_s=200e3)  # the KV of one prompt takes seconds
 HELD_BACK = {"stall": 1.0, "stall_s_min": 2.5, "stall_s_max": 4.0}
 LOSSY = {
-    **{"stall": 1.0, "stall_s_min": 0.6, "stall_s_max": 1.0, "delay": 1.0, "delay_s_max": 0.4},
-    **{"corrupt": 0.15, "truncate": 0.1, "misplace": 0.1, "cut": 0.1, "drop": 0.1, "duplicate": 0.3},
+    **{"stall": 1.0, "stall_s_min": 0.9, "stall_s_max": 1.3, "delay": 1.0, "delay_s_max": 0.3},
+    **{"corrupt": 0.4, "truncate": 0.2, "misplace": 0.2, "cut": 0.1, "drop": 0.1, "duplicate": 0.6},
 }
 
 
@@ -67,7 +67,7 @@ class Faulty:
     undisturbed: list[Ledger]
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
-        """Of every transfer that starts from now on: kvtransfer.faulty.FaultRates."""
+        """Of every transfer that starts from now on: fields of kvtransfer.faulty.FaultRates, and a seed."""
         fresh = self.rates_file.with_suffix(".new")
         fresh.write_text(json.dumps(dict(rates)))
         fresh.replace(self.rates_file)
@@ -143,7 +143,7 @@ def serve(folder: Path, transport: dict[str, Any], pull_deadline_s: float, link:
 
 async def test_source_dies_while_blocks_are_copied_out_of_its_memory(near: Faulty) -> None:
     """The memory outlives its owner; nobody reads it once the death is known. Seen to fail with `Session.has_ended` always False."""
-    seen = await disturb(near, "source dies", kill("prefill"), rates={"stall": 1.0, "stall_s_min": 1.0, "stall_s_max": 1.5})
+    seen = await disturb(near, "source dies", kill("prefill"), rates={"stall": 1.0, "stall_s_min": 1.5, "stall_s_max": 2.5})
     assert seen.grown("decode", "pull_failures_peer_lost") >= LEAST_PULLING and seen.grown("decode", "recomputes") >= LEAST_PULLING
     assert seen.survived("decode") and not seen.survived("prefill")
 
@@ -272,7 +272,7 @@ async def test_link_that_is_late_throttled_and_reset(far: Faulty, seed: int) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1, 3))
 @pytest.mark.parametrize("where", ["near", "far"])
 async def test_transfers_that_lie(where: str, seed: int, request: pytest.FixtureRequest) -> None:
     """Lost, cut off, late, told twice, out of order; and delivered with a flipped bit, a missing end or two blocks exchanged.
@@ -281,7 +281,7 @@ async def test_transfers_that_lie(where: str, seed: int, request: pytest.Fixture
     """
     faulty: Faulty = request.getfixturevalue(where)
 
-    seen = await disturb(faulty, f"lies {seed}", nothing_more, rates=LOSSY)
+    seen = await disturb(faulty, f"lies {seed}", nothing_more, rates={**LOSSY, "seed": seed})
     assert seen.grown("decode", "duplicate_outcomes") >= 1
     mismatches, retries = seen.grown("decode", "pull_failures_digest_mismatch"), seen.grown("decode", "pull_retries")
     assert mismatches + retries >= 1, "nothing was damaged"
