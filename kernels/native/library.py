@@ -76,6 +76,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # name: what it returns, what it ta
     "baton_choose_experts": (c_int, c_char_p, POINTER, c_int64, c_int64, c_int64, c_int, POINTER, POINTER),
     "baton_greedy": (c_int, c_char_p, POINTER, c_int64, c_int64, POINTER),
     "baton_copy_runs": (c_int64, POINTER, c_int64, POINTER, c_int64, POINTER, c_int64),
+    "baton_copy_blocks": (
+        c_int64, POINTER, c_int64, POINTER, c_int64, c_int64, c_int64, c_int64, POINTER, POINTER, c_int64,
+    ),
     "baton_send_runs": (c_int, c_int, POINTER, c_int64, POINTER, c_int64, POINTER),
     "baton_receive_runs": (c_int, c_int, POINTER, c_int64, POINTER, c_int64, POINTER),
     "baton_weigh": (c_int, c_char_p, POINTER, c_int64, c_float, POINTER),

@@ -105,6 +105,8 @@ int baton_draw(const char* path, const float* logits, int64_t vocab_size, int64_
 /* runs[i] is {source offset, target offset, size} in bytes. Holds no lock and allocates nothing.
  * -1, or the index of the first run that leaves its buffer, and then nothing is copied. */
 int64_t baton_copy_runs(const char* source, int64_t source_bytes, char* target, int64_t target_bytes, const int64_t* runs, int64_t num_runs);
+/* The same of bytes [start, start + size) of each block: source_ids[i] to target_ids[i]. */
+int64_t baton_copy_blocks(const char* source, int64_t source_blocks, char* target, int64_t target_blocks, int64_t block_bytes, int64_t start, int64_t size, const uint32_t* source_ids, const uint32_t* target_ids, int64_t num_pairs);
 /* runs[i] is {offset, size} in bytes of `buffer`; cursor is {run, bytes done of it} and moves on. Never waits.
  * BATON_CARRIED: all is done; BATON_WOULD_BLOCK; BATON_PEER_ENDED; or -errno, -EFAULT where a run leaves the buffer. */
 enum { BATON_WOULD_BLOCK = 0, BATON_CARRIED = 1, BATON_PEER_ENDED = 2 };

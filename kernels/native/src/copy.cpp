@@ -37,3 +37,20 @@ extern "C" int64_t baton_copy_runs(
   }
   return -1;
 }
+
+extern "C" int64_t baton_copy_blocks(const char* source, int64_t source_blocks, char* target, int64_t target_blocks, int64_t block_bytes,
+                                     int64_t start, int64_t size, const uint32_t* source_ids, const uint32_t* target_ids, int64_t num_pairs) {
+  if (!lies_within(start, size, block_bytes)) return 0;
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    if (source_ids[i] >= source_blocks || target_ids[i] >= target_blocks) return i;
+  }
+  source += start;
+  target += start;
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    if (i + kAheadRuns < num_pairs) {
+      fetch(source + source_ids[i + kAheadRuns] * block_bytes, target + target_ids[i + kAheadRuns] * block_bytes, size);
+    }
+    memcpy(target + target_ids[i] * block_bytes, source + source_ids[i] * block_bytes, static_cast<size_t>(size));
+  }
+  return -1;
+}
