@@ -108,7 +108,9 @@ def handoff_rows(run: HandoffRun) -> list[Row]:
             "rounds": [_round(value) for value in values],
             **shared,
         }
-        rows.append(Row(name=f"{at}/{name}", value=_round(statistics.median(values)), unit=unit, target=target, details=details))
+        value = _round(statistics.median(values))
+        # The targets are those of shared memory.
+        rows.append(Row(name=f"{at}/{name}", value=value, unit=unit, target=target, details=details, is_decided=path == "shm"))
     return rows
 
 

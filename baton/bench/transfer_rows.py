@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 
-from baton.bench.report import Row, Target, Verdict, median_interval, paired_ratio
+from baton.bench.report import Row, Target, Verdict, median_interval, paired_ratio, percentile
 from baton.bench.transfer_run import OTHERS_MAX, Cell, Chunk, Measured, Total, TransferPlan, Turn
 
 SCHEMA = "baton.bench.transfer.v1"
@@ -66,7 +66,10 @@ def _speeds(plan: TransferPlan, measured: Measured, chunk: Chunk, total: Total) 
         seconds = [turns[index].median_s for index in _quiet(measured, cell, turns)]
         size_bytes = measured.moved_bytes[cell]
         value = statistics.median(seconds) * 1e6 if is_small else size_bytes / statistics.median(seconds) / 1e9
+        each_us = [s * 1e6 for index in _quiet(measured, cell, turns) for s in turns[index].seconds]
         details: dict[str, object] = {
+            "p50_us": _round(statistics.median(each_us)),  # of all transfers, as the next one
+            "p99_us": _round(percentile(each_us, 0.99)),
             "rounds_us": [_round(turn.median_s * 1e6) for turn in turns.values()],
             "size_bytes": size_bytes,
             "others": [round(cores, 3) for cores in measured.others[cell].values()],

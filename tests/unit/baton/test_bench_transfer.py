@@ -75,6 +75,7 @@ def test_a_ratio_is_theirs_over_ours_pair_by_pair_and_held_against_its_target() 
     assert beside_copy.details["interval"] == [0.8, 0.8] and beside_copy.details["verdict"] == "loses"
     assert beside_nixl.value == pytest.approx(2.0) and beside_nixl.ok and str(beside_nixl.target) == ">= 1.5"
     assert rows["4MiB/16KiB/copy"].value == pytest.approx((4 << 20) / 140e-6 / 1e9, rel=1e-3) and rows["4MiB/16KiB/copy"].unit == "GB/s"
+    assert rows["4MiB/16KiB/copy"].details["p50_us"] == 140 and 179 < rows["4MiB/16KiB/copy"].details["p99_us"] <= 180  # type: ignore[operator]
     assert "4MiB/16KiB/shm_vs_ray" not in rows, "who is not there has no rows"
 
 
@@ -207,6 +208,8 @@ def test_the_handoff_is_held_to_a_millisecond_of_control_and_to_its_copy() -> No
     rows = by_name(handoff_rows(HandoffRun(model="125m", num_prompt_tokens=1024, handoffs=(handoff,) * 9)))
     control, whole = rows["handoff/125m/1024/control"], rows["handoff/125m/1024/whole_less_1ms_vs_copy"]
     assert control.value == pytest.approx(0.9) and control.ok and control.unit == "ms"
+    over_tcp = by_name(handoff_rows(HandoffRun(model="125m", num_prompt_tokens=1024, handoffs=(replace(handoff, path="tcp"),))))
+    assert over_tcp["handoff/125m/1024/control"].ok is None, "what is asked is asked of shared memory"
     assert whole.value == pytest.approx(1.09) and whole.ok and rows["handoff/125m/1024/whole"].value == pytest.approx(11.9)
 
 
