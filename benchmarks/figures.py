@@ -192,7 +192,7 @@ def _transfer_part(document: Document) -> str:
             speeds.setdefault((first, second), {})[last] = "" if row["value"] is None else _value(row)
     paths = list(dict.fromkeys(path for of_cell in speeds.values() for path in of_cell))
     table = [["in all", "chunks", *paths], *([*cell, *(of_cell.get(path, "") for path in paths)] for cell, of_cell in speeds.items())]
-    who = ", ".join(sorted({told["subject"] for told in document["subjects"].values()}))
+    who = "; ".join(sorted({told["subject"] for told in document["subjects"].values()}))
     absent = "".join(f"; without {name} ({reason})" for name, reason in document["absent"].items())
     pool_mib = document["pool_bytes"] >> 20
     about = f"{who}; blocks scattered over pools of {pool_mib} MiB, medians of {document['rounds']} rounds{absent}."

@@ -61,6 +61,7 @@ class Handoff:
     """One of them; seconds."""
 
     until_pull_s: float  # from the end of prefill's last step: offer with its digests, gateway, target's queue
+    offer_s: float  # of that the offer
     pull_s: float  # copy and verification
     copy_s: float  # the copy alone
     until_step_s: float  # from the end of the pull
@@ -95,6 +96,7 @@ def handoff_rows(run: HandoffRun) -> list[Row]:
         ("pull", "ms", None, [handoff.pull_s * 1e3 for handoff in run.handoffs]),
         ("copy", "ms", None, [handoff.copy_s * 1e3 for handoff in run.handoffs]),
         ("until_pull", "ms", None, [handoff.until_pull_s * 1e3 for handoff in run.handoffs]),
+        ("offer", "ms", None, [handoff.offer_s * 1e3 for handoff in run.handoffs]),
         ("until_step", "ms", None, [handoff.until_step_s * 1e3 for handoff in run.handoffs]),
         ("control", "ms", CONTROL_TARGET, [handoff.control_s * 1e3 for handoff in run.handoffs]),
         ("whole_less_1ms_vs_copy", "ratio", WHOLE_TARGET, [(h.whole_s - ALLOWED_S) / h.copy_s for h in run.handoffs]),
@@ -195,7 +197,7 @@ class _Cluster:
 class Record:
     """What a worker saw; seconds of CLOCK_MONOTONIC."""
 
-    what: str  # "step", "pull", "copy"
+    what: str  # "step", "offer", "pull", "copy"
     began_s: float
     ended_s: float
     size_bytes: int = 0
@@ -208,14 +210,16 @@ def handoff_of(prefill: Sequence[Record], decode: Sequence[Record]) -> Handoff:
     Raises:
         ServiceError: it was not handed off.
     """
+    offer = next((record for record in prefill if record.what == "offer"), None)
     pull = next((record for record in decode if record.what == "pull"), None)
     copy = next((record for record in decode if record.what == "copy"), None)
     computed = [record.ended_s for record in prefill if record.what == "step"]
     begun = [record.began_s for record in decode if record.what == "step"]
-    if pull is None or copy is None or not computed or not begun:
+    if offer is None or pull is None or copy is None or not computed or not begun:
         raise ServiceError("a request was not handed off: it was decoded where it was prefilled, or recomputed")
     return Handoff(
         until_pull_s=pull.began_s - max(computed),
+        offer_s=offer.ended_s - offer.began_s,
         pull_s=pull.ended_s - pull.began_s,
         copy_s=copy.ended_s - copy.began_s,
         until_step_s=min(begun) - pull.ended_s,
@@ -331,10 +335,16 @@ def serve_worker(spec: WorkerSpec, pipe: Connection) -> None:
     threading.Thread(target=_give, args=(pipe, records), daemon=True).start()
 
     class NotingEndpoint(KVEndpoint):
-        """Notes each pull, from the call to its end."""
+        """Notes each offer and each pull, from the call to its end."""
 
         def __init__(self, *args: object, **options: object) -> None:
             super().__init__(*args, **options, wrap=partial(NotingTransport, records))  # type: ignore[arg-type]
+
+        def fill_offer(self, handoff: KVHandoff) -> KVHandoff:
+            began_s = time.monotonic()
+            filled = super().fill_offer(handoff)
+            records.append(Record(what="offer", began_s=began_s, ended_s=time.monotonic()))
+            return filled
 
         def start_pull(
             self,

@@ -189,6 +189,7 @@ def test_blocks_that_did_not_come_are_noticed() -> None:
 def test_a_handoff_is_cut_at_the_last_step_of_prefill_and_the_first_of_decode() -> None:
     """Two chunks of a prompt, then two tokens. Seen to fail with the first chunk's end taken, and with the last decode step."""
     prefill = [Record(what="step", began_s=0.0, ended_s=1.0), Record(what="step", began_s=1.0, ended_s=2.0)]
+    prefill.append(Record(what="offer", began_s=2.125, ended_s=2.25))
     decode = [
         Record(what="copy", began_s=2.6, ended_s=2.9, size_bytes=10),
         Record(what="pull", began_s=2.5, ended_s=3.0, size_bytes=10, path="shm"),
@@ -196,7 +197,12 @@ def test_a_handoff_is_cut_at_the_last_step_of_prefill_and_the_first_of_decode() 
         Record(what="step", began_s=4.0, ended_s=5.0),
     ]
     handoff = handoff_of(prefill, decode)
-    assert (handoff.whole_s, handoff.pull_s, handoff.control_s) == (1.25, 0.5, 0.75) and handoff.copy_s == pytest.approx(0.3)
+    assert (handoff.whole_s, handoff.pull_s, handoff.control_s, handoff.offer_s) == (
+        1.25,
+        0.5,
+        0.75,
+        0.125,
+    ) and handoff.copy_s == pytest.approx(0.3)
     with pytest.raises(ServiceError, match="not handed off"):
         handoff_of(prefill, decode[2:])
 
@@ -204,7 +210,7 @@ def test_a_handoff_is_cut_at_the_last_step_of_prefill_and_the_first_of_decode() 
 @pytest.mark.pure
 def test_the_handoff_is_held_to_a_millisecond_of_control_and_to_its_copy() -> None:
     """0.9 ms of control beside a copy of 10 ms. Seen to fail with the whole divided before the millisecond is taken off."""
-    handoff = Handoff(until_pull_s=0.6e-3, pull_s=11e-3, copy_s=10e-3, until_step_s=0.3e-3, size_bytes=1, path="shm")
+    handoff = Handoff(until_pull_s=0.6e-3, offer_s=0.1e-3, pull_s=11e-3, copy_s=10e-3, until_step_s=0.3e-3, size_bytes=1, path="shm")
     rows = by_name(handoff_rows(HandoffRun(model="125m", num_prompt_tokens=1024, handoffs=(handoff,) * 9)))
     control, whole = rows["handoff/125m/1024/control"], rows["handoff/125m/1024/whole_less_1ms_vs_copy"]
     assert control.value == pytest.approx(0.9) and control.ok and control.unit == "ms"
@@ -260,4 +266,8 @@ def test_a_handoff_between_two_workers_is_timed() -> None:
     assert rows["pull"]["path"] == "shm" and rows["pull"]["size_bytes"] > 0
     parts = rows["until_pull"]["value"] + rows["pull"]["value"] + rows["until_step"]["value"]
     assert rows["whole"]["value"] == pytest.approx(parts, rel=1e-3)
-    assert rows["until_pull"]["value"] > 0 and rows["until_step"]["value"] > 0 and 0 < rows["copy"]["value"] < rows["pull"]["value"]
+    assert (
+        rows["until_pull"]["value"] > rows["offer"]["value"] > 0
+        and rows["until_step"]["value"] > 0
+        and 0 < rows["copy"]["value"] < rows["pull"]["value"]
+    )
