@@ -71,6 +71,10 @@ class Channel(Protocol):
         """
         ...
 
+    def forgo(self) -> bool:
+        """The piece expected first will not come: its source refused it. False: the channel still waits for it, and is of no more use."""
+        ...
+
     def receive(self, blocks: memoryview, runs: Runs) -> None:
         """Fill the runs with the piece expected first. Once it returned or raised, nothing writes `blocks` any more."""
         ...
@@ -230,7 +234,7 @@ class _Conversation:
 
     @property
     def in_step(self) -> bool:
-        """True when every piece asked for was answered to its trailer, with blocks or with a refusal."""
+        """True when every piece asked for was answered to its trailer: with blocks, or with a refusal that leaves the channel as it was."""
         return self._num_unanswered == 0
 
     def ask(self, pull: Pull, piece: _Piece) -> int:
@@ -292,7 +296,8 @@ def _receive_piece(link: _Conversation, pull: Pull, ticket: int, piece: _Piece) 
         raise MalformedFrame(f"expected the trailer of {ticket}, got {type(trailer).__name__}")
     if bool(trailer.error) == bool(said_bytes):
         raise MalformedFrame(f"{said_bytes} bytes were sent, and the trailer says {trailer.error or 'no error'!r}")
-    link.answered()
+    if said_bytes or link.channel.forgo():
+        link.answered()
     if trailer.error:
         raise PullFailed(_error_named(trailer.error), f"{session.peer.name} refused: {trailer.error}")
     if trailer.generations != piece.generations(pull):

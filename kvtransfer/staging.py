@@ -68,6 +68,9 @@ class StagedChannel(ABC):
     def expect(self, size_bytes: int) -> None:
         self._begin(self.carry_in, self._room(size_bytes))
 
+    def forgo(self) -> bool:
+        return False  # the library waits for these bytes, and would take the next piece for them
+
     def send(self, blocks: memoryview, runs: Runs) -> None:
         if self.can_read_pool and len(runs) == 1:
             start, size = runs[0].tolist()

@@ -49,6 +49,9 @@ class _Inline:
     def expect(self, size_bytes: int) -> None:
         """The stream says itself when it comes."""
 
+    def forgo(self) -> bool:
+        return True  # nothing was begun
+
     def send(self, blocks: memoryview, runs: Runs) -> None:
         self._session.send_runs(blocks, np.ascontiguousarray(runs))
 
