@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import select
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import kvtransfer.local
@@ -66,29 +66,17 @@ class Hooks:
 
 
 class TappedChannel:
-    """A source's channel whose bytes pass the hook."""
+    """A source's channel whose bytes pass the hook; everything else is the channel's own."""
 
     def __init__(self, inner: Channel, hooks: Hooks) -> None:
-        self.piece_bytes_max = inner.piece_bytes_max
-        self.pieces_ahead = inner.pieces_ahead
-        self.pieces_under_way = inner.pieces_under_way
         self._inner = inner
         self._hooks = hooks
 
-    def expect(self, size_bytes: int) -> None:
-        self._inner.expect(size_bytes)
-
-    def flush(self) -> None:
-        self._inner.flush()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
     def send(self, blocks: memoryview, runs: Runs) -> None:
         self._hooks.on_send(self._inner, blocks, runs)
-
-    def receive(self, blocks: memoryview, runs: Runs) -> None:
-        self._inner.receive(blocks, runs)
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 def tapped(transport_class: Any, hooks: Hooks) -> Any:
@@ -97,7 +85,7 @@ def tapped(transport_class: Any, hooks: Hooks) -> Any:
     class Tapped(transport_class):  # type: ignore[misc]
         def open_channel(self, session: Session, *, dialed: bool) -> Channel:
             channel: Channel = super().open_channel(session, dialed=dialed)
-            return channel if dialed else TappedChannel(channel, hooks)
+            return channel if dialed else cast(Channel, TappedChannel(channel, hooks))
 
     return Tapped
 

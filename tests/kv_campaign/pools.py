@@ -62,6 +62,7 @@ class SourcePool:
         np.frombuffer(self.pool.region.blocks, dtype=np.uint8)[:] = rng.integers(0, 256, NUM_BLOCKS * self._size, dtype=np.uint8)
         self._fresh = rng.integers(0, 256, (_FRESH, self._size), dtype=np.uint8)
         self._generation = 0
+        self._wire = memoryview(b"")
         self._kept: list[tuple[int, bytes]] = []  # what the offered blocks held
         self._raise_all()
 
@@ -130,6 +131,7 @@ class SourcePool:
             wire = memoryview(bytearray(b"".join([blocks[start : start + length] for start, length in runs.tolist()])))
             views = [wire[place * size : (place + 1) * size] for place in range(case.num_places)]
             damage(case, LAYOUTS[case.layout_index].spans, views, earlier=earlier, foreign=self.content(foreign))
+            self._wire = wire  # which the channel may read until it is flushed
             channel.send(wire, np.array([(0, len(wire))], dtype=np.int64))
 
         if case.kind is Kind.STALE_GENERATION:
