@@ -7,6 +7,7 @@ nccl). Neither replaces anything: the transports, their seqlock and their conver
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import select
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -32,7 +33,7 @@ from protocol.wire import Identity
 SECRET = b"of this cluster"
 FINGERPRINT = b"f" * 16
 SOURCE, TARGET = "prefill-0", "decode-0"
-OUTCOME_TIMEOUT_S = 20.0
+OUTCOME_TIMEOUT_S = 15.0  # less than the pulls' deadline
 
 
 class Hooks:
@@ -134,6 +135,8 @@ class Pair:
             fd = self.target.wakeup_fd()
             if fd >= 0:
                 ready, _, _ = select.select([fd], [], [], OUTCOME_TIMEOUT_S)
+                if not ready:
+                    faulthandler.dump_traceback()  # of every thread: one of them waits for what does not come
                 assert ready, f"{self.backend}: no outcome in {OUTCOME_TIMEOUT_S} s"
             for done, outcome in self.target.poll():
                 assert done == ticket
