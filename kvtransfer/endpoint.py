@@ -197,6 +197,8 @@ class KVEndpoint:
             return
         self._next_region_id += len(pull.parts)
         self._pulls[handoff.handoff_id] = pull
+        if not handoff.is_complete:
+            self._expire_at_deadline(pull, f"not completed in {deadline_s:g} s")
         if handoff.is_complete or self._config.kv_transport != "local":
             self._launch(pull)
 
@@ -207,9 +209,7 @@ class KVEndpoint:
         if pull is None or pull.handoff.is_complete:
             return
         pull.deadline = self._loop.time() + deadline_s
-        pull.expiry = self._loop.call_at(
-            pull.deadline, self._stop, pull, TransferError.DEADLINE, f"not done {deadline_s:g} s after prefill"
-        )
+        self._expire_at_deadline(pull, f"not done {deadline_s:g} s after prefill")
         try:
             complete_parts(pull, handoff)
         except LayoutMismatch as mismatch:
@@ -306,6 +306,13 @@ class KVEndpoint:
                 self._cancel_transfers(pull)
             if pull.has_arrived:
                 self._arrived(pull)
+
+    def _expire_at_deadline(self, pull: PullState, detail: str) -> None:
+        """Of an early offer: its transfers may have ended long before, and then no backend keeps its deadline."""
+        assert self._loop is not None
+        if pull.expiry is not None:
+            pull.expiry.cancel()
+        pull.expiry = self._loop.call_at(pull.deadline, self._stop, pull, TransferError.DEADLINE, detail)
 
     def _stop(self, pull: PullState, error: TransferError, detail: str) -> None:
         """Let nothing more come of it; the first reason counts."""

@@ -48,7 +48,7 @@ class PullState:
     stopped: TransferError | None = None  # why nothing more is to come of it, whatever the backend says
     stop_detail: str = ""
     checking: bool = False  # the checking thread has it
-    expiry: asyncio.TimerHandle | None = None  # of a completed one; before that the backend keeps the deadline
+    expiry: asyncio.TimerHandle | None = None  # of an early offer; else the backend keeps the deadline
 
     @property
     def has_arrived(self) -> bool:

@@ -161,6 +161,18 @@ async def test_a_copy_that_waits_for_its_completion_can_be_cancelled(make: Make,
     assert (await asyncio.wait_for(done, 5)).error is TransferError.CANCELLED
 
 
+@pytest.mark.parametrize("policy", ["shm", "tcp", "local"])
+async def test_a_completion_that_never_comes_is_waited_for_until_the_deadline(make: Make, policy: str) -> None:
+    """Every layer is there, nothing says what they must be. Seen to fail without `_expire_at_deadline` at the start: nothing ends it."""
+    computing, target = await pair(make, policy)
+    began = time.monotonic()
+    done = begin(target, computing.handoff, deadline_s=0.3)
+    computing.rest()
+    outcome = await asyncio.wait_for(done, 5.0)
+    assert outcome.error is TransferError.DEADLINE and "not completed in 0.3 s" in outcome.detail
+    assert 0.3 <= time.monotonic() - began < 1.3
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_layers_that_never_come_end_at_the_deadline(make: Make, policy: str) -> None:
     """The deadline counts from the completion. Seen to hang without the timer of `complete_pull`."""
