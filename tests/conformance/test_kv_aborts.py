@@ -4,7 +4,7 @@ How: whole workers with the paced executor, slow at every step, that lose one wo
 hand-off is in a drawn state, and processes are killed or stopped (tests/kv_campaign/aborts_*.py). The laws are asserted at every turn.
 Seen to fail, each planted: a lease that expires without ending; target blocks given back while a copy runs, or never; a copy without its
 look at the generations afterwards, on either path; a lane that leaves its descriptor open; a wait that does not look at the deadline; a
-peer whose epoch is not compared.
+peer whose epoch is not compared; an early offer's completion that is waited for without end.
 """
 
 from __future__ import annotations

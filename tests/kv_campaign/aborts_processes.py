@@ -208,6 +208,7 @@ class _Episodes:
         await self._moment(traces, rng)
         report.episodes[blow] += 1
         report.struck.update((blow, _state(trace)) for trace in traces)
+        following = {trace for trace in traces if _state(trace) == "following"}
         if blow.kills:
             await cluster.kill(blow.victim)
         else:
@@ -217,6 +218,7 @@ class _Episodes:
             cluster.send(blow.victim, signal.SIGCONT)
 
         # Who needed nobody that died answers, and rightly; the others are lost, and only leases speak for them.
+        given_back = following if blow is Blow.STOP_SOURCE else set()  # no first token came in time
         lost = {t for t in traces if blow.kills and (blow is Blow.KILL_TARGET or not (t.is_sent_on and t.has_complete_offer))}
         for trace in traces:
             if trace in lost or trace is kept:
@@ -228,7 +230,7 @@ class _Episodes:
                 continue
             right = undisturbed(trace.attempt.request)
             if trace.refused or len(trace.tokens) < len(right):  # it was told that a worker is down before we gave it up
-                assert trace in lost, (blow, trace)
+                assert trace in lost | given_back, (blow, trace)
             assert trace.tokens == right[: len(trace.tokens)], (blow, trace)
             report.completed += trace.tokens == right
             report.errors.update(trace.errors)
