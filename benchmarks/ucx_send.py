@@ -49,7 +49,7 @@ class Row:
         if name == "bare":
             environment |= {"UCX_MM_ERROR_HANDLING": "y", "UCX_CMA_MEMORY_INVALIDATE": "y"}
         if name.startswith("bare"):
-            environment |= {"UCX_NET_DEVICES": "lo", "UCX_MEMTYPE_CACHE": "n", "UCX_RNDV_FRAG_MEM_TYPES": "host"}
+            environment |= {"UCX_NET_DEVICES": "lo", "UCX_MEMTYPE_CACHE": "n", "UCX_RNDV_FRAG_MEM_TYPES": "host", "UCX_LOG_FILE": "stderr"}
         command = [sys.executable, "-m", "benchmarks.ucx_send", "--row", name]
         command += ["--size-bytes", str(size_bytes), "--chunk-bytes", str(chunk_bytes), "--channel-bytes", str(channel_bytes)]
         self.processes = [

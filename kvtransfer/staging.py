@@ -35,7 +35,6 @@ _NUM_STAGINGS = 3
 class StagedChannel(ABC):
     """`Channel` of kvtransfer.pieces. Used by the one thread that serves the session; `carry_*` may run their work on others."""
 
-    can_read_pool = False  # `give_up` ends every look at what is being sent, so a piece in one run needs no staging at its source
     pieces_ahead = _NUM_STAGINGS
     pieces_under_way = _NUM_STAGINGS
 
@@ -72,12 +71,8 @@ class StagedChannel(ABC):
         return False  # the library waits for these bytes, and would take the next piece for them
 
     def send(self, blocks: memoryview, runs: Runs) -> None:
-        if self.can_read_pool and len(runs) == 1:
-            start, size = runs[0].tolist()
-            carry = _Carry(np.frombuffer(blocks, dtype=np.uint8)[start : start + size])
-        else:
-            carry = self._room(int(runs[:, 1].sum()))
-            copy_runs(blocks, carry.staging.data, _beside(runs, source=True))
+        carry = self._room(int(runs[:, 1].sum()))  # also for one run: a second process reads what is in the cache twice as fast
+        copy_runs(blocks, carry.staging.data, _beside(runs, source=True))
         self._begin(self.carry_out, carry)
 
     def flush(self, *, or_input: bool) -> bool:
@@ -106,7 +101,7 @@ class StagedChannel(ABC):
         whole = self._idle.pop() if self._idle else np.empty(0, dtype=np.uint8)
         if len(whole) < size_bytes:
             whole = np.empty(size_bytes, dtype=np.uint8)
-        return _Carry(whole[:size_bytes], whole)
+        return _Carry(whole, size_bytes)
 
     def _begin(self, carry_on: Callable[[Staging, Done], Finish], carry: _Carry) -> None:
         self._carries.append(carry)
@@ -133,9 +128,7 @@ class StagedChannel(ABC):
         return True
 
     def _finish_first(self) -> None:
-        carry = self._carries.popleft()
-        if carry.whole is not None:
-            self._idle.append(carry.whole)
+        self._idle.append(self._carries.popleft().whole)
 
     def _ended(self, carry: _Carry) -> None:
         carry.has_ended = True
@@ -145,11 +138,11 @@ class StagedChannel(ABC):
 
 
 class _Carry:
-    """A staging (or a part of the pool) in the library's hands."""
+    """A staging in the library's hands."""
 
-    def __init__(self, staging: Staging, whole: Staging | None = None) -> None:
-        self.staging = staging
-        self.whole = whole  # what `staging` is the beginning of; None: of the pool
+    def __init__(self, whole: Staging, size_bytes: int) -> None:
+        self.whole = whole  # at least as large as what is carried in it
+        self.staging = whole[:size_bytes]
         self.has_ended = False  # set by the library's thread
         self.finish: Finish
 

@@ -36,6 +36,7 @@ _ENVIRONMENT = {
     "UCX_MEMTYPE_CACHE": "n",
     "UCX_RNDV_FRAG_MEM_TYPES": "host",
     "UCX_WARN_UNUSED_ENV_VARS": "n",
+    "UCX_LOG_FILE": "stderr",  # instead of stdout, which is not UCX's
     # Completion wakes the event loop; without it the loop spins while a piece is carried, and takes the interpreter from our threads.
     "UCXPY_ENABLE_PYTHON_FUTURE": "1",
     # Shared memory and CMA together with error handling. CMA cannot take a peer's leave to read back, which UCX asks for then: a source
@@ -86,8 +87,6 @@ class UcxTransport(PiecewiseTransport):
 
 
 class _UcxChannel(StagedChannel):
-    can_read_pool = True  # an aborted endpoint reads no more, and `close` of the transport waits for the abort
-
     def __init__(self, session: Session, ucx: _UcxThread, address: bytes, tag: int, piece_bytes_max: int) -> None:
         self._ucx = ucx
         self._endpoint = ucx.connect(address)
