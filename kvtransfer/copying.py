@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from kernels.copy_runs import Runs, copy_runs
+from kernels.copy_runs import BlockIds, Runs, copy_blocks
 from kvtransfer.lanes import Pull, PullFailed
 from kvtransfer.layer_clock import wait_for
 from kvtransfer.layers import Layers, layer_spans, split_by_readiness
@@ -32,9 +32,17 @@ def copy_verified(source: Region, pull: Pull, look_up: Callable[[float], None], 
     expected = np.frombuffer(pull.generations, dtype=np.uint64)
     check_generations(source, block_ids, expected, "before")
     for layers in follow(source, pull, look_up):
-        for runs in slices(pull, layers, slice_bytes):
+        for source_ids, target_ids in _slices(pull, layers, slice_bytes):
             look_up(0.0)
-            copy_runs(source.blocks, pull.target.blocks, runs)
+            copy_blocks(
+                source.blocks,
+                pull.target.blocks,
+                source_ids,
+                target_ids,
+                source.layout.block_bytes,
+                start=layers.offset,
+                size=layers.size_bytes,
+            )
     look_up(0.0)
     check_generations(source, block_ids, expected, "after")
 
@@ -60,12 +68,20 @@ def follow(source: Region, pull: Pull, look_up: Callable[[float], None]) -> Iter
 
 def slices(pull: Pull, layers: Layers, slice_bytes: int) -> Iterator[Runs]:
     """Runs that are contiguous on both sides, in order, in arrays of at most `slice_bytes` (or one block) each."""
-    source_ids = np.frombuffer(pull.source_block_ids, dtype=np.uint32)[layers.places]
-    target_ids = np.frombuffer(pull.transfer.target_block_ids, dtype=np.uint32)[layers.places]
+    for source_ids, target_ids in _slices(pull, layers, slice_bytes):
+        yield layers.runs(pull.target.layout, source_ids, target_ids)
+
+
+def _slices(pull: Pull, layers: Layers, slice_bytes: int) -> Iterator[tuple[BlockIds, BlockIds]]:
+    """(source blocks, target blocks) of at most `slice_bytes`, or one block, each."""
+    source_ids = np.frombuffer(pull.source_block_ids, dtype=np.uint32)
+    target_ids = np.frombuffer(pull.transfer.target_block_ids, dtype=np.uint32)
+    if len(layers.places) < len(source_ids):
+        source_ids, target_ids = source_ids[layers.places], target_ids[layers.places]
     max_blocks = max(1, slice_bytes // layers.size_bytes)
     for first in range(0, len(source_ids), max_blocks):
         end = first + max_blocks
-        yield layers.runs(pull.target.layout, source_ids[first:end], target_ids[first:end])
+        yield source_ids[first:end], target_ids[first:end]
 
 
 def check_generations(region: Region, block_ids: npt.NDArray[np.uint32], expected: npt.NDArray[np.uint64], when: str) -> None:

@@ -81,6 +81,7 @@ class PeerTransport(ABC):
     """The verbs of KVTransport for backends that talk to another process over a socket."""
 
     name: str
+    here_bytes_max = 0  # pulls of at most this much are copied by `start` itself while their lane is idle: copies that never wait
 
     def __init__(self, identity: Identity, secret: bytes, config: TransportConfig) -> None:
         self._identity = identity
@@ -119,6 +120,9 @@ class PeerTransport(ABC):
             return pull.ticket
         key = transfer.source.endpoint
         lane = self._lanes.get(key)
+        if lane is not None and self._is_small(pull) and lane.carry_here(pull):
+            self._pulls[pull.ticket] = (pull, lane)
+            return pull.ticket
         if lane is None or not lane.push(pull):
             self._lanes = {k: live for k, live in self._lanes.items() if not live.has_ended}
             if len(self._lanes) >= self._config.max_peers:
@@ -159,6 +163,10 @@ class PeerTransport(ABC):
             os.close(self._wakeup_fd)
             self._wakeup_fd = -1
 
+    def _is_small(self, pull: Pull) -> bool:
+        """And nothing to be waited for."""
+        return not pull.transfer.source.layer_clock and len(pull.source_block_ids) * pull.target.layout.block_bytes <= self.here_bytes_max
+
     def report(self, pull: Pull, error: TransferError | None, detail: str) -> None:
         """Called once a pull, from its lane or from `start`. Appending to a deque needs no lock."""
         self._outcomes.append((pull.ticket, pull.outcome(self.name, error, detail)))
@@ -178,6 +186,7 @@ class Lane:
         self.has_ended = False
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._current: Pull | None = None
+        self._idle_link: Link | None = None  # while the lane waits for a pull; guarded by the lock
         self._connect_by = 0.0
         self._thread = threading.Thread(target=self._run, name=f"kv-{backend.name}-pull", daemon=True)
         self._thread.start()
@@ -195,6 +204,19 @@ class Lane:
             self._backend.report(
                 pull, TransferError.REFUSED, f"{self._config.max_queued_pulls} pulls wait for this peer; the limit is max_queued_pulls"
             )
+        return True
+
+    def carry_here(self, pull: Pull) -> bool:
+        """On the owner's thread, and done when this returns: two wake-ups cost more than copying a few megabytes. False: not now.
+
+        The lane's thread, should it wake up, waits for the lock meanwhile; so nobody closes the link.
+        """
+        with self._lock:
+            link = self._idle_link
+            if link is None or self._queue or self._stopping or self.has_ended or link.session.has_ended():
+                return False
+            error, detail = self._attempt(link, pull, lambda _: pull.check())
+        self._backend.report(pull, error, detail)
         return True
 
     def cancel(self, pull: Pull) -> None:
@@ -233,12 +255,14 @@ class Lane:
         idle_until = time.monotonic() + self._config.idle_close_s
         while True:
             with self._lock:
+                self._idle_link = None
                 self._current = self._queue.popleft() if self._queue else None
                 if self._current is not None:
                     return True
                 if self._stopping or link is None or link.session.has_ended() or time.monotonic() >= idle_until:
                     self.has_ended = True
                     return False
+                self._idle_link = link
             self._poll(link.session.fileno(), select.POLLIN, idle_until)
 
     def _end(self) -> None:
@@ -255,38 +279,39 @@ class Lane:
         """Do the current pull and report it. Returns the link to go on with."""
         pull = self._current
         assert pull is not None
+        if link is not None and link.session.has_ended():
+            link.close()
+            link = None
         error: TransferError | None = None
         detail = ""
-        try:
-            pull.check()
-            if link is not None and link.session.has_ended():
-                link.close()
-                link = None
-            if link is None:
-                link = self._open(pull)
-            _check_peer(link.session.peer, pull.transfer.source, self._identity.fingerprint)
-            self._backend.copy(link, pull, self._rest)
-        except PullFailed as failed:
-            error, detail = failed.error, str(failed)
-        except (HandshakeRefused, LayoutMismatch) as refused:
-            error, detail = TransferError.REFUSED, str(refused)
-        except WireError as confused:
-            error, detail = TransferError.TRUNCATED, str(confused)
-        except OSError as lost:
-            error, detail = TransferError.PEER_LOST, str(lost)
+        if link is None:
+            link, error, detail = self._open(pull)
+        if link is not None:
+            error, detail = self._attempt(link, pull, self._rest)
         if link is not None and error is not None and not link.in_step:
             link.close()
             link = None
         self._backend.report(pull, error, detail)
         return link
 
-    def _open(self, pull: Pull) -> Link:
+    def _open(self, pull: Pull) -> tuple[Link | None, TransferError | None, str]:
         self._connect_by = time.monotonic() + self._config.connect_timeout_s
         try:
-            link = self._backend.connect(pull.transfer.source, self._pause)
+            pull.check()
+            return self._backend.connect(pull.transfer.source, self._pause), None, ""
+        except (PullFailed, WireError, LayoutMismatch, OSError) as failure:
+            return (None, *_told(failure))
         finally:
             self._connect_by = 0.0
-        return link
+
+    def _attempt(self, link: Link, pull: Pull, rest: Callable[[float], None]) -> tuple[TransferError | None, str]:
+        try:
+            pull.check()
+            _check_peer(link.session.peer, pull.transfer.source, self._identity.fingerprint)
+            self._backend.copy(link, pull, rest)
+        except (PullFailed, WireError, LayoutMismatch, OSError) as failure:
+            return _told(failure)
+        return None, ""
 
     def _pause(self, fd: int, events: int) -> None:
         """Wait for the current pull's socket; meanwhile pulls that wait behind it may be cancelled or run out of time."""
@@ -334,6 +359,15 @@ class Lane:
         return fd in ready
 
 
+def _told(failure: Exception) -> tuple[TransferError, str]:
+    """What an outcome says of it."""
+    if isinstance(failure, PullFailed):
+        return failure.error, str(failure)
+    if isinstance(failure, (HandshakeRefused, LayoutMismatch)):
+        return TransferError.REFUSED, str(failure)
+    return TransferError.TRUNCATED if isinstance(failure, WireError) else TransferError.PEER_LOST, str(failure)
+
+
 def _check_peer(peer: Identity, source: HandoffShard, fingerprint: bytes) -> None:
     """The process at the other end is the one that made the offer, and holds the same weights."""
     if (peer.name, peer.epoch) != (source.worker_id, source.epoch):
@@ -347,14 +381,19 @@ def _refusal(transfer: Transfer, target: Region) -> str:
     source, indices = transfer.source, transfer.source_indices
     if source.layout != target.layout:
         return "source and target layouts differ; the planner has to come between"
-    if len(source.block_ids) != len(source.generations) or max(indices, default=-1) >= len(source.block_ids):
+    if len(source.block_ids) != len(source.generations) or largest(indices) >= len(source.block_ids):
         return f"the offer names {len(source.block_ids)} blocks and {len(source.generations)} generations, not all that were asked for"
     if len(indices) != len(transfer.target_block_ids):
         return f"{len(indices)} source blocks for {len(transfer.target_block_ids)} target blocks"
-    last = max(transfer.target_block_ids, default=-1)
+    last = largest(transfer.target_block_ids)
     return f"target block {last} of a pool of {target.num_blocks}" if last >= target.num_blocks else ""
 
 
 def _taken(words: array[int], indices: array[int]) -> array[int]:
     """words[i] for each index; through numpy, since this runs on the event loop's thread for thousands of blocks."""
     return array(words.typecode, np.frombuffer(words, dtype=words.typecode)[np.frombuffer(indices, dtype=np.uint32)].tobytes())
+
+
+def largest(indices: array[int]) -> int:
+    """-1 of none; through numpy, as in _taken."""
+    return int(np.frombuffer(indices, dtype=np.uint32).max()) if indices else -1

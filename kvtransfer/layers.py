@@ -20,7 +20,7 @@ Places = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Layers:
-    """The bytes [offset, offset + size_bytes) of each block of a pull at `places`, which are positions in its lists of blocks."""
+    """The bytes [offset, offset + size_bytes) of each block of a pull at `places`: positions in its lists of blocks, in rising order."""
 
     places: Places
     offset: int

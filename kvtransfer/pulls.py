@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from kernels.copy_runs import copy_runs
 from kvtransfer import digest
+from kvtransfer.lanes import largest
 from kvtransfer.region import PoolMemory
 from kvtransfer.reshard import Chunks, check_coverage, pair_blocks, plan_reshard
 from kvtransfer.transport import Region
@@ -131,6 +132,12 @@ def complete_parts(pull: PullState, handoff: KVHandoff) -> None:
     pull.handoff = handoff
 
 
+def checked_bytes(parts: list[Part]) -> int:
+    """What `verify_parts` and `place_staged` together read."""
+    digested = sum(len(p.block_ids) * digest.read_bytes(p.region.layout, p.shard.digest_mode) for p in parts)
+    return digested + sum(p.staging.region.size_bytes for p in parts if p.staging is not None)
+
+
 def verify_parts(handoff: KVHandoff, parts: list[Part]) -> str:
     """What differs from the offered content, in words; empty when nothing does."""
     for part in parts:
@@ -191,7 +198,7 @@ def _needed(shards: tuple[HandoffShard, ...], target: KVLayout) -> list[HandoffS
 
 def check_shard(shard: HandoffShard, source_indices: array[int], *, is_complete: bool) -> None:
     num_blocks = len(shard.block_ids)
-    if not len(source_indices) or max(source_indices) >= num_blocks:
+    if largest(source_indices) not in range(num_blocks):
         raise LayoutMismatch(f"{len(source_indices)} blocks asked for of an offer of {num_blocks}, not all of them in it")
     has_digests = digest.digests_fit(num_blocks, shard.digest_mode, shard.digests) if is_complete else not shard.digests
     if len(shard.generations) != num_blocks or not has_digests:
