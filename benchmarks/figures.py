@@ -182,9 +182,11 @@ def _transfer_part(document: Document) -> str:
     for name, row in rows.items():
         first, second, last = name.split("/", 2)
         if first == "handoff":
-            tokens, figure = last.split("/")
+            tokens, figure = last.split("/", 1)
             low, high = row["interval"]
-            handoffs.append([f"{second}: {figure.replace('_', ' ')}", tokens, _value(row), f"{low:.3g} .. {high:.3g}", _asked(row)])
+            handoffs.append(
+                [f"{second}: {figure.replace('_', ' ').replace('/', ', ')}", tokens, _value(row), f"{low:.3g} .. {high:.3g}", _asked(row)]
+            )
         elif row["unit"] == "ratio":
             ours, theirs = last.split("_vs_")
             ratios.append([first, second, f"{ours} / {theirs}", *_verdict(row), _asked(row), digest_words(row.get("digest_ms_per_gb"))])

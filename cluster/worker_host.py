@@ -243,6 +243,8 @@ class WorkerHost:
         handoff = command.handoff
         if not handoff.is_complete or self._endpoint.offer_read_bytes(handoff) <= INLINE_OFFER_BYTES:
             self._send(command.gateway, Offered(handoff=self._endpoint.fill_offer(handoff)))
+            if any(shard.num_whole_blocks for shard in handoff.shards):
+                self._endpoint.digest_ahead(handoff)
             return
         assert self._loop is not None
         filling = self._loop.run_in_executor(None, self._endpoint.fill_offer, handoff)

@@ -24,9 +24,31 @@ DIGEST_SIZE_BYTES = 8
 _EVERY_LAYER = 0xFFFF
 
 
-def compute(region: Region, block_ids: array[int], generations: array[int], mode: DigestMode, handoff_id: str) -> bytes:
-    """Digests of the blocks of one hand-off in its order; empty when `mode` is OFF. Safe to call from any thread."""
-    return _digests(region, block_ids, generations, range(len(block_ids)), mode, handoff_id)
+def compute(
+    region: Region, block_ids: array[int], generations: array[int], mode: DigestMode, handoff_id: str, places: range | None = None
+) -> bytes:
+    """Digests of the blocks of one hand-off in its order; empty when `mode` is OFF. Safe to call from any thread.
+
+    places: of those blocks only; None: of all.
+    """
+    places = range(len(block_ids)) if places is None else places
+    chosen = slice(places.start, places.stop)
+    return _digests(region, block_ids[chosen], generations[chosen], places, mode, handoff_id)
+
+
+def of_copies(
+    region: Region, block_ids: array[int], generations: array[int], places: array[int], mode: DigestMode, handoff_id: str
+) -> bytes:
+    """Digests of copies: block i is one of the hand-off's block `places[i]`; `generations` (the source's) cover the whole hand-off."""
+    if mode is DigestMode.OFF:
+        return b""
+    return _digests(region, block_ids, array("Q", [generations[p] for p in places]), places, mode, handoff_id)
+
+
+def differing(places: array[int], ours: bytes, digests: bytes) -> list[int]:
+    """Positions in `places` whose digest in `ours` (of_copies) is not the one of its place in `digests`; empty when all is well."""
+    size = DIGEST_SIZE_BYTES
+    return [i for i, p in enumerate(places) if ours[i * size : (i + 1) * size] != digests[p * size : (p + 1) * size]]
 
 
 def verify(
@@ -44,9 +66,7 @@ def verify(
     """
     if mode is DigestMode.OFF:
         return []
-    ours = _digests(region, block_ids, array("Q", [generations[p] for p in places]), places, mode, handoff_id)
-    size = DIGEST_SIZE_BYTES
-    return [i for i, p in enumerate(places) if ours[i * size : (i + 1) * size] != digests[p * size : (p + 1) * size]]
+    return differing(places, of_copies(region, block_ids, generations, places, mode, handoff_id), digests)
 
 
 def digests_fit(num_blocks: int, mode: DigestMode, digests: bytes) -> bool:

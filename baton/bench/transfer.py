@@ -46,7 +46,7 @@ class Report:
         from baton.bench.transfer_rows import rows_of
 
         transfers = [] if self.measured is None else rows_of(self.plan, self.measured)
-        return [*transfers, *(row for run in self.handoffs for row in handoff_rows(run)), *layerwise_rows()]
+        return [*transfers, *(row for run in self.handoffs for row in handoff_rows(run))]
 
     def document(self) -> dict[str, object]:
         from baton.bench.transfer_rows import SCHEMA
@@ -65,11 +65,6 @@ class Report:
     def write(self) -> None:
         if self.output is not None:
             self.output.write_text(json.dumps(self.document(), indent=1) + "\n", encoding="utf-8")
-
-
-def layerwise_rows() -> list[Row]:
-    """Pulling layers while prefill computes the next ones."""
-    return []
 
 
 def bench_transfer(

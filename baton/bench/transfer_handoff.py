@@ -1,9 +1,15 @@
 """The hand-off as the engine sees it: from the end of prefill's last step to the start of decode's first, in a cluster of 1 + 1 workers.
 
-    prefill  ..step──┐ offer, digests                                                  ┌─step  decode
-    gateway          └───────► Offered ──► Submit ──► start_pull ═ copy ═ verify ═ on_done
+    late     ..step──┐ offer, digests                                                  ┌─step  decode
+             gateway └───────► Offered ──► Submit ──► start_pull ═ copy ═ verify ═ on_done
                      |<--------- until_pull --------->|<-------- pull ------->|<------>| until_step
-                     control = until_pull + until_step                          whole = all three
+
+    early    start_pull ═ copy of each layer behind its computing ═════╗
+             ..step──┐ digests                                         ╟ verify ═ on_done ─┐
+                     └───────► OfferCompleted ──► complete_pull ═══════╝                   └─step
+                     |<--------- until_pull ----->|<--------- pull ---------->|<---------->| until_step
+
+                     control = until_pull + until_step                  whole = all three
 
 Workers are processes of their own, built as `baton serve` builds them; the gateway, the router and the directory live on this process's
 loop, and nobody else asks for anything meanwhile. Instants are of CLOCK_MONOTONIC, which all processes of a machine share.
@@ -62,8 +68,9 @@ class Handoff:
 
     until_pull_s: float  # from the end of prefill's last step: offer with its digests, gateway, target's queue
     offer_s: float  # of that the offer
-    pull_s: float  # copy and verification
-    copy_s: float  # the copy alone
+    pull_s: float  # copy and verification; early: what is left of the copy, and verification
+    copy_s: float  # the copy alone; early: with its waits for layers
+    exposed_s: float  # of the copy, after the end of prefill's last step
     until_step_s: float  # from the end of the pull
     size_bytes: int
     path: str
@@ -79,28 +86,53 @@ class Handoff:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoffRun:
-    """All hand-offs of prompts of one length."""
+    """All hand-offs of prompts of one length, of an early and of a late cluster in turn."""
 
     model: str
+    num_layers: int
     num_prompt_tokens: int
-    handoffs: tuple[Handoff, ...]
+    early: tuple[Handoff, ...]
+    late: tuple[Handoff, ...]
 
 
 def handoff_rows(run: HandoffRun) -> list[Row]:
-    """Medians of the rounds, with their intervals."""
+    """Medians of the rounds, with their intervals: of early offers, which are the default, then of late ones.
+
+    The copy that an early one is set beside is that of the late one of its round.
+    """
     at = f"handoff/{run.model}/{run.num_prompt_tokens}"
-    size_bytes, path = run.handoffs[0].size_bytes, run.handoffs[0].path
+    rows = _figures(f"{at}/early", run.early, run.late)
+    exposed = [early.exposed_s / late.copy_s for early, late in zip(run.early, run.late, strict=True)]
+    rows += _rows(at, run.early[0], [("layerwise_exposed", "ratio", Target(relation="<=", bound=round(1.3 / run.num_layers, 4)), exposed)])
+    return rows + _figures(f"{at}/late", run.late, run.late)
+
+
+_Figure = tuple[str, str, Target | None, list[float]]
+
+
+def _figures(at: str, handoffs: Sequence[Handoff], late: Sequence[Handoff]) -> list[Row]:
+    figures: list[_Figure] = [
+        ("whole", "ms", None, [handoff.whole_s * 1e3 for handoff in handoffs]),
+        ("pull", "ms", None, [handoff.pull_s * 1e3 for handoff in handoffs]),
+        ("copy", "ms", None, [handoff.copy_s * 1e3 for handoff in handoffs]),
+        ("exposed", "ms", None, [handoff.exposed_s * 1e3 for handoff in handoffs]),
+        ("until_pull", "ms", None, [handoff.until_pull_s * 1e3 for handoff in handoffs]),
+        ("offer", "ms", None, [handoff.offer_s * 1e3 for handoff in handoffs]),
+        ("until_step", "ms", None, [handoff.until_step_s * 1e3 for handoff in handoffs]),
+        ("control", "ms", CONTROL_TARGET, [handoff.control_s * 1e3 for handoff in handoffs]),
+        (
+            "whole_less_1ms_vs_copy",
+            "ratio",
+            WHOLE_TARGET,
+            [(handoff.whole_s - ALLOWED_S) / other.copy_s for handoff, other in zip(handoffs, late, strict=True)],
+        ),
+    ]
+    return _rows(at, handoffs[0], figures)
+
+
+def _rows(at: str, one: Handoff, figures: Sequence[_Figure]) -> list[Row]:
+    size_bytes, path = one.size_bytes, one.path
     shared: dict[str, object] = {"size_bytes": size_bytes, "path": path}
-    figures = (
-        ("whole", "ms", None, [handoff.whole_s * 1e3 for handoff in run.handoffs]),
-        ("pull", "ms", None, [handoff.pull_s * 1e3 for handoff in run.handoffs]),
-        ("copy", "ms", None, [handoff.copy_s * 1e3 for handoff in run.handoffs]),
-        ("until_pull", "ms", None, [handoff.until_pull_s * 1e3 for handoff in run.handoffs]),
-        ("offer", "ms", None, [handoff.offer_s * 1e3 for handoff in run.handoffs]),
-        ("until_step", "ms", None, [handoff.until_step_s * 1e3 for handoff in run.handoffs]),
-        ("control", "ms", CONTROL_TARGET, [handoff.control_s * 1e3 for handoff in run.handoffs]),
-        ("whole_less_1ms_vs_copy", "ratio", WHOLE_TARGET, [(h.whole_s - ALLOWED_S) / h.copy_s for h in run.handoffs]),
-    )
     rows = []
     for name, unit, target, values in figures:
         low, high, confidence = median_interval(values)
@@ -126,28 +158,36 @@ def measure_handoff(model: str, lengths: Sequence[int], *, num_rounds: int, seed
 
     from baton.bench.models import label_of, resolve_model
     from baton.bench.servers import checkpoint_to_serve
+    from engine.models.config import load_model_config
 
     label = label_of(resolve_model(model))
     say(f"handoff: checkpoint of {label}")
     model_dir = checkpoint_to_serve(model, scratch)
-    by_length = uvloop.run(_measure(model_dir, lengths, num_rounds, seed, scratch, say))
-    for length, handoffs in by_length.items():
-        yield HandoffRun(model=label, num_prompt_tokens=length, handoffs=tuple(handoffs))
+    num_layers = load_model_config(model_dir).num_layers
+    found = uvloop.run(_measure(model_dir, lengths, num_rounds, seed, scratch, say))
+    for length in lengths:
+        early, late = (tuple(found[is_early, length]) for is_early in (True, False))
+        yield HandoffRun(model=label, num_layers=num_layers, num_prompt_tokens=length, early=early, late=late)
 
 
 async def _measure(
     model_dir: Path, lengths: Sequence[int], num_rounds: int, seed: int, scratch: Path, say: Say
-) -> dict[int, list[Handoff]]:
-    found: dict[int, list[Handoff]] = {length: [] for length in lengths}
-    say("handoff: starting 1 + 1 workers")
-    async with _cluster(model_dir, max(lengths), scratch) as cluster:
+) -> dict[tuple[bool, int], list[Handoff]]:
+    """By (early, length)."""
+    found: dict[tuple[bool, int], list[Handoff]] = {(is_early, length): [] for is_early in (True, False) for length in lengths}
+    say("handoff: starting 1 + 1 workers, twice")
+    async with (
+        _cluster(model_dir, max(lengths), scratch / "early", offer_early=True) as early,
+        _cluster(model_dir, max(lengths), scratch / "late", offer_early=False) as late,
+    ):
         rng = Random(f"{seed} handoff")
         for index in range(-1, num_rounds):  # the first is a warm-up
             for length in lengths:
                 say(f"handoff: round {max(0, index + 1)}/{num_rounds}, {length} tokens")
-                handoff = await cluster.hand_off(length, rng)
-                if index >= 0:
-                    found[length].append(handoff)
+                for cluster in (early, late) if index % 2 else (late, early):
+                    handoff = await cluster.hand_off(length, rng)
+                    if index >= 0:
+                        found[cluster is early, length].append(handoff)
     return found
 
 
@@ -197,7 +237,7 @@ class _Cluster:
 class Record:
     """What a worker saw; seconds of CLOCK_MONOTONIC."""
 
-    what: str  # "step", "offer", "pull", "copy"
+    what: str  # "step", "offer", "complete", "pull", "copy"
     began_s: float
     ended_s: float
     size_bytes: int = 0
@@ -210,18 +250,21 @@ def handoff_of(prefill: Sequence[Record], decode: Sequence[Record]) -> Handoff:
     Raises:
         ServiceError: it was not handed off.
     """
-    offer = next((record for record in prefill if record.what == "offer"), None)
+    offer = next((record for record in reversed(prefill) if record.what == "offer"), None)  # of an early one: its digests
+    complete = next((record for record in decode if record.what == "complete"), None)
     pull = next((record for record in decode if record.what == "pull"), None)
     copy = next((record for record in decode if record.what == "copy"), None)
     computed = [record.ended_s for record in prefill if record.what == "step"]
     begun = [record.began_s for record in decode if record.what == "step"]
     if offer is None or pull is None or copy is None or not computed or not begun:
         raise ServiceError("a request was not handed off: it was decoded where it was prefilled, or recomputed")
+    began_s = pull.began_s if complete is None else complete.began_s
     return Handoff(
-        until_pull_s=pull.began_s - max(computed),
+        until_pull_s=began_s - max(computed),
         offer_s=offer.ended_s - offer.began_s,
-        pull_s=pull.ended_s - pull.began_s,
+        pull_s=pull.ended_s - began_s,
         copy_s=copy.ended_s - copy.began_s,
+        exposed_s=max(0.0, copy.ended_s - max(max(computed), copy.began_s)),
         until_step_s=min(begun) - pull.ended_s,
         size_bytes=pull.size_bytes,
         path=pull.path,
@@ -229,20 +272,20 @@ def handoff_of(prefill: Sequence[Record], decode: Sequence[Record]) -> Handoff:
 
 
 @asynccontextmanager
-async def _cluster(model_dir: Path, longest: int, scratch: Path) -> AsyncIterator[_Cluster]:
+async def _cluster(model_dir: Path, longest: int, scratch: Path, *, offer_early: bool) -> AsyncIterator[_Cluster]:
     from cluster.directory import Directory
     from cluster.gateway_build import GatewaySpec, build_gateway
     from cluster.router_build import RouterSpec, build_router
     from cluster.worker_build import WorkerSpec
     from protocol.worker import Role
 
-    config = _config(model_dir, longest)
+    config = _config(model_dir, longest, offer_early=offer_early)
     secret = secrets.token_bytes(32)
     directory = Directory(secret=secret, epoch=time.time_ns())
     await directory.start()
     host, port = directory.host, directory.port
     run_dir = scratch / "run"
-    run_dir.mkdir(mode=0o700)
+    run_dir.mkdir(mode=0o700, parents=True)
     router = build_router(RouterSpec(config=config.router, secret=secret, seed=0, directory_host=host, directory_port=port))
     gateway = build_gateway(
         GatewaySpec(
@@ -299,7 +342,7 @@ async def _cluster(model_dir: Path, longest: int, scratch: Path) -> AsyncIterato
         directory.close()
 
 
-def _config(model_dir: Path, longest: int) -> ClusterConfig:
+def _config(model_dir: Path, longest: int, *, offer_early: bool) -> ClusterConfig:
     from control.config import ClusterConfig
     from control.sections import ModelSection, WorkersSection
     from router.config import Disaggregate, RouterConfig
@@ -315,6 +358,7 @@ def _config(model_dir: Path, longest: int) -> ClusterConfig:
             block_size=block_size,
             num_kv_blocks=POOL_PROMPTS * -(-(longest + 64) // block_size),
             max_num_batched_tokens=min(MAX_BATCHED_TOKENS, longest),
+            offer_early=offer_early,
         ),
         router=RouterConfig(disaggregate=Disaggregate.ALWAYS),
     )
@@ -338,13 +382,18 @@ def serve_worker(spec: WorkerSpec, pipe: Connection) -> None:
         """Notes each offer and each pull, from the call to its end."""
 
         def __init__(self, *args: object, **options: object) -> None:
-            super().__init__(*args, **options, wrap=partial(NotingTransport, records))  # type: ignore[arg-type]
+            super().__init__(*args, **(options | {"wrap": partial(NotingTransport, records)}))  # type: ignore[arg-type]
 
-        def fill_offer(self, handoff: KVHandoff) -> KVHandoff:
+        def digests_of(self, handoff: KVHandoff) -> bytes:
             began_s = time.monotonic()
-            filled = super().fill_offer(handoff)
+            digests = super().digests_of(handoff)
             records.append(Record(what="offer", began_s=began_s, ended_s=time.monotonic()))
-            return filled
+            return digests
+
+        def complete_pull(self, handoff: KVHandoff, deadline_s: float) -> None:
+            now_s = time.monotonic()
+            records.append(Record(what="complete", began_s=now_s, ended_s=now_s))
+            super().complete_pull(handoff, deadline_s)
 
         def start_pull(
             self,

@@ -202,7 +202,7 @@ def test_a_handoff_is_cut_at_the_last_step_of_prefill_and_the_first_of_decode() 
         0.5,
         0.75,
         0.125,
-    ) and handoff.copy_s == pytest.approx(0.3)
+    ) and handoff.copy_s == handoff.exposed_s == pytest.approx(0.3)
     with pytest.raises(ServiceError, match="not handed off"):
         handoff_of(prefill, decode[2:])
 
@@ -210,13 +210,34 @@ def test_a_handoff_is_cut_at_the_last_step_of_prefill_and_the_first_of_decode() 
 @pytest.mark.pure
 def test_the_handoff_is_held_to_a_millisecond_of_control_and_to_its_copy() -> None:
     """0.9 ms of control beside a copy of 10 ms. Seen to fail with the whole divided before the millisecond is taken off."""
-    handoff = Handoff(until_pull_s=0.6e-3, offer_s=0.1e-3, pull_s=11e-3, copy_s=10e-3, until_step_s=0.3e-3, size_bytes=1, path="shm")
-    rows = by_name(handoff_rows(HandoffRun(model="125m", num_prompt_tokens=1024, handoffs=(handoff,) * 9)))
-    control, whole = rows["handoff/125m/1024/control"], rows["handoff/125m/1024/whole_less_1ms_vs_copy"]
+    late = Handoff(
+        until_pull_s=0.6e-3, offer_s=0.1e-3, pull_s=11e-3, copy_s=10e-3, exposed_s=10e-3, until_step_s=0.3e-3, size_bytes=1, path="shm"
+    )
+    early = replace(late, pull_s=1e-3, copy_s=200e-3, exposed_s=0.5e-3)
+    run = HandoffRun(model="125m", num_layers=12, num_prompt_tokens=1024, early=(early,) * 9, late=(late,) * 9)
+    rows = by_name(handoff_rows(run))
+    control, whole = rows["handoff/125m/1024/late/control"], rows["handoff/125m/1024/late/whole_less_1ms_vs_copy"]
     assert control.value == pytest.approx(0.9) and control.ok and control.unit == "ms"
-    over_tcp = by_name(handoff_rows(HandoffRun(model="125m", num_prompt_tokens=1024, handoffs=(replace(handoff, path="tcp"),))))
-    assert over_tcp["handoff/125m/1024/control"].ok is None, "what is asked is asked of shared memory"
-    assert whole.value == pytest.approx(1.09) and whole.ok and rows["handoff/125m/1024/whole"].value == pytest.approx(11.9)
+    over_tcp = by_name(handoff_rows(replace(run, late=(replace(late, path="tcp"),) * 9)))
+    assert over_tcp["handoff/125m/1024/late/control"].ok is None, "what is asked is asked of shared memory"
+    assert whole.value == pytest.approx(1.09) and whole.ok and rows["handoff/125m/1024/late/whole"].value == pytest.approx(11.9)
+    assert rows["handoff/125m/1024/early/whole_less_1ms_vs_copy"].value == pytest.approx(0.09), "beside the copy alone"
+    exposed = rows["handoff/125m/1024/layerwise_exposed"]
+    assert exposed.value == pytest.approx(0.05) and exposed.ok and str(exposed.target) == "<= 0.1083"
+
+
+@pytest.mark.pure
+def test_an_early_handoff_is_cut_at_its_completion_and_only_what_is_left_of_its_copy_counts() -> None:
+    """The copy began long before the step's end. Seen to fail with `began_s` of the pull, and with the whole copy exposed."""
+    prefill = [Record(what="step", began_s=0.0, ended_s=2.0), Record(what="offer", began_s=2.0, ended_s=2.25)]
+    decode = [
+        Record(what="complete", began_s=2.5, ended_s=2.5),
+        Record(what="copy", began_s=0.5, ended_s=2.75, size_bytes=10),
+        Record(what="pull", began_s=0.25, ended_s=3.0, size_bytes=10, path="shm"),
+        Record(what="step", began_s=3.25, ended_s=4.0),
+    ]
+    handoff = handoff_of(prefill, decode)
+    assert (handoff.until_pull_s, handoff.pull_s, handoff.until_step_s, handoff.exposed_s) == (0.5, 0.5, 0.25, 0.75)
 
 
 def test_the_command_moves_blocks_over_every_path_it_can_and_says_who_is_missing(tmp_path: Path) -> None:
@@ -262,7 +283,7 @@ def test_a_handoff_between_two_workers_is_timed() -> None:
     arguments = ["--model", str(DEMO_MODEL_DIR), "--prompts", "64,128"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = {row["name"].rpartition("/")[2]: row for row in json.loads(done.stdout)["rows"] if "/128/" in row["name"]}
+    rows = {row["name"].rpartition("/")[2]: row for row in json.loads(done.stdout)["rows"] if "/128/late/" in row["name"]}
     assert rows["pull"]["path"] == "shm" and rows["pull"]["size_bytes"] > 0
     parts = rows["until_pull"]["value"] + rows["pull"]["value"] + rows["until_step"]["value"]
     assert rows["whole"]["value"] == pytest.approx(parts, rel=1e-3)
