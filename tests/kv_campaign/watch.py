@@ -64,6 +64,7 @@ class Slowness:
         with (
             self._hooks.installed(),
             patch.object(kvtransfer.endpoint, "_check", slow_check),
+            patch.object(kvtransfer.endpoint, "_CHECK_HERE_BYTES", -1),  # on its thread, where it can be slow and be seen
             patch.object(kvtransfer.endpoint, "TcpTransport", tcp),
         ):
             yield

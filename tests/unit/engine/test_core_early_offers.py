@@ -100,6 +100,25 @@ def test_a_first_token_that_is_the_last_withdraws_the_offer() -> None:
     assert of(commands, CompleteOffer) == [] and source.core.is_at_rest
 
 
+def test_prompts_that_begin_alike_and_are_offered_in_one_step_leave_a_cache_in_order() -> None:
+    """The second one's blocks were leased before it was known that the first computed the same; its own end must not free a parent of what
+    its offer still keeps.
+    Seen to fail before an early offer's blocks were pinned until its step is done ("a block was evicted before its children").
+    """
+    source = Bench(core={"offer_early": True}, num_blocks=16)
+    source.submit(make_request(0, prompt(5, first=100)), prefill_only=True)  # a step in flight, behind which the two meet
+    for number, num_tokens in ((1, 20), (2, 60)):
+        source.submit(make_request(number, prompt(num_tokens)), prefill_only=True)
+    source.finish_step()
+    assert len(source.steps) == 1 and len(source.steps[0].entries) == 2
+    source.finish_step()
+    for completed in source.all(CompleteOffer):
+        source.on(PeerAcked(handoff_id=completed.handoff.handoff_id))
+    assert source.core.is_at_rest
+    source.submit(make_request(3, prompt(15 * 16, first=1000)), prefill_only=True)  # of nearly all blocks: what was cached is evicted
+    source.finish_all()
+
+
 @pytest.mark.parametrize("end", ["cancelled", "step failed"])
 def test_an_early_offer_ends_with_its_attempt(end: str) -> None:
     """Seen to fail ("step failed") with `_fail` leaving the offer: its blocks stay leased until the lease is over."""
