@@ -45,6 +45,8 @@ from engine.core.events import (
     RaiseGenerations,
     RenewSource,
     RunStep,
+    Settle,
+    Settled,
     StartPull,
     StepDone,
     SubmitReceived,
@@ -143,6 +145,7 @@ class WorkerHost:
             DropSource: lambda c: self._endpoint.send_to_source(c.handoff, DropHandoff(handoff_id=c.handoff.handoff_id, reason=c.reason)),
             RenewSource: lambda c: self._endpoint.send_to_source(c.handoff, RenewLease(handoff_id=c.handoff.handoff_id)),
             PublishKvEvents: self._publish,
+            Settle: lambda _: self._turn(Settled()),
         }
         self._perform |= self._prefix_post.performers
         self._tier_copies = TierCopies(host_tier, self._turn) if host_tier is not None else None

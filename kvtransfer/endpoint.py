@@ -17,7 +17,7 @@ import stat
 from array import array
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from kvtransfer import digest
@@ -25,8 +25,8 @@ from kvtransfer.auto import PathChoice, PathReason, choose_path, host_proof, wri
 from kvtransfer.config import TransportConfig
 from kvtransfer.cuda_ipc import CudaIpcTransport
 from kvtransfer.device_pool import DevicePool
+from kvtransfer.digest_ahead import DigestAhead
 from kvtransfer.fault_ahead import FaultAhead
-from kvtransfer.layer_clock import reached
 from kvtransfer.local import LocalExchange, LocalTransport
 from kvtransfer.peers import OnPeerMessage, PeerMessage, PeerPost
 from kvtransfer.pulls import (
@@ -51,7 +51,6 @@ from protocol.wire import Identity
 OnDone = Callable[[Outcome], None]
 _PATHS = ("local", "shm", "cuda_ipc", "tcp", "ucx", "nccl")
 _CHECK_HERE_BYTES = 4 << 20  # digested in 0.3 ms; a thread for less is not worth its two wake-ups
-_MAX_AHEAD = 64  # early offers whose whole blocks are digested
 _WORTH_ANOTHER_PATH = (TransferError.PEER_LOST, TransferError.TRUNCATED, TransferError.DIGEST_MISMATCH)
 
 
@@ -94,8 +93,7 @@ class KVEndpoint:
         self._tickets: dict[tuple[str, Ticket], tuple[PullState, Part]] = {}
         self._next_region_id = pool.region.region_id + 1
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="kv-verify")
-        self._digester = ThreadPoolExecutor(1, thread_name_prefix="kv-digest")
-        self._ahead: dict[str, Future[bytes]] = {}  # by handoff id: digests of whole blocks of early offers
+        self._digests = DigestAhead(pool.region, config.offer_digest_mode)
         self._fault_ahead: FaultAhead | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._host_nonce = ""
@@ -161,28 +159,11 @@ class KVEndpoint:
 
     def digests_of(self, handoff: KVHandoff) -> bytes:
         """Of the blocks of our one shard, as they are now; may be called from another thread."""
-        (shard,) = handoff.shards
-        ahead = self._ahead.pop(handoff.handoff_id, None)
-        read = ahead.result() if ahead is not None and ahead.done() and not ahead.cancelled() else b""
-        left = range(len(read) // digest.DIGEST_SIZE_BYTES, len(shard.block_ids))
-        return read + self._digest(handoff, left)
+        return self._digests.take(handoff)
 
     def digest_ahead(self, handoff: KVHandoff) -> None:
-        """Begin to read the blocks of an early offer that are whole, on a thread of its own; `digests_of` takes what is done by then."""
-        (shard,) = handoff.shards
-        if len(self._ahead) >= _MAX_AHEAD:
-            del self._ahead[next(iter(self._ahead))]  # of an offer that was given up
-        self._ahead[handoff.handoff_id] = self._digester.submit(self._digest_whole, handoff, shard)
-
-    def _digest_whole(self, handoff: KVHandoff, shard: HandoffShard) -> bytes:
-        """Nothing when the step before is still at work."""
-        is_ready = reached(self._pool.region) >= shard.layer_clock
-        return self._digest(handoff, range(shard.num_whole_blocks)) if is_ready else b""
-
-    def _digest(self, handoff: KVHandoff, places: range) -> bytes:
-        (shard,) = handoff.shards
-        mode = self._config.offer_digest_mode
-        return digest.compute(self._pool.region, shard.block_ids, shard.generations, mode, handoff.handoff_id, places)
+        """Begin to read the whole blocks of an early offer, so that `digests_of` has less to read."""
+        self._digests.begin(handoff)
 
     def offer_read_bytes(self, handoff: KVHandoff) -> int:
         """What `digests_of` would read of the blocks."""
@@ -289,7 +270,7 @@ class KVEndpoint:
         while any(pull.checking for pull in self._pulls.values()):
             await asyncio.sleep(0.001)
         self._checker.shutdown()
-        self._digester.shutdown(cancel_futures=True)
+        self._digests.close()
         if self._fault_ahead is not None:
             self._fault_ahead.close()
         self._transports.clear()

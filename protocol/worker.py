@@ -85,7 +85,7 @@ class WorkerSnapshot:
     num_blocks_cached: int
     num_preemptions: int
     step_time_ewma_s: float
-    counters: dict[str, int]  # monotonic counters by metric name (worker_core.COUNTERS); see gateway/metrics
+    counters: dict[str, int]  # monotonic counters by metric name (engine.core.counters); see gateway/metrics
     notes: tuple[str, ...] = ()  # fallbacks in force, for `baton status`
     num_pulling: int = 0  # of num_waiting: their KV is on its way
 

@@ -29,6 +29,8 @@ from engine.core.events import (
     RenewSource,
     RunStep,
     SaveBlocks,
+    Settle,
+    Settled,
     StartPull,
     StepDone,
     Tell,
@@ -99,6 +101,8 @@ class SimWorker:
         for command in commands:
             self._perform(command)
         self.after_turn(event, commands)
+        if commands and isinstance(commands[-1], Settle):
+            self.take(Settled())
 
     def kill(self) -> None:
         """As by kill -9: nothing is said, nothing is finished."""

@@ -12,6 +12,8 @@ from engine.core.events import (
     Event,
     OfferKv,
     RunStep,
+    Settle,
+    Settled,
     StepDone,
     SubmitReceived,
     Tell,
@@ -52,6 +54,8 @@ class Bench:
 
     def on(self, event: Event) -> list[Command]:
         commands = self.core.on(event, self.now)
+        if commands and commands[-1] == Settle():
+            commands = [*commands[:-1], *self.core.on(Settled(), self.now)]
         self.core.check()
         self.steps += [c.plan for c in commands if isinstance(c, RunStep)]
         self.said += commands

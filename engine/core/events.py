@@ -116,6 +116,11 @@ class DrainStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """All commands up to Settle were performed: now is the time for what nobody waits for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
     """Time passed: leases, pull deadlines and parked requests are looked at. At least every 50 ms."""
 
@@ -134,6 +139,7 @@ Event = (
     | PeerSaid
     | RoleChanged
     | DrainStarted
+    | Settled
     | Tick
 )
 
@@ -308,6 +314,11 @@ class RefusePrefix:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Settle:
+    """Come back with Settled at once; the last command of a turn, behind steps that can be computed meanwhile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PublishKvEvents:
     events: tuple[KvEvent, ...]
 
@@ -331,4 +342,5 @@ Command = (
     | OfferPrefix
     | RefusePrefix
     | PublishKvEvents
+    | Settle
 )

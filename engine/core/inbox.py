@@ -26,7 +26,7 @@ class Inbox:
 
     def __iter__(self) -> Iterator[Sequence]:
         """In order. Not to be changed meanwhile."""
-        return merge(self._staying, self._leaving, key=_order)
+        return merge(self._staying, self._leaving, key=by_order)
 
     def next(self, *, may_leave: bool) -> Sequence | None:
         """The first in order; without `may_leave`, of those that stay."""
@@ -34,7 +34,7 @@ class Inbox:
         leaving = self._leaving[0] if may_leave and self._leaving else None
         if staying is None or leaving is None:
             return staying or leaving
-        return min(staying, leaving, key=_order)
+        return min(staying, leaving, key=by_order)
 
     @property
     def next_leaving(self) -> Sequence | None:
@@ -44,13 +44,13 @@ class Inbox:
         return iter(self._staying)
 
     def add(self, sequence: Sequence) -> None:
-        insort(self._line(sequence), sequence, key=_order)
+        insort(self._line(sequence), sequence, key=by_order)
         self.num_tokens += sequence.compute_end
 
     def remove(self, sequence: Sequence) -> bool:
         """False: it was not here."""
         line = self._line(sequence)
-        index = bisect_left(line, sequence.order, key=_order)
+        index = bisect_left(line, sequence.order, key=by_order)
         if index == len(line) or line[index] is not sequence:
             return False
         del line[index]
@@ -61,5 +61,5 @@ class Inbox:
         return self._leaving if sequence.attempt.prefill_only else self._staying
 
 
-def _order(sequence: Sequence) -> Order:
+def by_order(sequence: Sequence) -> Order:
     return sequence.order

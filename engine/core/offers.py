@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 import xxhash
 
 from engine.core.attempts import LiveAttempt
 from engine.core.block_pool import BlockPool
-from kvtransfer.handoff import SourceHandoff
+from engine.core.events import Command, CompleteOffer, OfferKv
+from engine.core.residence import StepInFlight
+from kvtransfer.handoff import SourceHandoff, step_begin
 from protocol.kv import DigestMode, Endpoint, HandoffKind, HandoffShard, KVHandoff, KVLayout, Lease
 from protocol.request import AttemptKey
 
@@ -44,6 +47,41 @@ class Offers:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def offer_early(self, step: StepInFlight, now: float) -> list[Command]:
+        """Offer the prompts whose last tokens this step computes. Of one choice only: its target has nothing to share out meanwhile."""
+        commands: list[Command] = []
+        for sequence in step.sampled_prompts:
+            live = sequence.attempt
+            if not live.prefill_only or len(live.sequences) != 1 or live.early_offer is not None:
+                continue
+            if sequence.num_outputs + 1 >= sequence.sampling.max_tokens:
+                continue
+            (start,) = [entry.start for entry in step.plan.entries if entry.sequence_id == sequence.sequence_id]
+            clock = step_begin(step.plan.step_id, self._layout.num_layers)
+            num_whole_blocks = start // self._layout.block_size_tokens
+            live.early_offer = self.make(live, sequence.tokens[:], now, clock=clock, num_whole_blocks=num_whole_blocks)
+            commands.append(OfferKv(gateway=live.gateway, handoff=live.early_offer))
+        return commands
+
+    def offer(self, live: LiveAttempt, now: float) -> list[Command]:
+        """The prompt is computed and every choice has its first token: offer its blocks, or complete the offer that was made early.
+
+        Nothing where the first tokens were the last.
+        """
+        assert live.leader is not None
+        early = live.early_offer
+        if early is None:
+            if not live.first_tokens:
+                return []
+            return [OfferKv(gateway=live.gateway, handoff=self.make(live, live.leader.tokens[:-1], now))]
+        if not live.first_tokens:
+            self.withdraw(early.handoff_id)
+            return []
+        is_kept = early.handoff_id in self._open
+        if is_kept:
+            self._follow(early.handoff_id, live.leader.block_table)
+        return [CompleteOffer(gateway=live.gateway, handoff=replace(early, first_tokens=tuple(live.first_tokens)), is_kept=is_kept)]
 
     def make(self, live: LiveAttempt, token_ids: array[int], now: float, *, clock: int = 0, num_whole_blocks: int = 0) -> KVHandoff:
         """Lease the leader's blocks; the driver fills in endpoint, region and digests.
@@ -131,7 +169,7 @@ class Offers:
             offer.drop()
             self._close(offer)
 
-    def follow(self, handoff_id: str, block_table: array[int]) -> None:
+    def _follow(self, handoff_id: str, block_table: array[int]) -> None:
         """The prompt of an early offer is computed; keep the blocks its sequence lives in now as well.
 
         Where another sequence computed the same meanwhile, it has taken that one's block for its own, and the blocks behind hang on it in
@@ -150,9 +188,6 @@ class Offers:
         """It will not be completed; it may have ended before."""
         if handoff_id in self._open:
             self.drop(handoff_id)
-
-    def is_open(self, handoff_id: str) -> bool:
-        return handoff_id in self._open
 
     def cancel(self, key: AttemptKey) -> None:
         """The attempt is not wanted any more; a target still reading sees the generations rise."""

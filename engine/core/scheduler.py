@@ -15,11 +15,11 @@ from engine.core.batch import DecodeBatch, Draft
 from engine.core.block_pool import BlockPool
 from engine.core.config import SchedulerConfig
 from engine.core.executor import BatchPlan, PlanEntry, SampleEntry, SequenceStart, StepResult
-from engine.core.inbox import Inbox
+from engine.core.inbox import Inbox, by_order
 from engine.core.policy import DecodePolicy, PrefillPolicy
 from engine.core.prefix_cache import PrefixCache
 from engine.core.residence import Residence, StepInFlight, div_ceil
-from engine.core.sequence import Order, Sequence
+from engine.core.sequence import Sequence
 from engine.step_time import FittedStepTime, StepTimeModel, tokens_within
 from protocol.lifecycle import SequenceState
 
@@ -351,7 +351,7 @@ class Scheduler:
         sequence.move(SequenceState.RUNNING)
         self._start_running(sequence)
         sequence.num_computed_tokens = num_tokens
-        self.residence.store(sequence, num_tokens)
+        self.residence.store_later(sequence, num_tokens)
         members = sequence.members()
         if sequence.fork is not None:
             self._split(sequence)
@@ -450,7 +450,7 @@ class Scheduler:
         while need > self._pool.num_available_soon:
             candidates = [
                 s
-                for s in self.running[bisect_left(self.running, sequence.order, key=_order) + 1 :]
+                for s in self.running[bisect_left(self.running, sequence.order, key=by_order) + 1 :]
                 if s.last_step_id != draft.step_id and s.block_table and s.num_samples_left > 0
             ]
             if not candidates:
@@ -477,11 +477,11 @@ class Scheduler:
     # --- who runs ---
 
     def _start_running(self, sequence: Sequence) -> None:
-        insort(self.running, sequence, key=_order)
+        insort(self.running, sequence, key=by_order)
         self._batch = self._num_slots_used = None
 
     def _stop_running(self, sequence: Sequence) -> None:
-        index = bisect_left(self.running, sequence.order, key=_order)
+        index = bisect_left(self.running, sequence.order, key=by_order)
         assert self.running[index] is sequence
         del self.running[index]
         self._batch = self._num_slots_used = None
@@ -494,7 +494,3 @@ class Scheduler:
         for step in self.inflight:
             step.gone.add(sequence)
         self.residence.give_back(sequence.give_up_blocks(), sequence.last_step_id)
-
-
-def _order(sequence: Sequence) -> Order:
-    return sequence.order

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from engine.core.attempts import Limits, LiveAttempt, PartKey, open_sequences
 from engine.core.block_pool import BlockPool
 from engine.core.config import WorkerCoreConfig
+from engine.core.counters import COUNTERS
 from engine.core.events import (
     CancelReceived,
     Command,
-    CompleteOffer,
     DrainStarted,
     DropSource,
     Emit,
@@ -28,7 +28,6 @@ from engine.core.events import (
     LeaseRenewed,
     LoadDone,
     OfferCompletedReceived,
-    OfferKv,
     PeerAcked,
     PeerDropped,
     PeerSaid,
@@ -37,26 +36,27 @@ from engine.core.events import (
     RaiseGenerations,
     RoleChanged,
     RunStep,
+    Settle,
+    Settled,
     StepDone,
     SubmitReceived,
     Tell,
     Tick,
 )
 from engine.core.executor import SampledTokens, StepResult
-from engine.core.host_loads import HOST_COUNTERS, HostLoads
+from engine.core.host_loads import HostLoads
 from engine.core.host_tier import HostTier
 from engine.core.intake import Intake
 from engine.core.offers import Offers
 from engine.core.policy import DecodePolicy, PlainDecode, PlainPrefill, PrefillPolicy
 from engine.core.prefix_cache import PrefixCache
 from engine.core.prefix_offers import PrefixOffers
-from engine.core.prefix_pulls import PREFIX_COUNTERS, PrefixPulls
+from engine.core.prefix_pulls import PrefixPulls
 from engine.core.residence import StepInFlight
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
 from engine.step_time import FittedStepTime, StepTimeModel
-from kvtransfer.handoff import step_begin
-from protocol.kv import FirstToken, KVHandoff, KVLayout
+from protocol.kv import FirstToken, KVLayout
 from protocol.lifecycle import SequenceState
 from protocol.messages import (
     NO_TOKENS,
@@ -71,32 +71,6 @@ from protocol.messages import (
 )
 from protocol.request import AttemptKey, FinishReason
 from protocol.worker import Role, WorkerSnapshot, WorkerState
-
-COUNTERS = (
-    "steps",
-    "busy_us",  # sum of the steps' durations
-    "chunks",  # entries of steps that computed prompt tokens
-    "max_chunks_per_prompt",
-    "max_batch",  # most sequences in one step
-    "prompt_tokens_computed",  # again after preemption or a failed transfer: counted again
-    "generated_tokens",
-    "cached_tokens",  # prompt tokens found in the prefix cache instead
-    "preemptions",
-    "handoffs_offered",
-    "handoffs_taken",
-    "handoff_bytes_out",  # acknowledged by their targets
-    "handoff_bytes_in",
-    "transfer_failures",
-    "recomputes",  # attempts whose offered KV was computed here after all
-    "pulls_again",  # after one that broke off, under kv_load_failure_policy retry
-    "leases_expired",
-    *PREFIX_COUNTERS,
-    *HOST_COUNTERS,
-    "late_messages",  # about a hand-off that had ended, or was never ours
-    "attempts_refused",
-    "duplicates_ignored",
-)
-"""Monotonic counters of a worker core, by name."""
 
 _EWMA_WEIGHT = 0.1
 
@@ -225,6 +199,8 @@ class WorkerCore:
             self._role = event.role
         elif isinstance(event, DrainStarted):
             self._state = WorkerState.DRAINING
+        elif isinstance(event, Settled):
+            self._scheduler.residence.store_rest()
         else:
             assert isinstance(event, Tick)
             self._offers.expire(now)
@@ -243,7 +219,7 @@ class WorkerCore:
             self._counters["max_batch"] = max(self._counters["max_batch"], len(plan.entries))
             steps.append(RunStep(plan=plan))
             if self._config.offer_early:
-                self._offer_early(self._scheduler.inflight[-1], now)
+                self._out += self._offers.offer_early(self._scheduler.inflight[-1], now)
                 self._scheduler.offered_bytes = self._offers.offered_bytes
         commands = self._loads.saves()
         block_ids, generations = self._pool.take_raised()
@@ -253,6 +229,8 @@ class WorkerCore:
         commands += self._out
         if events := self._cache.log.take():
             commands.append(PublishKvEvents(events=events))
+        if self._scheduler.residence.has_rest:
+            commands.append(Settle())
         return commands
 
     # --- attempts come and go ---
@@ -470,42 +448,8 @@ class WorkerCore:
 
     def _offer(self, live: LiveAttempt, now: float) -> None:
         """The prompt is computed and every choice has its first token: keep the blocks for the worker that decodes."""
-        assert live.leader is not None
-        if live.early_offer is not None:
-            self._complete_offer(live, live.early_offer)
-        elif live.first_tokens:
-            token_ids: array[int] = live.leader.tokens[:-1]
-            handoff = self._offers.make(live, token_ids, now)
-            self._out.append(OfferKv(gateway=live.gateway, handoff=handoff))
+        self._out += self._offers.offer(live, now)
         self._end(live)
-
-    def _complete_offer(self, live: LiveAttempt, handoff: KVHandoff) -> None:
-        if not live.first_tokens:
-            self._offers.withdraw(handoff.handoff_id)  # its first token was its last
-            return
-        assert live.leader is not None
-        if self._offers.is_open(handoff.handoff_id):
-            self._offers.follow(handoff.handoff_id, live.leader.block_table)
-        handoff = replace(handoff, first_tokens=tuple(live.first_tokens))
-        self._out.append(CompleteOffer(gateway=live.gateway, handoff=handoff, is_kept=self._offers.is_open(handoff.handoff_id)))
-
-    def _offer_early(self, step: StepInFlight, now: float) -> None:
-        """Offer the prompts whose last tokens this step computes. Of one choice only: its target has nothing to share out meanwhile."""
-        for sequence in step.sampled_prompts:
-            live = sequence.attempt
-            if not live.prefill_only or len(live.sequences) != 1 or live.early_offer is not None:
-                continue
-            if sequence.num_outputs + 1 >= sequence.sampling.max_tokens:
-                continue
-            (start,) = [entry.start for entry in step.plan.entries if entry.sequence_id == sequence.sequence_id]
-            live.early_offer = self._offers.make(
-                live,
-                sequence.tokens[:],
-                now,
-                clock=step_begin(step.plan.step_id, self._limits.layout.num_layers),
-                num_whole_blocks=start // self._limits.layout.block_size_tokens,
-            )
-            self._out.append(OfferKv(gateway=live.gateway, handoff=live.early_offer))
 
     # --- what others see ---
 

@@ -257,7 +257,7 @@ def test_a_second_completion_changes_nothing() -> None:
 def test_blocks_swapped_for_equal_ones_are_let_go_behind_those_that_hang_on_them(end: str) -> None:
     """Two prompts that begin alike, computed at once: the second takes the first one's blocks while its own are on offer.
 
-    Seen to fail ("acked") without `Offers.follow`: a block is evicted before its children. Cancelled before, the step in flight still pins
+    Seen to fail ("acked") without `Offers._follow`: a block is evicted before its children. Cancelled before, the step in flight still pins
     them all.
     """
     source = Bench(num_blocks=12, core={"offer_early": True}, max_num_batched_tokens=50, max_inflight_steps=2)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from engine.core.counters import COUNTERS
 from engine.core.events import (
     CancelReceived,
     DrainStarted,
@@ -17,7 +18,6 @@ from engine.core.events import (
     RunStep,
     Tell,
 )
-from engine.core.worker_core import COUNTERS
 from protocol.messages import AttemptFailed
 from protocol.request import Attempt, FinishReason, Request, token_buffer
 from protocol.worker import Role, WorkerState
