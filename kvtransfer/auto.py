@@ -14,11 +14,14 @@ import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 
 from protocol.kv import Endpoint
 
 _BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
 _NONCE_BYTES_MAX = 256
+_MAX_PROVED = 1024
+_proved: set[str] = set()  # nonces that were read here
 
 
 class PathReason(Enum):
@@ -89,7 +92,12 @@ def write_nonce(path: str) -> str:
 
 
 def host_proof(endpoint: Endpoint) -> PathReason:
-    """SAME_HOST when the peer's nonce can be read here; otherwise what is missing. Reads a file only under an equal boot id."""
+    """SAME_HOST when the peer's nonce can be read here; otherwise what is missing. Reads a file only under an equal boot id.
+
+    A nonce that was read once proves the same for ever: it is drawn anew for each incarnation.
+    """
+    if endpoint.host_nonce in _proved:
+        return PathReason.SAME_HOST
     path, _, content = endpoint.host_nonce.rpartition("#")
     if not path:
         return PathReason.NO_NONCE
@@ -102,9 +110,15 @@ def host_proof(endpoint: Endpoint) -> PathReason:
             found = file.read(_NONCE_BYTES_MAX)
     except OSError:
         return PathReason.NONCE_UNREADABLE
-    return PathReason.SAME_HOST if secrets.compare_digest(found, content.encode()) else PathReason.NONCE_DIFFERS
+    if not secrets.compare_digest(found, content.encode()):
+        return PathReason.NONCE_DIFFERS
+    if len(_proved) >= _MAX_PROVED:
+        _proved.clear()
+    _proved.add(endpoint.host_nonce)
+    return PathReason.SAME_HOST
 
 
+@cache
 def _boot_id() -> str:
     """Of the running kernel; empty where it cannot be read, and then nothing is proved."""
     try:

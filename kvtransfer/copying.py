@@ -31,18 +31,11 @@ def copy_verified(source: Region, pull: Pull, look_up: Callable[[float], None], 
         raise PullFailed(TransferError.REFUSED, f"block {int(block_ids.max())} of a pool of {source.num_blocks}")
     expected = np.frombuffer(pull.generations, dtype=np.uint64)
     check_generations(source, block_ids, expected, "before")
+    block_bytes = source.layout.block_bytes
     for layers in follow(source, pull, look_up):
         for source_ids, target_ids in _slices(pull, layers, slice_bytes):
             look_up(0.0)
-            copy_blocks(
-                source.blocks,
-                pull.target.blocks,
-                source_ids,
-                target_ids,
-                source.layout.block_bytes,
-                start=layers.offset,
-                size=layers.size_bytes,
-            )
+            copy_blocks(source.blocks, pull.target.blocks, source_ids, target_ids, block_bytes, start=layers.offset, size=layers.size_bytes)
     look_up(0.0)
     check_generations(source, block_ids, expected, "after")
 
@@ -54,8 +47,10 @@ def follow(source: Region, pull: Pull, look_up: Callable[[float], None]) -> Iter
     """
     shard, layout = pull.transfer.source, pull.target.layout
     whole, growing = split_by_readiness(pull)
-    if shard.layer_clock:
-        wait_for(source, shard.layer_clock, look_up)
+    if not shard.layer_clock:
+        yield Layers(places=whole, offset=0, size_bytes=layout.block_bytes)
+        return
+    wait_for(source, shard.layer_clock, look_up)
     yield Layers(places=whole, offset=0, size_bytes=layout.block_bytes)
     spans = layer_spans(layout)
     done = 0

@@ -126,6 +126,5 @@ def blocks_offset(num_blocks: int) -> int:
 
 def first_stale(region: Region, block_ids: npt.NDArray[np.uint32], expected: npt.NDArray[np.uint64]) -> int | None:
     """Index of the first block whose generation is not the expected one; None when all are."""
-    seen = np.frombuffer(region.generations, dtype=np.uint64)[block_ids]
-    differs = np.flatnonzero(seen != expected)
-    return int(differs[0]) if len(differs) else None
+    differs = np.frombuffer(region.generations, dtype=np.uint64)[block_ids] != expected
+    return int(differs.argmax()) if differs.any() else None
