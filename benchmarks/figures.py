@@ -19,7 +19,17 @@ from baton.bench.transfer_rows import SCHEMA as TRANSFER
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-PAGES = {HERE.parent / "docs" / "benchmarks.md": "all", HERE.parent / "README.md": "short"}
+DOCS = HERE.parent / "docs"
+PAGES = {DOCS / "benchmarks.md": "all", HERE.parent / "README.md": "short", DOCS / "kv-handoff.md": "campaigns"}
+CORRUPTION, ABORTS = "baton.kv_corruption.v1", "baton.kv_aborts.v1"  # of python -m tests.kv_campaign
+DAMAGE = {
+    "bit_flip": "bit flip",
+    "wrong_block": "wrong block",
+    "stale_generation": "stale generation",
+    "truncated": "truncated",
+    "late_writer": "late writer",
+    "swapped_layers": "swapped layers",
+}
 BEGIN, END = "<!-- figures of benchmarks/results -->", "<!-- end of figures -->"
 WORKLOADS = {  # in the order of the tables
     "one_stream": "one stream",
@@ -57,7 +67,7 @@ def with_figures(page: str, documents: Sequence[Document], kind: str) -> str:
         ValueError: the page lacks a mark.
     """
     before, after = page.index(BEGIN) + len(BEGIN), page.index(END)
-    text = short_figures(documents) if kind == "short" else all_figures(documents)
+    text = {"short": short_figures, "all": all_figures, "campaigns": campaign_figures}[kind](documents)
     return f"{page[:before]}\n\n{text}\n\n{page[after:]}"
 
 
@@ -202,6 +212,53 @@ def _transfer_part(document: Document) -> str:
     return "\n\n".join([_heading(document), about, *map(_table, tables)])
 
 
+# --- damage and aborts -------------------------------------------------------------------------------------------------
+
+
+def campaign_figures(documents: Sequence[Document]) -> str:
+    """What damaged KV blocks came to, and what hand-offs that were given up left behind."""
+    parts = [_corruption_part(document) for document in documents if document["schema"] == CORRUPTION]
+    parts += [_aborts_part(document) for document in documents if document["schema"] == ABORTS]
+    return "\n\n".join(parts)
+
+
+def _corruption_part(document: Document) -> str:
+    rows = _by_name(document)
+    lines = [["damage", "passes `sampled`", "passes `off`", "unchecked: wrong token (hash model)", "unchecked: other text (demo model)"]]
+    for kind, title in DAMAGE.items():
+        passed = [_passed(rows, mode, kind) for mode in ("sampled", "off")]
+        wrong = [_share(rows[f"corruption/unchecked/{what}/{kind}"]) for what in ("wrong_tokens", "demo_model_text_differs")]
+        lines.append([title, *passed, *wrong])
+    all_of_them = rows["corruption/all/injections"]["value"]
+    live = sum(row["value"] for name, row in rows.items() if name.startswith("corruption/live/injections/"))
+    full = rows["corruption/full/escaped"]["value"] + rows["corruption/live/full/escaped"]["value"]
+    stale = sum(rows[f"corruption/{at}{mode}/staleness_escaped"]["value"] for at in ("", "live/") for mode in ("sampled", "off"))
+    unchecked = rows["corruption/unchecked/wrong_tokens"]
+    about = (
+        f"{all_of_them:,} injections over {', '.join(document['backends'])}, {live:,} of them between live endpoints: {full:,} reached a decode "
+        f"step with `full`, {stale:,} stale ones in any mode; unchecked, {100 * unchecked['value']:.3f} % of {unchecked['of']:,} hits gave a "
+        "wrong token."
+    )
+    return f"{_heading(document)}\n\n{about}\n\n{_table(lines)}"
+
+
+def _passed(rows: Rows, mode: str, kind: str) -> str:
+    """What the check of generations meets, which is never off, is counted over all its kinds."""
+    row = rows.get(f"corruption/{mode}/escape_rate/{kind}")
+    return f"{rows[f'corruption/{mode}/staleness_escaped']['value']:,} in all" if row is None else _share(row)
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['value']:.4g} %"
+
+
+def _aborts_part(document: Document) -> str:
+    lines = [["hand-offs given up, cancelled, killed", "", "asked for"]]
+    for name, row in _by_name(document).items():
+        lines.append([name.partition("/")[2].replace("_", " "), _value(row), _asked(row)])
+    return f"{_heading(document)}\n\n{_table(lines)}"
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
@@ -212,9 +269,10 @@ def _by_name(document: Document) -> Rows:
 def _heading(document: Document) -> str:
     machine = document["machine"]
     titles = {ENGINE: "The engine", DISAGG: "Prefill and decode apart", START: "Starting", TRANSFER: "KV transfer"}
+    titles |= {CORRUPTION: "Damaged blocks", ABORTS: "Aborts and kills"}
     title = titles[document["schema"]]
-    named = {ENGINE: "engines", TRANSFER: "chunks"}.get(document["schema"])
-    what = document["model"] if named is None else ", ".join(document[named])
+    named = {ENGINE: "engines", TRANSFER: "chunks", CORRUPTION: "backends"}.get(document["schema"])
+    what = document.get("model", "hand-offs") if named is None else ", ".join(document[named])
     chosen = ", ".join(machine["instructions"])
     host = f"{machine['cpu']} ({machine['num_cores']} cores, {chosen}, {machine['memory_gib']:g} GiB)"
     return f"### {title}: {what}\n\n{host}, commit `{document['commit'][:12]}`."

@@ -88,6 +88,7 @@ TICK_S = 0.05
 SNAPSHOT_INTERVAL_S = 0.05  # at most one snapshot in this time while the core is busy
 SNAPSHOT_IDLE_INTERVAL_S = 0.5  # and at least one in this time when it is not
 GATEWAY_GRACE_S = 2.0
+SETTLE_S = 0.001
 MAX_KEPT_KV_EVENTS = 8192
 INLINE_OFFER_BYTES = 8 << 20  # read of an offer for its digests in 1 ms; more would hold up the loop
 
@@ -130,6 +131,7 @@ class WorkerHost:
         self._kept_kv_events: deque[KvEvent] = deque(maxlen=MAX_KEPT_KV_EVENTS)
         self._last_snapshot_s = 0.0
         self._ticker: asyncio.Task[None] | None = None
+        self._settling: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._perform: dict[type, Callable[[Any], None]] = {
             RaiseGenerations: lambda c: self._endpoint.raise_generations(c.block_ids, c.generations),
@@ -145,7 +147,7 @@ class WorkerHost:
             DropSource: lambda c: self._endpoint.send_to_source(c.handoff, DropHandoff(handoff_id=c.handoff.handoff_id, reason=c.reason)),
             RenewSource: lambda c: self._endpoint.send_to_source(c.handoff, RenewLease(handoff_id=c.handoff.handoff_id)),
             PublishKvEvents: self._publish,
-            Settle: lambda _: self._turn(Settled()),
+            Settle: lambda _: self._settle(),
         }
         self._perform |= self._prefix_post.performers
         self._tier_copies = TierCopies(host_tier, self._turn) if host_tier is not None else None
@@ -173,6 +175,8 @@ class WorkerHost:
 
     async def close(self) -> None:
         """Stop at once; what still runs is lost to its gateways, which place it elsewhere."""
+        if self._settling is not None:
+            self._settling.cancel()
         if self._ticker is not None:
             self._ticker.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -222,6 +226,16 @@ class WorkerHost:
             self._send_snapshot()
 
     # --- commands ---
+
+    def _settle(self) -> None:
+        """A moment later: what is put off is Python, and the compute thread needs the interpreter's lock to begin its step."""
+        assert self._loop is not None
+        if self._settling is None:
+            self._settling = self._loop.call_later(SETTLE_S, self._settled)
+
+    def _settled(self) -> None:
+        self._settling = None
+        self._turn(Settled())
 
     def _emit(self, command: Emit) -> None:
         self._send(

@@ -108,7 +108,8 @@ FLAGS: tuple[Flag, ...] = (
     _row("Engine", "--enable-prefix-caching", "workers.enable_prefix_caching", "Reuse the KV of prompts that begin alike."),
     _row("Routing", "--policy", "router.policy", "Placement policy, NAME or NAME:k=v,..."),
     _row("Routing", "--prefix-pull", "router.prefix_pull", "Pull a prefix from another worker where that beats computing it."),
-    _row("Routing", "--kv-transport", "transport.kv_transport", "How KV blocks move: auto, shm or tcp."),
+    _row("Routing", "--kv-transport", "transport.kv_transport", "How KV blocks move: auto, shm, tcp, cuda_ipc, ucx or nccl."),
+    _row("Routing", "--kv-digest", "transport.digest_mode", "What of each KV block is compared: off, sampled, full."),
     _row("Routing", "--kv-load-failure-policy", "transport.kv_load_failure_policy", "When a prompt's KV does not arrive."),
     _row("Cluster", "--ray-address", "ray.address", "Join this Ray cluster instead of starting one."),
 )  # fmt: skip

@@ -315,7 +315,7 @@ class RefusePrefix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settle:
-    """Come back with Settled at once; the last command of a turn, behind steps that can be computed meanwhile."""
+    """Come back with Settled once the steps are under way; the last command of a turn. Asked again until then: one Settled will do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

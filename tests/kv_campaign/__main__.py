@@ -16,8 +16,8 @@ from baton.bench.report import Row, make_document
 from tests.kv_campaign import corruption
 from tests.kv_campaign.backends import installed_backends
 
-CORRUPTION_SCHEMA = "baton.kv-corruption/1"
-ABORTS_SCHEMA = "baton.kv-aborts/1"
+CORRUPTION_SCHEMA = "baton.kv_corruption.v1"
+ABORTS_SCHEMA = "baton.kv_aborts.v1"
 LIVE_BACKENDS = ("shm", "tcp")  # the others live too, with a tenth of the number
 
 
