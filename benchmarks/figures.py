@@ -233,11 +233,10 @@ def _corruption_part(document: Document) -> str:
     live = sum(row["value"] for name, row in rows.items() if name.startswith("corruption/live/injections/"))
     full = rows["corruption/full/escaped"]["value"] + rows["corruption/live/full/escaped"]["value"]
     stale = sum(rows[f"corruption/{at}{mode}/staleness_escaped"]["value"] for at in ("", "live/") for mode in ("sampled", "off"))
-    unchecked = rows["corruption/unchecked/wrong_tokens"]
+    hits, wrong_share = rows["corruption/unchecked/wrong_tokens"]["of"], _share(rows["corruption/unchecked/wrong_tokens"], digits=5)
     about = (
-        f"{all_of_them:,} injections over {', '.join(document['backends'])}, {live:,} of them between live endpoints: {full:,} reached a decode "
-        f"step with `full`, {stale:,} stale ones in any mode; unchecked, {100 * unchecked['value']:.3f} % of {unchecked['of']:,} hits gave a "
-        "wrong token."
+        f"{all_of_them:,} injections over {', '.join(document['backends'])}, {live:,} of them between live endpoints: {full:,} reached a "
+        f"decode step with `full`, {stale:,} stale ones in any mode; unchecked, {wrong_share} of {hits:,} hits gave a wrong token."
     )
     return f"{_heading(document)}\n\n{about}\n\n{_table(lines)}"
 
@@ -248,8 +247,8 @@ def _passed(rows: Rows, mode: str, kind: str) -> str:
     return f"{rows[f'corruption/{mode}/staleness_escaped']['value']:,} in all" if row is None else _share(row)
 
 
-def _share(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['value']:.4g} %"
+def _share(row: Mapping[str, Any], digits: int = 4) -> str:
+    return f"{100 * row['value']:.{digits}g} %"
 
 
 def _aborts_part(document: Document) -> str:
