@@ -18,34 +18,33 @@ MAX_AHEAD = 64  # offers; of one that was given up the digests stay until as man
 class DigestAhead:
     """Digests of offers of one region, with or without a head start. One thread calls `begin`; `take` may be called from any."""
 
-    def __init__(self, region: Region, mode: DigestMode) -> None:
+    def __init__(self, region: Region) -> None:
         self._region = region
-        self._mode = mode
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="kv-digest")
         self._read: dict[str, Future[bytes]] = {}  # by handoff id
 
-    def begin(self, handoff: KVHandoff) -> None:
+    def begin(self, handoff: KVHandoff, mode: DigestMode) -> None:
         """Read the blocks of our one shard that are whole."""
         (shard,) = handoff.shards
         if len(self._read) >= MAX_AHEAD:
             del self._read[next(iter(self._read))]
-        self._read[handoff.handoff_id] = self._reader.submit(self._whole, handoff, shard)
+        self._read[handoff.handoff_id] = self._reader.submit(self._whole, handoff, shard, mode)
 
-    def take(self, handoff: KVHandoff) -> bytes:
-        """Of all blocks of our one shard, as they are now; what is not read yet is read here."""
+    def take(self, handoff: KVHandoff, mode: DigestMode) -> bytes:
+        """Of all blocks of our one shard, as they are now; what is not read yet is read here. `mode` is that of `begin`."""
         (shard,) = handoff.shards
         begun = self._read.pop(handoff.handoff_id, None)
         read = begun.result() if begun is not None and begun.done() and not begun.cancelled() else b""
         left = range(len(read) // digest.DIGEST_SIZE_BYTES, len(shard.block_ids))
-        return read + self._compute(handoff, shard, left)
+        return read + self._compute(handoff, shard, mode, left)
 
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)
 
-    def _whole(self, handoff: KVHandoff, shard: HandoffShard) -> bytes:
+    def _whole(self, handoff: KVHandoff, shard: HandoffShard, mode: DigestMode) -> bytes:
         """Nothing when the step before the last is still at work."""
         is_ready = reached(self._region) >= shard.layer_clock
-        return self._compute(handoff, shard, range(shard.num_whole_blocks)) if is_ready else b""
+        return self._compute(handoff, shard, mode, range(shard.num_whole_blocks)) if is_ready else b""
 
-    def _compute(self, handoff: KVHandoff, shard: HandoffShard, places: range) -> bytes:
-        return digest.compute(self._region, shard.block_ids, shard.generations, self._mode, handoff.handoff_id, places)
+    def _compute(self, handoff: KVHandoff, shard: HandoffShard, mode: DigestMode, places: range) -> bytes:
+        return digest.compute(self._region, shard.block_ids, shard.generations, mode, handoff.handoff_id, places)

@@ -93,7 +93,7 @@ class KVEndpoint:
         self._tickets: dict[tuple[str, Ticket], tuple[PullState, Part]] = {}
         self._next_region_id = pool.region.region_id + 1
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="kv-verify")
-        self._digests = DigestAhead(pool.region, config.offer_digest_mode)
+        self._digests = DigestAhead(pool.region)
         self._fault_ahead: FaultAhead | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._host_nonce = ""
@@ -159,11 +159,11 @@ class KVEndpoint:
 
     def digests_of(self, handoff: KVHandoff) -> bytes:
         """Of the blocks of our one shard, as they are now; may be called from another thread."""
-        return self._digests.take(handoff)
+        return self._digests.take(handoff, self._config.offer_digest_mode)
 
     def digest_ahead(self, handoff: KVHandoff) -> None:
         """Begin to read the whole blocks of an early offer, so that `digests_of` has less to read."""
-        self._digests.begin(handoff)
+        self._digests.begin(handoff, self._config.offer_digest_mode)
 
     def offer_read_bytes(self, handoff: KVHandoff) -> int:
         """What `digests_of` would read of the blocks."""
