@@ -18,8 +18,11 @@ from engine.core.events import (
     OfferCompletedReceived,
     OfferKv,
     PeerAcked,
+    PublishKvEvents,
     PullDone,
     RunStep,
+    Settle,
+    Settled,
     StartPull,
 )
 from engine.core.intake import OVERDUE_S
@@ -279,3 +282,27 @@ def test_blocks_swapped_for_equal_ones_are_let_go_behind_those_that_hang_on_them
         source.submit(make_request(number, prompt(100, 1000 * number), max_tokens=1))
         source.finish_all()
     assert source.core.is_at_rest
+
+
+def test_blocks_that_were_taken_are_named_once_their_first_step_is_under_way() -> None:
+    """The step is not kept waiting for it. Seen to fail with `begin_decoding` naming them, and with Settled doing nothing."""
+    target = bench()
+    handoff = early_offer(bench(), max_tokens=3)
+    target.submit(make_request(1, prompt(40), max_tokens=3), handoff=handoff)
+    target.on(completion(handoff))
+    commands = target.core.on(PullDone(handoff_id=handoff.handoff_id, outcome=done()), 0.0)
+    assert of(commands, RunStep) and commands[-1] == Settle() and of(commands, PublishKvEvents) == []
+    (published,) = of(target.core.on(Settled(), 0.0), PublishKvEvents)
+    assert sum(len(event.hashes) for event in published.events) == 40 // 16
+
+
+def test_blocks_are_not_named_for_a_sequence_that_has_ended() -> None:
+    """It was cancelled before it settled. Seen to fail with `store_rest` naming whatever was put off."""
+    target = bench()
+    handoff = early_offer(bench(), max_tokens=3)
+    target.submit(make_request(1, prompt(40), max_tokens=3), handoff=handoff)
+    target.on(completion(handoff))
+    target.core.on(PullDone(handoff_id=handoff.handoff_id, outcome=done()), 0.0)
+    target.core.on(CancelReceived(request_id=handoff.request_id, attempt=0), 0.0)
+    assert of(target.core.on(Settled(), 0.0), PublishKvEvents) == []
+    target.core.check()

@@ -36,6 +36,16 @@ def test_a_configured_path_is_taken_or_nothing_is(policy: str, endpoint: Endpoin
     assert choose_path(policy, endpoint, tried=(policy,)).path is None
 
 
+def test_a_host_is_proved_once_and_others_are_not_believed_for_it(endpoint: Endpoint) -> None:
+    """A nonce that was read is not read again. Seen to fail with every endpoint of that path believed."""
+    assert host_proof(endpoint) is PathReason.SAME_HOST
+    path, _, content = endpoint.host_nonce.rpartition("#")
+    os.unlink(path)
+    assert host_proof(endpoint) is PathReason.SAME_HOST
+    other = Endpoint(host_nonce=f"{path}#{content[:-1]}{'0' if content[-1] != '0' else '1'}")
+    assert host_proof(other) is PathReason.NONCE_UNREADABLE
+
+
 def test_nonce_is_ours_alone_and_written_once(endpoint: Endpoint, tmp_path: Path) -> None:
     path = endpoint.host_nonce.rpartition("#")[0]
     assert os.stat(path).st_mode & 0o777 == 0o600
