@@ -51,7 +51,7 @@ class Residence:
         self._cache = cache
         self._inflight = inflight
         self._size = cache.block_size_tokens
-        self._stored_later: list[tuple[Sequence, int]] = []
+        self._stored_later: list[tuple[Sequence, int, int]] = []  # (sequence, tokens, residency)
 
     def take(
         self, sequence: Sequence, num_tokens: int, num_known_tokens: int, num_hit_tokens_max: int, may_leave: Callable[[int], bool]
@@ -127,17 +127,17 @@ class Residence:
 
     def store_later(self, sequence: Sequence, num_tokens: int) -> None:
         """Its tokens came whole from another worker: it begins to decode at once, and `store_rest` names its blocks meanwhile."""
-        self._stored_later.append((sequence, num_tokens))
+        self._stored_later.append((sequence, num_tokens, sequence.num_residencies))
 
     @property
     def has_rest(self) -> bool:
         return bool(self._stored_later)
 
     def store_rest(self) -> None:
-        """Name what was put off, of sequences that still have their blocks."""
+        """Name what was put off, of sequences that still have those blocks."""
         later, self._stored_later = self._stored_later, []
-        for sequence, num_tokens in later:
-            if sequence.num_computed_tokens >= num_tokens:
+        for sequence, num_tokens, residency in later:
+            if sequence.num_residencies == residency:
                 self.store(sequence, num_tokens)
 
     def store(self, sequence: Sequence, num_tokens: int) -> None:
