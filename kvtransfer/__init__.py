@@ -4,9 +4,9 @@ Here belongs everything between "these blocks are offered" and "these bytes are 
 which worker offers to whom (router), and what is computed from the blocks (engine).
 
     endpoint    what a worker's event loop uses: offers, pulls, words to the source       pulls, peers   its two halves
-    transport   the verbs of a backend        local, shm, cuda_ipc | pieces, staging: tcp, ucx, nccl     backends, one-sided | in pieces
+    transport   the verbs of a backend        local, shm, cuda_ipc   backends that read    pieces, staging: tcp, ucx, nccl   that are sent to
     faulty      faults around any of them     auto   which path, and why
-    region      a pool's memory, generations, clock         device_pool, cuda_runtime   the same on a GPU        mapping, fault_ahead   its pages
+    region      a pool's memory and words      mapping, fault_ahead   its pages             device_pool, cuda_runtime   the same on a GPU
     copying     the seqlock                   layer_clock, layers   following a source that still computes
     digest      content checks                digest_ahead          read before somebody waits for them
     lanes       threads, queues, deadlines    session   authenticated sockets              host_tier   blocks the pool evicted
