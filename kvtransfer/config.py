@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvtransfer.handoff import FailurePolicy
 from protocol.errors import ConfigError
-from protocol.kv import DigestMode
+from protocol.kv import DigestMode, FailurePolicy
 from protocol.wire import is_loopback
 
 KV_TRANSPORTS = ("auto", "shm", "cuda_ipc", "tcp", "ucx", "nccl", "local")

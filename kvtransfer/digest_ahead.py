@@ -21,6 +21,7 @@ class DigestAhead:
     def __init__(self, region: Region) -> None:
         self._region = region
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="kv-digest")
+        self._reader.submit(int)  # the thread is there from the start: how many a worker has says whether it leaks some
         self._read: dict[str, Future[bytes]] = {}  # by handoff id
 
     def begin(self, handoff: KVHandoff, mode: DigestMode) -> None:

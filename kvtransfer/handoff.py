@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, replace
-from enum import Enum
 
 from kvtransfer.reshard import check_compatible
 from protocol.errors import LayoutMismatch
-from protocol.kv import HandoffCompletion, KVHandoff, KVLayout, Outcome, TransferError
+from protocol.kv import FailurePolicy, HandoffCompletion, KVHandoff, KVLayout, Outcome, TransferError
 from protocol.lifecycle import HandoffState, advance, is_final
 
 _WAY = (
@@ -34,14 +33,6 @@ _WAY = (
 
 
 _WORTH_ANOTHER_PULL = (TransferError.PEER_LOST, TransferError.TRUNCATED, TransferError.DIGEST_MISMATCH, TransferError.DEADLINE)
-
-
-class FailurePolicy(Enum):
-    """What a target does about KV that did not come, or not as it was offered."""
-
-    RECOMPUTE = "recompute"  # computes the prompt itself
-    RETRY = "retry"  # pulls once more, then computes it itself
-    FAIL = "fail"  # ends the request, with the reason
 
 
 def recourse(policy: FailurePolicy, error: TransferError, *, num_pulls: int) -> FailurePolicy:

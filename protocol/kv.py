@@ -94,6 +94,14 @@ class HandoffKind(Enum):
     PREFIX = "prefix"
 
 
+class FailurePolicy(Enum):
+    """What a target does about KV that did not come, or not as it was offered."""
+
+    RECOMPUTE = "recompute"  # computes the prompt itself
+    RETRY = "retry"  # pulls once more, then computes it itself
+    FAIL = "fail"  # ends the request, with the reason
+
+
 class DigestMode(Enum):
     """What of a block's content is checked after the copy; epoch, lease and generation are checked always."""
 

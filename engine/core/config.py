@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvtransfer.handoff import FailurePolicy
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.errors import ConfigError
-from protocol.kv import DigestMode
+from protocol.kv import DigestMode, FailurePolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

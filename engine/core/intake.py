@@ -16,8 +16,8 @@ from engine.core.config import WorkerCoreConfig
 from engine.core.events import AckSource, CancelPull, Command, CompletePull, DropSource, RenewSource, StartPull, Tell
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
-from kvtransfer.handoff import FailurePolicy, Refusal, TargetHandoff, recourse, refuse
-from protocol.kv import HandoffCompletion, KVHandoff, KVLayout, Outcome, TransferError
+from kvtransfer.handoff import Refusal, TargetHandoff, recourse, refuse
+from protocol.kv import FailurePolicy, HandoffCompletion, KVHandoff, KVLayout, Outcome, TransferError
 from protocol.messages import HandoffDone, TransferFailed
 from protocol.request import Attempt
 

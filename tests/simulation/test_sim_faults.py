@@ -23,8 +23,8 @@ from engine.core.intake import Intake
 from engine.core.offers import Offers
 from engine.core.residence import Residence
 from engine.core.worker_core import WorkerCore
-from kvtransfer.handoff import FailurePolicy, TargetHandoff
-from protocol.kv import Outcome
+from kvtransfer.handoff import TargetHandoff
+from protocol.kv import FailurePolicy, Outcome
 from protocol.lifecycle import HandoffState, advance
 from protocol.request import Request
 from protocol.worker import Role

@@ -18,9 +18,8 @@ from engine.models.config import ModelConfig, parse_model_config
 from engine.models.tensors import expected_tensors
 from engine.step_time import LinearStepTime, StepShape
 from kernels.native.library import ChosenKernels
-from kvtransfer.handoff import FailurePolicy
 from protocol.errors import ConfigError, ModelDoesNotFit
-from protocol.kv import DigestMode, ModelFingerprint
+from protocol.kv import DigestMode, FailurePolicy, ModelFingerprint
 from protocol.worker import Role
 
 pytestmark = pytest.mark.pure

@@ -14,9 +14,8 @@ from control.config import ClusterConfig, load_config
 from control.flags import FLAGS, MODEL
 from control.sections import WorkersSection
 from gateway.config import ApiKey
-from kvtransfer.handoff import FailurePolicy
 from protocol.errors import ConfigError
-from protocol.kv import DigestMode
+from protocol.kv import DigestMode, FailurePolicy
 from router.config import Disaggregate
 
 pytestmark = pytest.mark.pure
@@ -57,6 +56,7 @@ def test_every_flag_and_its_variable_set_the_key_they_name() -> None:
         "--executor": "paced",
         "--kv-transport": "tcp",
         "--kv-load-failure-policy": FailurePolicy.RETRY,
+        "--kv-digest": DigestMode.FULL,
     }
     paths = [flag.path for flag in (MODEL, *FLAGS)]
     assert len(set(paths)) == len(paths)

@@ -27,8 +27,7 @@ from engine.core.events import (
     Tell,
 )
 from engine.core.executor import Sampled, SampledTokens, StepResult
-from kvtransfer.handoff import FailurePolicy
-from protocol.kv import TransferError
+from protocol.kv import FailurePolicy, TransferError
 from protocol.messages import AttemptFailed, HandoffDone, TransferFailed
 from protocol.request import FinishReason
 from tests.core_bench import Bench, done, of, offer, prompt, taken

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from kvtransfer.handoff import FailurePolicy, Refusal, SourceHandoff, TargetHandoff, recourse, refuse
+from kvtransfer.handoff import Refusal, SourceHandoff, TargetHandoff, recourse, refuse
 from protocol.errors import IllegalMove
 from protocol.kv import (
     DigestMode,
     Endpoint,
+    FailurePolicy,
     FirstToken,
     HandoffKind,
     HandoffShard,
