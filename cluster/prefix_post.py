@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from cluster.digesting import when_read
 from engine.core.events import AskPrefix, OfferPrefix, RefusePrefix
 from kvtransfer.endpoint import KVEndpoint
 from protocol.kv import KVHandoff, KVPeer
@@ -13,9 +13,9 @@ from protocol.messages import PrefixOffered, PrefixRefused, RequestPrefix
 
 
 class PrefixPost:
-    """Performs the three commands on one worker's endpoint. Digests of offers that read more than `inline_bytes` are made on a thread."""
+    """Performs the three commands on one worker's endpoint."""
 
-    def __init__(self, endpoint: KVEndpoint, *, worker_id: str, epoch: int, inline_bytes: int) -> None:
+    def __init__(self, endpoint: KVEndpoint, *, worker_id: str, epoch: int) -> None:
         self.performers: dict[type, Callable[[Any], None]] = {
             AskPrefix: self._ask,
             OfferPrefix: self._offer,
@@ -24,7 +24,6 @@ class PrefixPost:
         self._endpoint = endpoint
         self._worker_id = worker_id
         self._epoch = epoch
-        self._inline_bytes = inline_bytes
 
     def _ask(self, command: AskPrefix) -> None:
         request = RequestPrefix(
@@ -39,13 +38,7 @@ class PrefixPost:
         self._endpoint.send_to_peer(command.peer, request)
 
     def _offer(self, command: OfferPrefix) -> None:
-        """Digests are read from the blocks: of a large offer on another thread, the blocks are leased and stay as they are."""
-
         def send(handoff: KVHandoff) -> None:
             self._endpoint.send_to_peer(command.peer, PrefixOffered(pull_id=command.pull_id, handoff=handoff))
 
-        if self._endpoint.offer_read_bytes(command.handoff) <= self._inline_bytes:
-            send(self._endpoint.fill_offer(command.handoff))
-            return
-        filling = asyncio.get_running_loop().run_in_executor(None, self._endpoint.fill_offer, command.handoff)
-        filling.add_done_callback(lambda filled: send(filled.result()))
+        when_read(self._endpoint, command.handoff, self._endpoint.fill_offer, send)

@@ -20,6 +20,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+from cluster.digesting import when_read
 from cluster.prefix_post import PrefixPost
 from cluster.tier_copies import TierCopies
 from engine.core.events import (
@@ -90,7 +91,6 @@ SNAPSHOT_IDLE_INTERVAL_S = 0.5  # and at least one in this time when it is not
 GATEWAY_GRACE_S = 2.0
 SETTLE_S = 0.001
 MAX_KEPT_KV_EVENTS = 8192
-INLINE_OFFER_BYTES = 8 << 20  # read of an offer for its digests in 1 ms; more would hold up the loop
 
 
 @dataclass(slots=True)
@@ -122,7 +122,7 @@ class WorkerHost:
         self._address = address
         self._counters = dict(counters)
         self._notes = notes
-        self._prefix_post = PrefixPost(self._endpoint, worker_id=address.worker_id, epoch=address.epoch, inline_bytes=INLINE_OFFER_BYTES)
+        self._prefix_post = PrefixPost(self._endpoint, worker_id=address.worker_id, epoch=address.epoch)
         identity = Identity(name=address.worker_id, kind="worker", epoch=address.epoch, fingerprint=address.fingerprint)
         self._listener = Listener(identity, secret, self._accept)
         self._directory = MembershipWatch(identity, secret, host=directory_host, port=directory_port, on_change=lambda _: None)
@@ -256,28 +256,27 @@ class WorkerHost:
             known.connection.send(message)
 
     def _offer(self, command: OfferKv) -> None:
-        """Digests are read from the blocks: for a large offer on another thread, the blocks are leased and stay as they are."""
         handoff = command.handoff
-        if not handoff.is_complete or self._endpoint.offer_read_bytes(handoff) <= INLINE_OFFER_BYTES:
-            self._send(command.gateway, Offered(handoff=self._endpoint.fill_offer(handoff)))
-            if any(shard.num_whole_blocks for shard in handoff.shards):
-                self._endpoint.digest_ahead(handoff)
+        if handoff.is_complete:
+            when_read(
+                self._endpoint, handoff, self._endpoint.fill_offer, lambda filled: self._send(command.gateway, Offered(handoff=filled))
+            )
             return
-        assert self._loop is not None
-        filling = self._loop.run_in_executor(None, self._endpoint.fill_offer, handoff)
-        filling.add_done_callback(lambda filled: self._send(command.gateway, Offered(handoff=filled.result())))
+        self._send(command.gateway, Offered(handoff=self._endpoint.fill_offer(handoff)))
+        if any(shard.num_whole_blocks for shard in handoff.shards):
+            self._endpoint.digest_ahead(handoff)
 
     def _complete_offer(self, command: CompleteOffer) -> None:
-        """As `_offer`, of what an early one could not say."""
+        """What an early offer could not say."""
         handoff = command.handoff
         if not command.is_kept:
             self._send(command.gateway, _completed(handoff, ()))
-        elif self._endpoint.offer_read_bytes(handoff) <= INLINE_OFFER_BYTES:
-            self._send(command.gateway, _completed(handoff, (self._endpoint.digests_of(handoff),)))
-        else:
-            assert self._loop is not None
-            reading = self._loop.run_in_executor(None, self._endpoint.digests_of, handoff)
-            reading.add_done_callback(lambda digests: self._send(command.gateway, _completed(handoff, (digests.result(),))))
+            return
+        tell = partial(self._tell_completed, command.gateway, handoff)
+        when_read(self._endpoint, handoff, self._endpoint.digests_of, tell)
+
+    def _tell_completed(self, gateway: str, handoff: KVHandoff, digests: bytes) -> None:
+        self._send(gateway, _completed(handoff, (digests,)))
 
     def _start_pull(self, command: StartPull) -> None:
         self._endpoint.start_pull(

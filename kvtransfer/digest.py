@@ -45,12 +45,6 @@ def of_copies(
     return _digests(region, block_ids, array("Q", [generations[p] for p in places]), places, mode, handoff_id)
 
 
-def differing(places: array[int], ours: bytes, digests: bytes) -> list[int]:
-    """Positions in `places` whose digest in `ours` (of_copies) is not the one of its place in `digests`; empty when all is well."""
-    size = DIGEST_SIZE_BYTES
-    return [i for i, p in enumerate(places) if ours[i * size : (i + 1) * size] != digests[p * size : (p + 1) * size]]
-
-
 def verify(
     region: Region,
     block_ids: array[int],
@@ -59,14 +53,19 @@ def verify(
     mode: DigestMode,
     handoff_id: str,
     digests: bytes,
+    ours: bytes | None = None,
 ) -> list[int]:
     """Positions in `block_ids` whose content is not what the source digested; empty when all is well.
 
-    Block i is a copy of the hand-off's block `places[i]`; `generations` (the source's) and `digests` cover the whole hand-off.
+    Block i is a copy of the hand-off's block `places[i]`; `generations` (the source's) and `digests` cover the whole hand-off. ours: what
+    `of_copies` made of them before; None: they are read now.
     """
     if mode is DigestMode.OFF:
         return []
-    return differing(places, of_copies(region, block_ids, generations, places, mode, handoff_id), digests)
+    if ours is None:
+        ours = of_copies(region, block_ids, generations, places, mode, handoff_id)
+    size = DIGEST_SIZE_BYTES
+    return [i for i, p in enumerate(places) if ours[i * size : (i + 1) * size] != digests[p * size : (p + 1) * size]]
 
 
 def digests_fit(num_blocks: int, mode: DigestMode, digests: bytes) -> bool:

@@ -32,7 +32,7 @@ from kvtransfer.peers import OnPeerMessage, PeerMessage, PeerPost
 from kvtransfer.pulls import (
     Part,
     PullState,
-    checked_bytes,
+    are_checked_quickly,
     complete_parts,
     digest_parts,
     place_staged,
@@ -362,12 +362,17 @@ class KVEndpoint:
         if not pull.handoff.is_complete:
             self._read_ahead(pull)
             return
-        if checked_bytes(pull.parts) <= _CHECK_HERE_BYTES:
-            self._checked(pull, _check(pull))
+        if are_checked_quickly(pull.parts, _CHECK_HERE_BYTES):
+            try:
+                bad_blocks = _check(pull)
+            except Exception as broken:
+                self._checked(pull, "", broken)
+            else:
+                self._checked(pull, bad_blocks, None)
             return
         pull.checking = True
         checked = self._loop.run_in_executor(self._checker, _check, pull)
-        checked.add_done_callback(lambda future: self._checked_elsewhere(pull, future))
+        checked.add_done_callback(lambda future: self._checked(pull, "" if future.exception() else future.result(), future.exception()))
 
     def _read_ahead(self, pull: PullState) -> None:
         """Of an early offer all has arrived: digest it while its source still works on the rest."""
@@ -379,20 +384,18 @@ class KVEndpoint:
 
         def done(future: asyncio.Future[None]) -> None:
             pull.checking = False
-            if future.exception() is None:  # else the check reads again, and meets the same
-                self._arrived(pull)
+            if future.exception() is None or pull.handoff.is_complete or pull.stopped is not None:
+                self._arrived(pull)  # where reading broke down, the check reads again once it may, and meets the same
 
         reading.add_done_callback(done)
 
-    def _checked_elsewhere(self, pull: PullState, check: asyncio.Future[str]) -> None:
+    def _checked(self, pull: PullState, bad_blocks: str, broken: BaseException | None) -> None:
         pull.checking = False
-        broken = check.exception()
         if broken is not None:  # a bug of ours: the pull still ends, and the loop's exception handler hears of it
+            assert self._loop is not None
+            self._loop.call_exception_handler({"message": "the check of a pull broke down", "exception": broken})
             self._finish(pull, pull.combined(error=TransferError.REFUSED, detail=f"the check broke down: {broken!r}", now=self._now()))
-            raise broken
-        self._checked(pull, check.result())
-
-    def _checked(self, pull: PullState, bad_blocks: str) -> None:
+            return
         if bad_blocks:
             self._failed(pull, pull.combined(error=TransferError.DIGEST_MISMATCH, detail=bad_blocks, now=self._now()))
         elif pull.stopped is not None:

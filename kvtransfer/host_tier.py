@@ -11,9 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from kernels.copy_runs import copy_runs
-from kvtransfer.region import PoolMemory
-from kvtransfer.reshard import block_runs
+from kernels.copy_runs import BlockIds, copy_blocks
+from kvtransfer.region import PoolMemory, first_stale
 from kvtransfer.transport import Region
 
 
@@ -54,11 +53,14 @@ class CpuHostTier:
 
     @staticmethod
     def _copy(source: Region, source_ids: array[int], target: Region, target_ids: array[int]) -> None:
-        runs = block_runs(np.frombuffer(source_ids, dtype=np.uint32), np.frombuffer(target_ids, dtype=np.uint32))
-        copy_runs(source.blocks, target.blocks, runs * source.layout.block_bytes)
+        copy_blocks(source.blocks, target.blocks, _ids(source_ids), _ids(target_ids), source.layout.block_bytes)
 
     def _differing(self, slots: array[int], generations: array[int]) -> str | None:
-        for slot, generation in zip(slots, generations, strict=True):
-            if self._slots.generations[slot] != generation:
-                return f"slot {slot} has generation {self._slots.generations[slot]}, {generation} was saved"
-        return None
+        index = first_stale(self._slots, _ids(slots), np.frombuffer(generations, dtype=np.uint64))
+        if index is None:
+            return None
+        return f"slot {slots[index]} has generation {self._slots.generations[slots[index]]}, {generations[index]} was saved"
+
+
+def _ids(block_ids: array[int]) -> BlockIds:
+    return np.frombuffer(block_ids, dtype=np.uint32)

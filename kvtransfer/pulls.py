@@ -18,7 +18,7 @@ from kvtransfer.region import PoolMemory
 from kvtransfer.reshard import Chunks, check_coverage, pair_blocks, plan_reshard
 from kvtransfer.transport import Region
 from protocol.errors import LayoutMismatch
-from protocol.kv import DigestMode, HandoffShard, KVHandoff, KVLayout, Outcome, ShardRectangle, TransferError
+from protocol.kv import HandoffShard, KVHandoff, KVLayout, Outcome, ShardRectangle, TransferError
 
 
 @dataclass(slots=True, kw_only=True)
@@ -133,19 +133,28 @@ def complete_parts(pull: PullState, handoff: KVHandoff) -> None:
     pull.handoff = handoff
 
 
-def checked_bytes(parts: list[Part]) -> int:
-    """What `verify_parts` and `place_staged` together read."""
+def are_checked_quickly(parts: list[Part], limit_bytes: int) -> bool:
+    """True when `verify_parts` and `place_staged` together read at most so much, all of it in host memory: a device is waited for."""
+    if any(p.region.device is not None for p in parts):
+        return False
     digested = sum(len(p.block_ids) * digest.read_bytes(p.region.layout, p.shard.digest_mode) for p in parts if p.ours is None)
-    return digested + sum(p.staging.region.size_bytes for p in parts if p.staging is not None)
+    return digested + sum(p.staging.region.size_bytes for p in parts if p.staging is not None) <= limit_bytes
 
 
 def verify_parts(handoff: KVHandoff, parts: list[Part]) -> str:
     """What differs from the offered content, in words; empty when nothing does."""
     for part in parts:
         shard = part.shard
-        if shard.digest_mode is DigestMode.OFF:
-            continue
-        bad = digest.differing(part.source_indices, _ours(handoff, part), shard.digests)
+        bad = digest.verify(
+            part.region,
+            part.block_ids,
+            shard.generations,
+            part.source_indices,
+            shard.digest_mode,
+            handoff.handoff_id,
+            shard.digests,
+            part.ours,
+        )
         if bad:
             first = part.source_indices[bad[0]]
             return f"{len(bad)} of {len(part.block_ids)} blocks differ from what {shard.worker_id} offered, the first is its block {first}"
@@ -155,14 +164,8 @@ def verify_parts(handoff: KVHandoff, parts: list[Part]) -> str:
 def digest_parts(handoff: KVHandoff, parts: list[Part]) -> None:
     """Read what arrived ahead of the digests it will be compared with."""
     for part in parts:
-        part.ours = _ours(handoff, part)
-
-
-def _ours(handoff: KVHandoff, part: Part) -> bytes:
-    if part.ours is not None:
-        return part.ours
-    shard = part.shard
-    return digest.of_copies(part.region, part.block_ids, shard.generations, part.source_indices, shard.digest_mode, handoff.handoff_id)
+        shard, indices = part.shard, part.source_indices
+        part.ours = digest.of_copies(part.region, part.block_ids, shard.generations, indices, shard.digest_mode, handoff.handoff_id)
 
 
 def place_staged(parts: list[Part]) -> None:

@@ -91,18 +91,11 @@ class Offers:
         """
         assert live.leader is not None and bool(live.first_tokens) != bool(clock)
         block_ids = live.leader.block_table[: -(-len(token_ids) // self._layout.block_size_tokens)]
-        self._pool.lease(block_ids)
-        self._num_made += 1
-        handoff_id = xxhash.xxh3_128_hexdigest(f"{self._worker_id}\0{self._epoch}\0{self._num_made}".encode())
-        size_bytes = len(block_ids) * self._layout.block_bytes
-        offer = SourceHandoff(
-            handoff_id=handoff_id, block_ids=block_ids, size_bytes=size_bytes, lease_s=self._lease_s, expires_s=now + self._lease_s
-        )
-        self._open[handoff_id] = (offer, live.key, live.gateway)
-        self.offered_bytes += size_bytes
+        offer = self._keep(block_ids, live.key, live.gateway, lease_s=self._lease_s, now=now)
+        self.offered_bytes += offer.size_bytes
         self._counters["handoffs_offered"] += 1
         return KVHandoff(
-            handoff_id=handoff_id,
+            handoff_id=offer.handoff_id,
             kind=HandoffKind.PREFILL,
             request_id=live.key.request_id,
             attempt=live.key.attempt,
@@ -116,17 +109,12 @@ class Offers:
 
     def make_prefix(self, block_ids: array[int], token_ids: array[int], key: AttemptKey, *, lease_s: float, now: float) -> KVHandoff:
         """Lease blocks that somebody owns at this moment, full ones of `token_ids`, for a peer that computes attempt `key`."""
-        self._pool.lease(block_ids)
-        self._num_made += 1
-        handoff_id = xxhash.xxh3_128_hexdigest(f"{self._worker_id}\0{self._epoch}\0{self._num_made}".encode())
-        size_bytes = len(block_ids) * self._layout.block_bytes
-        offer = SourceHandoff(handoff_id=handoff_id, block_ids=block_ids, size_bytes=size_bytes, lease_s=lease_s, expires_s=now + lease_s)
-        self._open[handoff_id] = (offer, key, "")
-        self._prefixes.add(handoff_id)
-        self.offered_prefix_bytes += size_bytes
+        offer = self._keep(block_ids, key, "", lease_s=lease_s, now=now)
+        self._prefixes.add(offer.handoff_id)
+        self.offered_prefix_bytes += offer.size_bytes
         self._counters["prefixes_offered"] += 1
         return KVHandoff(
-            handoff_id=handoff_id,
+            handoff_id=offer.handoff_id,
             kind=HandoffKind.PREFIX,
             request_id=key.request_id,
             attempt=key.attempt,
@@ -137,6 +125,20 @@ class Offers:
             lease=Lease(duration_s=lease_s),
             shards=(self._shard(block_ids),),
         )
+
+    def _keep(self, block_ids: array[int], key: AttemptKey, gateway: str, *, lease_s: float, now: float) -> SourceHandoff:
+        """Lease blocks under the id of a new offer. gateway: whose loss ends it; empty: nobody's."""
+        self._pool.lease(block_ids)
+        self._num_made += 1
+        offer = SourceHandoff(
+            handoff_id=xxhash.xxh3_128_hexdigest(f"{self._worker_id}\0{self._epoch}\0{self._num_made}".encode()),
+            block_ids=block_ids,
+            size_bytes=len(block_ids) * self._layout.block_bytes,
+            lease_s=lease_s,
+            expires_s=now + lease_s,
+        )
+        self._open[offer.handoff_id] = (offer, key, gateway)
+        return offer
 
     def _shard(self, block_ids: array[int], *, clock: int = 0, num_whole_blocks: int = 0) -> HandoffShard:
         return HandoffShard(

@@ -6,6 +6,7 @@ The source "computes" by hand: it writes a layer of its blocks, then moves the r
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from array import array
 from collections.abc import Callable
@@ -314,3 +315,34 @@ def lane_of(target: Worker) -> Lane:
     (lane,) = target.kv._transports["shm"]._lanes.values()  # type: ignore[attr-defined]
     assert isinstance(lane, Lane)
     return lane
+
+
+@pytest.mark.parametrize("here_bytes", [1 << 30, -1])
+async def test_a_check_that_breaks_down_ends_its_pull(make: Make, monkeypatch: pytest.MonkeyPatch, here_bytes: int) -> None:
+    """On the loop and on its thread. Seen to hang ("on the loop") with the check called bare."""
+    computing, target = await pair(make, "shm")
+    monkeypatch.setattr("kvtransfer.endpoint._CHECK_HERE_BYTES", here_bytes)
+    monkeypatch.setattr(digest, "verify", lambda *args: 1 // 0)
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    outcome = await asyncio.wait_for(begin(target, offer(computing.worker, IDS, handoff_id="ef" * 16)), 5)
+    assert outcome.error is TransferError.REFUSED and "broke down" in outcome.detail
+
+
+async def test_a_reading_ahead_that_breaks_down_is_made_up_for(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its completion came while it read. Seen to end at the deadline with the failure passed over whatever came meanwhile."""
+    computing, target = await pair(make, "shm")
+    is_completed = threading.Event()
+
+    def broken(*_: object) -> bytes:
+        is_completed.wait(5)
+        monkeypatch.undo()
+        raise OSError("the device is gone")
+
+    monkeypatch.setattr(digest, "of_copies", broken)
+    done = begin(target, computing.handoff)
+    computing.rest()
+    pull = target.kv._pulls[computing.handoff.handoff_id]
+    await until(lambda: pull.checking)
+    target.kv.complete_pull(computing.completed(), 5.0)
+    is_completed.set()
+    assert (await asyncio.wait_for(done, 2)).error is None

@@ -29,6 +29,7 @@ from protocol.worker import WorkerSnapshot
 from tests.kv_campaign.backends import Hooks, tapped
 
 PAUSE_S_MAX = 0.02  # of a copy between two blocks, of a sender, of a check
+SEEN_S = 0.01  # of a check at least: with digests read ahead it would be over before anybody looks
 LONG_PAUSE_S = 0.35  # now and then: the lease is renewed meanwhile
 LATE_S_MAX = 0.05  # of an acknowledgement, a renewal, a drop
 NUM_WRONG, SLOWEST_MS, NUM_GOOD = "campaign_wrong_blocks", "campaign_slowest_pull_ms", "campaign_good_pulls"
@@ -49,6 +50,7 @@ class Slowness:
         check = kvtransfer.endpoint._check
 
         def slow_check(pull: PullState) -> str:
+            time.sleep(SEEN_S)
             self._pause()
             return check(pull)
 
