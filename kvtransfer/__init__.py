@@ -4,7 +4,7 @@ Here belongs everything between "these blocks are offered" and "these bytes are 
 which worker offers to whom (router), and what is computed from the blocks (engine).
 
     endpoint    what a worker's event loop uses: offers, pulls, words to the source       pulls, peers   its two halves
-    transport   the verbs of a backend        local, shm, cuda_ipc   those that read       pieces, staging: tcp, ucx, nccl   others
+    transport   the verbs of a backend        local, attached: shm, cuda_ipc   read        pieces, staging: tcp, ucx, nccl   are sent to
     faulty      faults around any of them     auto   which path, and why
     region      a pool's memory and words      mapping, fault_ahead   its pages             device_pool, cuda_runtime   the same on a GPU
     copying     the seqlock                   layer_clock, layers   following a source that still computes

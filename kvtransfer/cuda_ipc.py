@@ -12,9 +12,7 @@ blocks have ended, and raises a generation before it launches one that writes th
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -23,13 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels.copy_runs import Runs
+from kvtransfer.attached import AttachedTransport, attach_all, while_alive
 from kvtransfer.config import TransportConfig
 from kvtransfer.copying import check_generations, follow, slices
 from kvtransfer.cuda_runtime import HANDLE_BYTES, DeviceError, DeviceRuntime
 from kvtransfer.device_pool import WORDS_ONLY
-from kvtransfer.lanes import Link, PeerTransport, Pull, PullFailed
+from kvtransfer.lanes import Link, Pull, PullFailed
 from kvtransfer.region import PoolMemory
-from kvtransfer.session import Announcement, Pause, PeerServer, RegionCard, Session, dial_unix, listen_unix
+from kvtransfer.session import Announcement, Pause, RegionCard, Session, dial_unix
 from kvtransfer.transport import Region, RegionKind
 from protocol.codec import from_wire, pack, to_wire, unpack
 from protocol.errors import MalformedFrame
@@ -58,37 +57,20 @@ class DeviceCards:
     cards: tuple[DeviceCard, ...]
 
 
-class CudaIpcTransport(PeerTransport):
-    """`unix_path` is where peers attach; it lies in a directory that is ours alone (0700). Our pools are of `runtime`'s device."""
+class CudaIpcTransport(AttachedTransport):
+    """Passes handles. Our pools are of `runtime`'s device."""
 
     name = "cuda_ipc"
 
     def __init__(self, identity: Identity, secret: bytes, config: TransportConfig, *, unix_path: str, runtime: DeviceRuntime) -> None:
-        super().__init__(identity, secret, config)
-        self._unix_path = unix_path
         self._runtime = runtime
         self._handles = OpenHandles(runtime)
-        self._server = PeerServer(
-            listen_unix(unix_path),
-            identity,
-            secret,
-            name="kv-cuda-serve",
-            serve=self._serve,
-            max_peers=config.max_peers,
-            stall_timeout_s=config.stall_timeout_s,
-        )
+        super().__init__(identity, secret, config, unix_path=unix_path)
 
     def endpoint(self) -> Endpoint:
         return Endpoint(cuda_path=self._unix_path, cuda_device=self._runtime.device_id)
 
-    def close(self) -> None:
-        super().close()
-        self._server.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._unix_path)
-
-    def _serve(self, session: Session) -> None:
-        """Hand over the pool; then there is nothing to do but to be alive."""
+    def hand_over(self, session: Session) -> None:
         shared = [(r, r.device) for r in self._regions.values() if r.kind is RegionKind.CUDA_IPC and r.device is not None]
         regions = tuple(RegionCard(region_id=r.region_id, num_blocks=r.num_blocks, layout=r.layout) for r, _ in shared)
         session.announce(Announcement(regions=regions), [r.fd for r, _ in shared])
@@ -104,7 +86,7 @@ class CudaIpcTransport(PeerTransport):
         try:
             session.handshake(self._identity, self._secret, dialed=True)
             announcement, fds = session.receive_announcement(with_fds=True)
-            words = _attach_words(announcement, fds)
+            words = attach_all(announcement, fds, layout=WORDS_ONLY)
             try:
                 cards = from_wire(DeviceCards, unpack(session.receive_frame(_CARDS_BYTES_MAX))).cards
                 if len(cards) != len(words) or any(len(c.handle) != HANDLE_BYTES or c.offset_bytes < 0 for c in cards):
@@ -137,11 +119,7 @@ class CudaIpcTransport(PeerTransport):
             detail = f"blocks of {pool.device_id} for a pool on {target.runtime.device_id}: one device is needed"
             raise PullFailed(TransferError.REFUSED, detail)
 
-        def look_up(seconds: float) -> None:
-            rest(seconds)
-            if link.session.has_ended():
-                raise ConnectionResetError(f"{link.session.peer.name} went away during the copy")
-
+        look_up = while_alive(link, rest)
         self._runtime.enter()
         try:
             _copy_verified(pool, pull, target.address, link.copies, look_up, self._config.copy_slice_bytes)
@@ -291,18 +269,3 @@ def _copy_verified(
         raise
     look_up(0.0)
     check_generations(pool.words, block_ids, expected, "after")
-
-
-def _attach_words(announcement: Announcement, fds: list[int]) -> list[PoolMemory]:
-    words: list[PoolMemory] = []
-    left = list(fds)
-    try:
-        for card in announcement.regions:
-            words.append(PoolMemory.attach(left.pop(0), WORDS_ONLY, card.num_blocks, card.region_id))
-    except BaseException:
-        for fd in left:
-            os.close(fd)
-        for memory in words:
-            memory.close()
-        raise
-    return words
