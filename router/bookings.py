@@ -13,53 +13,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 
 from protocol.messages import Assignment, Place
 from protocol.request import AttemptKey
-from protocol.worker import WorkerId
+from router.fleet import Fleet, Worker
+from router.holds import Hold, Phase
 
 MAX_TOMBSTONES = 8192
-
-
-class Phase(Enum):
-    PREFILL = "prefill"
-    DECODE = "decode"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hold:
-    """What one phase of one attempt will take from one worker. All integers, so that sums come back to exactly zero."""
-
-    key: AttemptKey
-    phase: Phase
-    worker_id: WorkerId
-    prefill_tokens: int = 0  # missed, to be computed
-    prefill_pairs: int = 0  # missed * context
-    num_sequences: int = 0
-    kv_tokens: int = 0  # at the expected end of the output, all choices
-
-
-@dataclass(slots=True)
-class Tally:
-    """Sum of holds."""
-
-    num_prefills: int = 0
-    prefill_tokens: int = 0
-    prefill_pairs: int = 0
-    num_sequences: int = 0
-    kv_tokens: int = 0
-
-    def add(self, hold: Hold, sign: int = 1) -> None:
-        self.num_prefills += sign * (hold.phase is Phase.PREFILL)
-        self.prefill_tokens += sign * hold.prefill_tokens
-        self.prefill_pairs += sign * hold.prefill_pairs
-        self.num_sequences += sign * hold.num_sequences
-        self.kv_tokens += sign * hold.kv_tokens
-
-    @property
-    def is_zero(self) -> bool:
-        return not (self.num_prefills or self.prefill_tokens or self.prefill_pairs or self.num_sequences or self.kv_tokens)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,9 +36,10 @@ class Booking:
 
 
 class Bookings:
-    """All live bookings, oldest first. Holds on workers are the caller's to add and remove; this knows which exist."""
+    """All live bookings, oldest first. Their holds stand on the workers of `fleet` for as long as they are here."""
 
-    def __init__(self, *, ttl_s: float) -> None:
+    def __init__(self, fleet: Fleet, *, ttl_s: float) -> None:
+        self._fleet = fleet
         self._ttl_s = ttl_s
         self._by_key: OrderedDict[AttemptKey, Booking] = OrderedDict()
         self._live_attempt: dict[str, int] = {}
@@ -94,33 +55,55 @@ class Bookings:
         return self._by_key.get(key)
 
     def add(self, booking: Booking) -> None:
+        """Take its holds from the workers. One on a decode worker that waits for prefill elsewhere reaches it only after PrefillDone."""
         assert booking.key not in self._by_key, "booked twice"
         self._by_key[booking.key] = booking
         self._live_attempt[booking.key.request_id] = booking.key.attempt
+        is_split = len({hold.worker_id for hold in booking.holds.values()}) > 1
+        for phase, hold in booking.holds.items():
+            worker = self._fleet.get(hold.worker_id)
+            assert worker is not None, "booked on a worker that is not there"
+            worker.add_hold(hold, booking.booked_s, pending=is_split and phase is Phase.DECODE)
 
     def live_attempt(self, request_id: str) -> Booking | None:
         """The booked attempt of a request, whichever number it has."""
         number = self._live_attempt.get(request_id)
         return None if number is None else self._by_key.get(AttemptKey(request_id=request_id, attempt=number))
 
-    def release(self, key: AttemptKey, phase: Phase) -> Hold | None:
-        """Take one hold away; the booking ends with its last one. None: it was gone already."""
+    def end_prefill(self, key: AttemptKey, now: float) -> Booking | None:
+        """Prefill is over: its hold is freed, and the request is on its way to the decode worker. None: no such booking."""
         booking = self._by_key.get(key)
-        hold = booking.holds.pop(phase, None) if booking is not None else None
-        if booking is not None and not booking.holds:
-            self._forget(booking)
-        return hold
+        if booking is None:
+            return None
+        self._release(booking, Phase.PREFILL)
+        hold = booking.holds.get(Phase.DECODE)
+        worker = self._fleet.get(hold.worker_id) if hold is not None else None
+        if hold is not None and worker is not None:
+            worker.start_settling(hold, now)
+        return booking
 
     def end(self, key: AttemptKey) -> Booking | None:
-        """Take the whole booking away and remember that it ended; its holds are still in the record returned."""
+        """The attempt is over: free what it holds, and remember that it ended, so that a Place that comes late is ignored."""
         self._ended[key] = None
         self._ended.move_to_end(key)
         if len(self._ended) > MAX_TOMBSTONES:
             self._ended.popitem(last=False)
+        return self.drop(key)
+
+    def drop(self, key: AttemptKey) -> Booking | None:
+        """Free what the attempt holds without knowing how it went on. None: nothing is booked for it."""
         booking = self._by_key.get(key)
         if booking is not None:
-            self._forget(booking)
+            for phase in list(booking.holds):
+                self._release(booking, phase)
         return booking
+
+    def drop_worker(self, worker: Worker) -> None:
+        """The worker has left the fleet: what it held is gone; what else its requests hold ends with their Done."""
+        for key, phase in list(worker.holds):
+            booking = self._by_key.get(key)
+            if booking is not None:
+                self._release(booking, phase)
 
     def has_ended(self, key: AttemptKey) -> bool:
         """True when a Done came for this attempt, perhaps before its Place."""
@@ -134,7 +117,22 @@ class Bookings:
             keys.append(booking.key)
         return keys
 
+    def check(self) -> None:
+        """Assert that every hold on a worker belongs to a live booking, and the other way round."""
+        held = {(b.key, phase) for b in self for phase in b.holds}
+        on_workers = {key for worker in self._fleet for key in worker.holds}
+        assert on_workers == held, f"holds without a booking: {on_workers - held}; lost holds: {held - on_workers}"
+
+    def _release(self, booking: Booking, phase: Phase) -> None:
+        """Take one hold away; the booking ends with its last one."""
+        hold = booking.holds.pop(phase, None)
+        worker = self._fleet.get(hold.worker_id) if hold is not None else None
+        if hold is not None and worker is not None:
+            worker.remove_hold(hold)
+        if not booking.holds:
+            self._forget(booking)
+
     def _forget(self, booking: Booking) -> None:
-        del self._by_key[booking.key]
+        self._by_key.pop(booking.key, None)
         if self._live_attempt.get(booking.key.request_id) == booking.key.attempt:
             del self._live_attempt[booking.key.request_id]

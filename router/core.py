@@ -15,27 +15,20 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-import xxhash
-
 from protocol.messages import (
     Assigned,
     Assignment,
     Done,
-    KvEvents,
-    Membership,
     Place,
     PlaceAck,
     PrefillDone,
     Refused,
-    SnapshotFrame,
-    Subscribe,
 )
 from protocol.request import AttemptKey
-from protocol.worker import AllBlocksCleared, BlocksStored, Tier, WorkerId, WorkerState
 from router import admission, policies, status
-from router.bookings import Booking, Bookings, Hold, Phase
+from router.bookings import Booking, Bookings
 from router.config import RouterConfig
-from router.cost_model import CostModel, StepCost
+from router.cost_model import StepCost
 from router.events import (
     Command,
     Event,
@@ -46,27 +39,24 @@ from router.events import (
     MembershipChanged,
     Tick,
     ToGateway,
-    ToWorker,
     WorkerDown,
     WorkerUp,
 )
-from router.fleet import Fleet, Pools, Worker
+from router.fleet import Fleet, Pools
 from router.guarded_policy import GuardedPolicy
-from router.link_cost import link_to
+from router.holds import Hold, Phase
 from router.placement import Blocked, Choice, Placement
 from router.policies.api import (
     Booked,
     Finished,
     FirstToken,
-    KvChanged,
     PlacementPolicy,
     PolicyOverran,
-    WorkerJoined,
-    WorkerLeft,
 )
 from router.policies.api import Tick as PolicyTick
 from router.prefix_index import PrefixIndex
 from router.queue import FairQueue, Waiting
+from router.worker_reports import WorkerReports
 
 
 class RouterCore:
@@ -76,18 +66,26 @@ class RouterCore:
         self.config = config
         self.fleet = Fleet()
         self.index = PrefixIndex(max_bytes=config.index_max_bytes, speculative_ttl_s=config.speculative_ttl_s)
-        self.bookings = Bookings(ttl_s=config.booking_ttl_s)
+        self.bookings = Bookings(self.fleet, ttl_s=config.booking_ttl_s)
         self.policy = GuardedPolicy(policy, name=policies.split(config.policy)[0], rng=rng, penalty_s=config.policy_penalty_s)
         self.queues: dict[str, FairQueue] = {}
         self.stranded: OrderedDict[AttemptKey, Waiting] = OrderedDict()
         self.explained: deque[Assignment] = deque(maxlen=config.num_explained)
         self.counters: dict[str, int] = dict.fromkeys(status.COUNTERS, 0)
         self._placement = Placement(config, fleet=self.fleet, index=self.index, policy=self.policy)
-        self._prior = prior if prior is not None else StepCost()
-        self._tie_seed = rng.getrandbits(64)
+        self.reports = WorkerReports(
+            config,
+            fleet=self.fleet,
+            index=self.index,
+            bookings=self.bookings,
+            policy=self.policy,
+            rng=rng,
+            prior=prior if prior is not None else StepCost(),
+            say=lambda command: self._commands.append(command),
+            on_ready=self._worker_is_ready,
+        )
         self._num_choices = 0
         self._queued: dict[str, Waiting] = {}  # by request id: one attempt of a request waits at most
-        self._resync_asked_s: dict[WorkerId, float] = {}
         self._lost_gateways: dict[str, float] = {}  # gateway -> when its bookings end
         self._gateway_epochs: dict[str, int] = {}
         self._commands: list[Command] = []
@@ -95,10 +93,10 @@ class RouterCore:
             FromGateway: self._from_gateway,
             GatewayUp: lambda event, now: self._gateway_up(event),
             GatewayDown: lambda event, now: self._gateway_down(event.gateway, now),
-            MembershipChanged: lambda event, now: self._take_membership(event.membership, now),
-            WorkerUp: self._worker_up,
-            WorkerDown: self._worker_down,
-            FromWorker: self._from_worker,
+            MembershipChanged: lambda event, now: self.reports.take_membership(event.membership, now),
+            WorkerUp: self.reports.up,
+            WorkerDown: self.reports.down,
+            FromWorker: self.reports.receive,
             Tick: lambda event, now: self._tick(now),
             PolicyOverran: self.policy.observe,
         }
@@ -128,9 +126,7 @@ class RouterCore:
 
     def check(self) -> None:
         """Assert that every hold belongs to a live booking and that the sums over workers are those of their holds."""
-        held = {(b.key, phase) for b in self.bookings for phase in b.holds}
-        on_workers = {key for worker in self.fleet for key in worker.holds}
-        assert on_workers == held, f"holds without a booking: {on_workers - held}; lost holds: {held - on_workers}"
+        self.bookings.check()
         for worker in self.fleet:
             worker.check()
         waiting = {w.key for queue in self.queues.values() for w in queue} | self.stranded.keys()
@@ -162,7 +158,7 @@ class RouterCore:
             self._commands.append(ToGateway(gateway=gateway, message=Assigned(assignment=booked.assignment)))
             return
         if booked is not None:
-            self._free(booked.key)
+            self.bookings.end(booked.key)
         if queued is not None:
             self._unqueue(queued.key)
         pools = self.fleet.pools(place.model_id)
@@ -199,20 +195,15 @@ class RouterCore:
         return refusal
 
     def _prefill_done(self, key: AttemptKey, now: float) -> None:
-        booking = self.bookings.get(key)
+        booking = self.bookings.end_prefill(key, now)
         if booking is None:
             return
-        self._release(key, Phase.PREFILL)
-        hold = booking.holds.get(Phase.DECODE)
-        worker = self.fleet.get(hold.worker_id) if hold is not None else None
-        if hold is not None and worker is not None:
-            worker.start_settling(hold, now)
         self.policy.observe(FirstToken(key=key, since_booked_s=now - booking.booked_s), now)
         self._pump(booking.place.model_id, now)
 
     def _done(self, message: Done, now: float) -> None:
         key = AttemptKey(request_id=message.request_id, attempt=message.attempt)
-        booking = self._free(key)
+        booking = self.bookings.end(key)
         if self._unqueue(key) or booking is None:
             return
         queue = self.queues.get(booking.place.model_id)
@@ -229,7 +220,7 @@ class RouterCore:
     def _gateway_up(self, event: GatewayUp) -> None:
         self._lost_gateways.pop(event.gateway, None)
         if self._gateway_epochs.get(event.gateway, event.epoch) != event.epoch:
-            self._free_all_of(event.gateway)
+            self._end_all_of(event.gateway)
         self._gateway_epochs[event.gateway] = event.epoch
 
     def _gateway_down(self, gateway: str, now: float) -> None:
@@ -237,96 +228,9 @@ class RouterCore:
             self._unqueue(waiting.key)
         self._lost_gateways[gateway] = now + self.config.gateway_grace_s
 
-    # --- workers ---
-
-    def _take_membership(self, membership: Membership, now: float) -> None:
-        for worker_id in self.fleet.take_membership(membership):
-            self._lose(worker_id, now)
-
-    def _worker_up(self, event: WorkerUp, now: float) -> None:
-        address = self.fleet.known.get(event.worker_id)
-        if address is None or address.epoch != event.epoch:
-            return
-        self._lose(event.worker_id, now)
-        worker = Worker(
-            address,
-            model=CostModel(self._prior, bias=self.config.estimate_bias),
-            link=link_to(address, self.config),
-            tie_hash=xxhash.xxh3_64_intdigest(event.worker_id.encode(), seed=self._tie_seed),
-            stale_s=self.config.snapshot_stale_s,
-            settle_s=self.config.booking_settle_s,
-        )
-        if (lender := self.fleet.lender_for(address)) is not None:
-            worker.borrow_cost(lender.model.fitted)
-        self.fleet.add(worker)
-        self.index.join(event.worker_id, event.epoch)
-        self._commands.append(ToWorker(worker_id=event.worker_id, message=Subscribe(snapshots=True, kv_events=True, next_event_number=0)))
-        self.policy.observe(WorkerJoined(worker_id=event.worker_id, role=address.role), now)
-
-    def _worker_down(self, event: WorkerDown, now: float) -> None:
-        worker = self.fleet.get(event.worker_id)
-        if worker is not None and worker.epoch == event.epoch:
-            self._lose(event.worker_id, now)
-
-    def _lose(self, worker_id: WorkerId, now: float) -> None:
-        """The worker leaves the fleet with its holds and its prefixes; what else its requests hold ends with their Done."""
-        worker = self.fleet.remove(worker_id)
-        if worker is None:
-            return
-        for key, phase in list(worker.holds):
-            self.bookings.release(key, phase)
-        self.index.leave(worker_id)
-        self._resync_asked_s.pop(worker_id, None)
-        self.counters["workers_left"] += 1
-        self.policy.observe(WorkerLeft(worker_id=worker_id), now)
-
-    def _from_worker(self, event: FromWorker, now: float) -> None:
-        worker = self.fleet.get(event.worker_id)
-        if worker is None or worker.epoch != event.epoch:
-            return
-        message = event.message
-        if isinstance(message, SnapshotFrame):
-            self._take_snapshot(worker, message, now)
-        elif isinstance(message, KvEvents):
-            taken, complete = self.index.apply(message)
-            if taken:
-                self.policy.observe(KvChanged(worker_id=worker.worker_id, events=taken), now)
-            if complete:
-                self._resync_asked_s.pop(worker.worker_id, None)
-            else:
-                self._ask_resync(worker.worker_id, now)
-        elif self.index.replace(message):
-            self._resync_asked_s.pop(worker.worker_id, None)
-            number = message.next_event_number - 1
-            cleared, stored = AllBlocksCleared(number=number), BlocksStored(number=number, parent=b"", hashes=message.hashes)
-            in_host = BlocksStored(number=number, parent=b"", hashes=message.host_hashes, tier=Tier.HOST)
-            events = (cleared, stored, in_host) if message.host_hashes else (cleared, stored)
-            self.policy.observe(KvChanged(worker_id=worker.worker_id, events=events), now)
-
-    def _take_snapshot(self, worker: Worker, frame: SnapshotFrame, now: float) -> None:
-        snapshot = frame.snapshot
-        if snapshot.worker_id != worker.worker_id or snapshot.epoch != worker.epoch:
-            return
-        before = (worker.role, worker.state)
-        if worker.take_snapshot(snapshot, now, refit_interval_s=self.config.refit_interval_s):
-            self.fleet.lend_cost(worker)
-        if (worker.role, worker.state) != before:
-            self.fleet.changed()
-        if self.index.missed_tail(worker.worker_id, snapshot.last_event_number):
-            self._ask_resync(worker.worker_id, now)
-        if worker.state is WorkerState.READY:
-            self._unstrand(worker.address.model_id)
-            self._pump(worker.address.model_id, now)
-
-    def _ask_resync(self, worker_id: WorkerId, now: float) -> None:
-        """Ask for the events from the first missing one; the worker answers with them or with everything it holds."""
-        asked_s = self._resync_asked_s.get(worker_id)
-        if asked_s is not None and now - asked_s < self.config.resync_interval_s:
-            return
-        self._resync_asked_s[worker_id] = now
-        self.counters["resyncs"] += 1
-        number = self.index.next_number(worker_id)
-        self._commands.append(ToWorker(worker_id=worker_id, message=Subscribe(snapshots=True, kv_events=True, next_event_number=number)))
+    def _end_all_of(self, gateway: str) -> None:
+        for booking in [b for b in self.bookings if b.gateway == gateway]:
+            self.bookings.end(booking.key)
 
     # --- time ---
 
@@ -334,13 +238,12 @@ class RouterCore:
         self.index.expire(now)
         for key in self.bookings.overdue(now):
             self.counters["bookings_expired"] += 1
-            self._free(key, ended=False)
+            self.bookings.drop(key)
         for gateway in [g for g, until_s in self._lost_gateways.items() if until_s <= now]:
             del self._lost_gateways[gateway]
             self._gateway_epochs.pop(gateway, None)
-            self._free_all_of(gateway)
-        for worker_id in list(self._resync_asked_s):
-            self._ask_resync(worker_id, now)
+            self._end_all_of(gateway)
+        self.reports.tick(now)
         self._refuse_overdue(now)
         self.policy.observe(PolicyTick(), now)
         for wish in self.policy.commands(now):
@@ -360,6 +263,10 @@ class RouterCore:
             self._refuse(waiting.gateway, admission.refusal_without_worker(waiting.place, now - waiting.since_s))
 
     # --- the queue ---
+
+    def _worker_is_ready(self, model_id: str, now: float) -> None:
+        self._unstrand(model_id)
+        self._pump(model_id, now)
 
     def _queue(self, model_id: str) -> FairQueue:
         if model_id not in self.queues:
@@ -407,7 +314,7 @@ class RouterCore:
                 del self.stranded[waiting.key]
                 self._queue(model_id).push(waiting, first=True)
 
-    # --- bookings ---
+    # --- booking ---
 
     def _book(self, waiting: Waiting, choice: Choice, predicted_output_tokens: int, now: float) -> None:
         place, key, prefill, decode = waiting.place, waiting.key, choice.prefill, choice.decode
@@ -451,8 +358,6 @@ class RouterCore:
                 holds={Phase.PREFILL: prefill_hold, Phase.DECODE: decode_hold},
             )
         )
-        prefill.add_hold(prefill_hold, now, pending=False)
-        decode.add_hold(decode_hold, now, pending=choice.is_split)
         prefill.note_booked(place.num_tokens, choice.cached_tokens)
         self._num_choices += 1
         prefill.last_chosen = decode.last_chosen = self._num_choices
@@ -462,29 +367,6 @@ class RouterCore:
         self._commands.append(ToGateway(gateway=waiting.gateway, message=Assigned(assignment=assignment)))
         booked = Booked(request=place, prefill_worker=prefill.worker_id, decode_worker=decode.worker_id, cached_tokens=choice.cached_tokens)
         self.policy.observe(booked, now)
-
-    def _release(self, key: AttemptKey, phase: Phase) -> None:
-        hold = self.bookings.release(key, phase)
-        worker = self.fleet.get(hold.worker_id) if hold is not None else None
-        if hold is not None and worker is not None:
-            worker.remove_hold(hold)
-
-    def _free(self, key: AttemptKey, *, ended: bool = True) -> Booking | None:
-        """End a booking with all its holds. `ended`: the attempt is over, and a Place that comes late is ignored."""
-        booking = self.bookings.end(key) if ended else self.bookings.get(key)
-        if booking is None:
-            return None
-        for hold in list(booking.holds.values()):
-            worker = self.fleet.get(hold.worker_id)
-            if worker is not None:
-                worker.remove_hold(hold)
-            if not ended:
-                self.bookings.release(key, hold.phase)
-        return booking
-
-    def _free_all_of(self, gateway: str) -> None:
-        for booking in [b for b in self.bookings if b.gateway == gateway]:
-            self._free(booking.key)
 
     # --- saying ---
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from protocol.messages import Membership
 from protocol.request import AttemptKey
 from protocol.worker import Role, WorkerAddress, WorkerId, WorkerSnapshot, WorkerState
-from router.bookings import Hold, Phase, Tally
 from router.cost_model import CostModel, StepCost, Work
+from router.holds import Hold, Phase, Tally
 from router.link_cost import LinkCost
 
 HoldKey = tuple[AttemptKey, Phase]

@@ -22,8 +22,6 @@ COUNTERS = (
     "refused_429",
     "refused_503",
     "bookings_expired",
-    "workers_left",
-    "resyncs",
 )
 NUM_ASSIGNMENTS_SHOWN = 64
 
@@ -53,7 +51,7 @@ def document(core: RouterCore, now: float) -> dict[str, object]:
             "dropped": index.num_dropped,
             "gaps": index.num_gaps,
         },
-        "counters": dict(core.counters),
+        "counters": core.counters | {"workers_left": core.reports.num_left, "resyncs": core.reports.num_resyncs},
         "notes": notes(core),
         "workers": [_worker(worker, now) for worker in core.fleet],
         "assignments": [_assignment(a) for a in list(core.explained)[-NUM_ASSIGNMENTS_SHOWN:]],

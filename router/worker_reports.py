@@ -1,0 +1,151 @@
+"""What workers say, turned into what the router believes: who is there, how busy, and which prefixes lie where.
+
+link up ──► join, Subscribe ──► snapshots ──► load, cost model, link cost
+                           └──► KV events ──► index      a gap ──► Subscribe from the first missing number, again each second
+link down, another epoch, out of the directory ──► holds and prefixes go
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+import xxhash
+
+from protocol.messages import KvEvents, Membership, SnapshotFrame, Subscribe
+from protocol.worker import AllBlocksCleared, BlocksStored, Tier, WorkerId, WorkerState
+from router.bookings import Bookings
+from router.config import RouterConfig
+from router.cost_model import CostModel, StepCost
+from router.events import Command, FromWorker, ToWorker, WorkerDown, WorkerUp
+from router.fleet import Fleet, Worker
+from router.guarded_policy import GuardedPolicy
+from router.link_cost import link_to
+from router.policies.api import KvChanged, WorkerJoined, WorkerLeft
+from router.prefix_index import PrefixIndex
+
+
+class WorkerReports:
+    """Keeps fleet, index and bookings in step with the workers, and tells the policy."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        fleet: Fleet,
+        index: PrefixIndex,
+        bookings: Bookings,
+        policy: GuardedPolicy,
+        rng: Random,
+        prior: StepCost,
+        say: Callable[[Command], None],
+        on_ready: Callable[[str, float], None],
+    ) -> None:
+        """prior: seconds of work before anything was measured. on_ready(model_id, now): a worker of the model may take requests."""
+        self._config = config
+        self._fleet = fleet
+        self._index = index
+        self._bookings = bookings
+        self._policy = policy
+        self._tie_seed = rng.getrandbits(64)
+        self._prior = prior
+        self._say = say
+        self._on_ready = on_ready
+        self._resync_asked_s: dict[WorkerId, float] = {}
+        self.num_left = 0
+        self.num_resyncs = 0
+
+    def take_membership(self, membership: Membership, now: float) -> None:
+        for worker_id in self._fleet.take_membership(membership):
+            self._lose(worker_id, now)
+
+    def up(self, event: WorkerUp, now: float) -> None:
+        address = self._fleet.known.get(event.worker_id)
+        if address is None or address.epoch != event.epoch:
+            return
+        self._lose(event.worker_id, now)
+        worker = Worker(
+            address,
+            model=CostModel(self._prior, bias=self._config.estimate_bias),
+            link=link_to(address, self._config),
+            tie_hash=xxhash.xxh3_64_intdigest(event.worker_id.encode(), seed=self._tie_seed),
+            stale_s=self._config.snapshot_stale_s,
+            settle_s=self._config.booking_settle_s,
+        )
+        if (lender := self._fleet.lender_for(address)) is not None:
+            worker.borrow_cost(lender.model.fitted)
+        self._fleet.add(worker)
+        self._index.join(event.worker_id, event.epoch)
+        self._subscribe(event.worker_id, 0)
+        self._policy.observe(WorkerJoined(worker_id=event.worker_id, role=address.role), now)
+
+    def down(self, event: WorkerDown, now: float) -> None:
+        worker = self._fleet.get(event.worker_id)
+        if worker is not None and worker.epoch == event.epoch:
+            self._lose(event.worker_id, now)
+
+    def receive(self, event: FromWorker, now: float) -> None:
+        worker = self._fleet.get(event.worker_id)
+        if worker is None or worker.epoch != event.epoch:
+            return
+        message = event.message
+        if isinstance(message, SnapshotFrame):
+            self._take_snapshot(worker, message, now)
+        elif isinstance(message, KvEvents):
+            taken, complete = self._index.apply(message)
+            if taken:
+                self._policy.observe(KvChanged(worker_id=worker.worker_id, events=taken), now)
+            if complete:
+                self._resync_asked_s.pop(worker.worker_id, None)
+            else:
+                self._ask_resync(worker.worker_id, now)
+        elif self._index.replace(message):
+            self._resync_asked_s.pop(worker.worker_id, None)
+            number = message.next_event_number - 1
+            cleared, stored = AllBlocksCleared(number=number), BlocksStored(number=number, parent=b"", hashes=message.hashes)
+            in_host = BlocksStored(number=number, parent=b"", hashes=message.host_hashes, tier=Tier.HOST)
+            events = (cleared, stored, in_host) if message.host_hashes else (cleared, stored)
+            self._policy.observe(KvChanged(worker_id=worker.worker_id, events=events), now)
+
+    def tick(self, now: float) -> None:
+        """Ask again where an answer is owed."""
+        for worker_id in list(self._resync_asked_s):
+            self._ask_resync(worker_id, now)
+
+    def _take_snapshot(self, worker: Worker, frame: SnapshotFrame, now: float) -> None:
+        snapshot = frame.snapshot
+        if snapshot.worker_id != worker.worker_id or snapshot.epoch != worker.epoch:
+            return
+        before = (worker.role, worker.state)
+        if worker.take_snapshot(snapshot, now, refit_interval_s=self._config.refit_interval_s):
+            self._fleet.lend_cost(worker)
+        if (worker.role, worker.state) != before:
+            self._fleet.changed()
+        if self._index.missed_tail(worker.worker_id, snapshot.last_event_number):
+            self._ask_resync(worker.worker_id, now)
+        if worker.state is WorkerState.READY:
+            self._on_ready(worker.address.model_id, now)
+
+    def _ask_resync(self, worker_id: WorkerId, now: float) -> None:
+        """Ask for the events from the first missing one; the worker answers with them or with everything it holds."""
+        asked_s = self._resync_asked_s.get(worker_id)
+        if asked_s is not None and now - asked_s < self._config.resync_interval_s:
+            return
+        self._resync_asked_s[worker_id] = now
+        self.num_resyncs += 1
+        self._subscribe(worker_id, self._index.next_number(worker_id))
+
+    def _subscribe(self, worker_id: WorkerId, next_event_number: int) -> None:
+        message = Subscribe(snapshots=True, kv_events=True, next_event_number=next_event_number)
+        self._say(ToWorker(worker_id=worker_id, message=message))
+
+    def _lose(self, worker_id: WorkerId, now: float) -> None:
+        """The worker leaves the fleet with its holds and its prefixes."""
+        worker = self._fleet.remove(worker_id)
+        if worker is None:
+            return
+        self._bookings.drop_worker(worker)
+        self._index.leave(worker_id)
+        self._resync_asked_s.pop(worker_id, None)
+        self.num_left += 1
+        self._policy.observe(WorkerLeft(worker_id=worker_id), now)
