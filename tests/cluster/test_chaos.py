@@ -35,6 +35,7 @@ LEAST_IN_PHASE = 8
 PHASE_TIMEOUT_S = 60.0
 LINGER_S_MAX = 0.02
 REPEATS = 10
+KILLS_TRIED = 3
 
 PACED = {
     "model": "demo",
@@ -106,35 +107,54 @@ async def test_streams_survive_kill_of_a_source_over_tcp(paced_over_tcp: Serving
 
 
 async def disturb(serving: Serving, phase: Phase, seed: int, *, memory_outlives_owner: bool = True) -> None:
-    """One run with one kill, judged against the undisturbed run."""
+    """Runs with one kill each, judged against the undisturbed run, until a kill took something with it.
+
+    On a busy machine the victim may have handed on all it had between the look at it and its end; such a run is judged like any other.
+    """
     if serving.port not in undisturbed:
-        undisturbed[serving.port] = await play(serving, bodies("undisturbed"))
-    before = await asyncio.to_thread(serving.workers)
+        undisturbed[serving.port] = Undisturbed(await play(serving, bodies("undisturbed")), len(serving.workers()))
+    # Whoever has the memory of a source mapped can read it after the source's death, if it comes before the news of it.
+    may_lose_nothing = phase is SOURCE and memory_outlives_owner
+    for turn in range(KILLS_TRIED):
+        if await disturb_once(serving, phase, f"{seed} {turn}" if turn else str(seed)) or may_lose_nothing:
+            return
+    raise AssertionError(f"none of {KILLS_TRIED} killed workers had anything to lose: nothing was tested")
+
+
+async def disturb_once(serving: Serving, phase: Phase, name: str) -> float:
+    """How many attempts the kill cost: begun again, or computed again on the decode worker."""
+    reference = undisturbed[serving.port]
     moved_before = await asyncio.to_thread(moved, serving)
     async with stopped(serving, "decode" if phase.held else None) as standing:
-        run = asyncio.create_task(play(serving, bodies(f"{phase.name} {seed}")))
-        pid = await kill_during(serving, phase, random.Random(f"{phase.name} {seed}"))
+        run = asyncio.create_task(play(serving, bodies(f"{phase.name} {name}")))
+        pid = await kill_during(serving, phase, random.Random(f"{phase.name} {name}"))
         standing.discard(pid)
     ledgers = await run
     problems = [
         f"request {index}: {problem}"
-        for index, (ledger, reference) in enumerate(zip(ledgers, undisturbed[serving.port], strict=True))
-        for problem in [*ledger.broken_promises, *difference(ledger, reference)]
+        for index, (ledger, expected) in enumerate(zip(ledgers, reference.ledgers, strict=True))
+        for problem in [*ledger.broken_promises, *difference(ledger, expected)]
     ]
     assert not problems, "\n".join(problems[:10])
     began_again, recomputed = (b - a for a, b in zip(moved_before, await asyncio.to_thread(moved, serving), strict=True))
     print(f"attempts that began again: {began_again:.0f}, prompts computed again on the decode worker: {recomputed:.0f}")
-    # Whoever has the memory of a source mapped can read it after the source's death, if it comes before the news of it.
-    may_lose_nothing = phase is SOURCE and memory_outlives_owner
-    assert began_again + recomputed >= 1 or may_lose_nothing, "the killed worker had nothing to lose: nothing was tested"
-    after = await asyncio.to_thread(serving.wait_at_rest, num_workers=len(before))
+    after = await asyncio.to_thread(serving.wait_at_rest, num_workers=reference.num_workers)
     assert pid not in {row["pid"] for row in after.values()}
     killed = process_id(pid)
     assert killed is None or not killed.is_alive
+    return began_again + recomputed
 
 
-undisturbed: dict[int, list[Ledger]] = {}
-"""The run without a kill, by port of the server."""
+@dataclass(frozen=True, slots=True)
+class Undisturbed:
+    """The run without a kill, and how many workers a whole cluster has."""
+
+    ledgers: list[Ledger]
+    num_workers: int
+
+
+undisturbed: dict[int, Undisturbed] = {}
+"""By port of the server."""
 
 
 def bodies(cache_salt: str) -> list[dict[str, Any]]:
