@@ -279,12 +279,11 @@ class PrefixIndex:
 
     def _name(self, mask: int, depth: int, tokens: dict[WorkerId, int]) -> None:
         """The workers of `mask` hold `depth` blocks."""
-        num_tokens, group = depth * HASH_BLOCK_SIZE_TOKENS, 0
-        for bits in mask.to_bytes((mask.bit_length() + 7) // 8, "little"):
+        num_tokens = depth * HASH_BLOCK_SIZE_TOKENS
+        for group, bits in enumerate(mask.to_bytes((mask.bit_length() + 7) // 8, "little")):
             if bits:
                 for worker_id in self._named.get((group, bits)) or self._workers_of(group, bits):
                     tokens[worker_id] = num_tokens
-            group += 1
 
     def _workers_of(self, group: int, bits: int) -> tuple[WorkerId, ...]:
         of_group = self._slots[group * _GROUP_BITS : (group + 1) * _GROUP_BITS]
