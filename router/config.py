@@ -55,6 +55,7 @@ class RouterConfig:
     gateway_grace_s: float = _bounded(2.0, 0.0)  # bookings of a lost gateway end after this, as workers cancel its requests
     speculative_ttl_s: float = _bounded(2.0, 0.0)
     index_max_bytes: int = _bounded(512 << 20, 0)
+    index_prefix_closed: bool = True  # no worker holds a block without its parents, as ours promise; false for engines that do not
     resync_interval_s: float = _bounded(1.0, 0.0)
 
     # Estimates

@@ -65,7 +65,9 @@ class RouterCore:
     def __init__(self, config: RouterConfig, *, policy: PlacementPolicy, rng: Random, prior: StepCost | None = None) -> None:
         self.config = config
         self.fleet = Fleet()
-        self.index = PrefixIndex(max_bytes=config.index_max_bytes, speculative_ttl_s=config.speculative_ttl_s)
+        self.index = PrefixIndex(
+            max_bytes=config.index_max_bytes, speculative_ttl_s=config.speculative_ttl_s, prefix_closed=config.index_prefix_closed
+        )
         self.bookings = Bookings(self.fleet, ttl_s=config.booking_ttl_s)
         self.policy = GuardedPolicy(policy, name=policies.split(config.policy)[0], rng=rng, penalty_s=config.policy_penalty_s)
         self.queues: dict[str, FairQueue] = {}

@@ -2,8 +2,15 @@
 
     masks[hash] = set of workers as the bits of one int; bit i belongs to the worker in slot i
 
-A match walks the request's hash chain and keeps the workers that hold every block so far, so it is exact even when a worker
-holds a block without its parents. The walk runs at C speed in strides and stops at the first stride nobody survives.
+A match finds for each worker how many leading blocks of a chain it holds, in one of two ways:
+
+    search   where no worker holds a block without its parents, the masks only lose bits along the chain: halved again and again
+             wherever two ends differ, it shows the depth of all workers at once, in some 10 looks where a walk takes 256.
+    walk     along the whole chain, keeping who holds every block so far: exact whatever the workers hold. It runs at C speed in
+             strides and stops at the first stride nobody survives.
+
+Our workers evict children before their parents and tell parents before their children; a guess is a chain from its start. So the walk
+is for foreign engines, for a worker of whose blocks some were not taken or not told, and for chains with blocks in a host tier.
 """
 
 from __future__ import annotations
@@ -19,11 +26,12 @@ from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.messages import KvEvents, KvSnapshot
 from protocol.worker import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Tier, WorkerId
 
-# CPython 3.11, 64 workers: the hash (49), a slot of a dict at its usual load (about 55), the mask (36).
-ENTRY_BYTES = 140
-# A slot of a set at its usual load: one (worker, hash).
-PAIR_BYTES = 40
-_STRIDE = 64
+# By tracemalloc on CPython 3.11, over 0.3 to 1 M blocks of 64 and of 1,024 workers (`baton bench router`): 145 to 170 bytes for a
+# block of one worker, 95 to 110 for each further worker. Tables are between one and two thirds full; neighbours in a chain share a mask.
+ENTRY_BYTES = 60  # a slot of a dict
+PAIR_BYTES = 110  # one (worker, hash): the hash as that worker told it and a slot of a set; for a guess a slot of a dict
+_STRIDE = 64  # of the walk
+_GROUP_BITS = 8  # slots whose workers are named together
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,14 +41,11 @@ class _Holdings:
     worker_id: WorkerId
     epoch: int
     slot: int
+    bit: int
     next_number: int | None = None  # None: whatever comes first
     device: set[bytes] = field(default_factory=set)
     host: set[bytes] = field(default_factory=set)
     guesses: dict[bytes, float] = field(default_factory=dict)  # hash -> when the guess ends
-
-    @property
-    def bit(self) -> int:
-        return 1 << self.slot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,16 +60,20 @@ class PrefixIndex:
     """The router's picture of every prefix cache, bounded by `max_bytes` (by estimate).
 
     When it is full, new entries are not taken and counted in `num_dropped`: a match may then be too short, never wrong.
+    `prefix_closed`: the workers' events promise that none ever holds a block without its parents.
     """
 
-    def __init__(self, *, max_bytes: int, speculative_ttl_s: float) -> None:
+    def __init__(self, *, max_bytes: int, speculative_ttl_s: float, prefix_closed: bool = False) -> None:
         self._max_bytes = max_bytes
         self._ttl_s = speculative_ttl_s
+        self._prefix_closed = prefix_closed
         self._device: dict[bytes, int] = {}
         self._host: dict[bytes, int] = {}
         self._holdings: dict[WorkerId, _Holdings] = {}
         self._slots: list[_Holdings | None] = []
         self._live = 0
+        self._open = 0  # workers that may be believed to hold a block and not its parents, for what was not taken or not told
+        self._named: dict[tuple[int, int], tuple[WorkerId, ...]] = {}  # (group of slots, bits in it): who they are
         self._num_pairs = 0
         self._guesses: deque[tuple[float, _Holdings, Sequence[bytes]]] = deque()
         self._unmarked: list[tuple[float, _Holdings, Sequence[bytes], int]] = []  # (end, who, chain, blocks marked already)
@@ -79,9 +88,10 @@ class PrefixIndex:
         slot = next((i for i, h in enumerate(self._slots) if h is None), len(self._slots))
         if slot == len(self._slots):
             self._slots.append(None)
-        holdings = _Holdings(worker_id=worker_id, epoch=epoch, slot=slot)
+        holdings = _Holdings(worker_id=worker_id, epoch=epoch, slot=slot, bit=1 << slot)
         self._slots[slot] = self._holdings[worker_id] = holdings
         self._live |= holdings.bit
+        self._named.clear()
 
     def leave(self, worker_id: WorkerId) -> None:
         self.catch_up()
@@ -95,6 +105,7 @@ class PrefixIndex:
         holdings.guesses.clear()
         self._live &= ~holdings.bit
         self._slots[holdings.slot] = None
+        self._named.clear()
 
     def next_number(self, worker_id: WorkerId) -> int:
         """Of the first KV event not seen from this worker; 0 when none was."""
@@ -119,6 +130,8 @@ class PrefixIndex:
             if holdings.next_number is not None and event.number > holdings.next_number:
                 self.num_gaps += 1
                 return tuple(taken), False
+            if holdings.next_number is None and event.number > 1:
+                self._open |= holdings.bit  # it told of the parents to somebody else
             holdings.next_number = event.number + 1
             if isinstance(event, BlocksStored):
                 self._store(holdings, event.hashes, event.tier)
@@ -137,6 +150,7 @@ class PrefixIndex:
         self.catch_up()
         self._remove(holdings, holdings.device.difference(frame.hashes), Tier.DEVICE)
         self._remove(holdings, holdings.host.difference(frame.host_hashes), Tier.HOST)
+        self._open &= ~holdings.bit
         self._store(holdings, frame.hashes, Tier.DEVICE)
         self._store(holdings, frame.host_hashes, Tier.HOST)
         holdings.next_number = frame.next_event_number
@@ -163,15 +177,19 @@ class PrefixIndex:
         """Mark what was speculated: some 30 us for a prompt of 4k tokens, so better done once the answer is out."""
         unmarked, self._unmarked = self._unmarked, []
         for expires_s, holdings, hashes, num_held in unmarked:
-            if self.size_bytes + (len(hashes) - num_held) * (ENTRY_BYTES + PAIR_BYTES) > self._max_bytes:
+            if self.size_bytes + (len(hashes) - num_held) * ENTRY_BYTES + len(hashes) * PAIR_BYTES > self._max_bytes:
                 self.num_dropped += len(hashes)
                 continue
             num_before = len(holdings.guesses)
             holdings.guesses.update(dict.fromkeys(hashes, expires_s))
             self._num_pairs += len(holdings.guesses) - num_before
             self._guesses.append((expires_s, holdings, hashes))
-            new, masks = hashes[num_held:], self._device
-            masks.update(zip(new, map(or_, map(masks.get, new, repeat(0)), repeat(holdings.bit)), strict=False))
+            new, masks, bit = hashes[num_held:], self._device, holdings.bit
+            before = list(map(masks.get, new))
+            if before.count(None) == len(before):
+                masks.update(dict.fromkeys(new, bit))  # one int for all of them
+            else:
+                masks.update(zip(new, map(or_, map(masks.get, new, repeat(0)), repeat(bit)), strict=False))
 
     def expire(self, now: float) -> None:
         """Drop guesses whose time is over."""
@@ -191,12 +209,12 @@ class PrefixIndex:
     def match(self, hashes: Sequence[bytes]) -> Match:
         """Cached leading tokens by worker."""
         self.catch_up()
-        device = self._depths(hashes, self._device)
-        if not self._host:
-            return Match(device_tokens=device, total_tokens=device)
+        tokens = self._search(hashes) if self._prefix_closed and not self._open else self._walk(hashes, self._device)
+        if not self._host or self._host.keys().isdisjoint(hashes):
+            return Match(device_tokens=tokens, total_tokens=tokens)
         get_device, get_host = self._device.get, self._host.get
         either = {h: get_device(h, 0) | get_host(h, 0) for h in hashes}
-        return Match(device_tokens=device, total_tokens=self._depths(hashes, either))
+        return Match(device_tokens=tokens, total_tokens=self._walk(hashes, either))
 
     def confirmed_tokens(self, worker_id: WorkerId, hashes: Sequence[bytes], num_tokens: int) -> int:
         """How many of the first `num_tokens`, which `match` believes to be there, the worker itself has told of: no guesses."""
@@ -204,8 +222,9 @@ class PrefixIndex:
         if holdings is None:
             return 0
         device, num_blocks = holdings.device, num_tokens // HASH_BLOCK_SIZE_TOKENS
-        # A worker holds no block without its parents, so what it told of is a beginning.
-        return bisect_left(range(num_blocks), True, key=lambda index: hashes[index] not in device) * HASH_BLOCK_SIZE_TOKENS
+        if self._prefix_closed and not self._open & holdings.bit:  # what it told of is a beginning
+            return bisect_left(range(num_blocks), True, key=lambda index: hashes[index] not in device) * HASH_BLOCK_SIZE_TOKENS
+        return next((i for i in range(num_blocks) if hashes[i] not in device), num_blocks) * HASH_BLOCK_SIZE_TOKENS
 
     @property
     def num_entries(self) -> int:
@@ -215,10 +234,35 @@ class PrefixIndex:
     def size_bytes(self) -> int:
         return self.num_entries * ENTRY_BYTES + self._num_pairs * PAIR_BYTES
 
-    def _depths(self, hashes: Sequence[bytes], masks: dict[bytes, int]) -> dict[WorkerId, int]:
+    def _search(self, hashes: Sequence[bytes]) -> dict[WorkerId, int]:
         tokens: dict[WorkerId, int] = {}
-        alive = self._live
-        get = masks.get
+        get = self._device.get
+        first = get(hashes[0], 0) if hashes else 0
+        if not first:
+            return tokens
+        last = get(hashes[-1], 0)
+        # Runs of blocks whose ends differ in their holders, the leftmost on top: (low, high, holders of low, holders of high).
+        runs = [(0, len(hashes) - 1, first, last)] if first != last else []
+        while runs:
+            low, high, before, after = runs.pop()
+            while high - low > 1:
+                middle = (low + high) >> 1
+                mask = get(hashes[middle], 0)
+                if mask == before:
+                    low = middle
+                else:
+                    if mask != after:
+                        runs.append((middle, high, mask, after))
+                    high, after = middle, mask
+            self._name(before & ~after, high, tokens)
+        self._name(last, len(hashes), tokens)
+        return tokens
+
+    def _walk(self, hashes: Sequence[bytes], masks: dict[bytes, int]) -> dict[WorkerId, int]:
+        tokens: dict[WorkerId, int] = {}
+        if not hashes or hashes[0] not in masks:
+            return tokens
+        alive, get = self._live, masks.get
         for start in range(0, len(hashes), _STRIDE):
             # survivors[i]: workers that hold every block before start + i
             survivors = list(accumulate(map(get, hashes[start : start + _STRIDE], repeat(0)), and_, initial=alive))
@@ -230,34 +274,45 @@ class PrefixIndex:
             alive = survivors[-1]
             if not alive:
                 return tokens
-        if hashes:
-            self._name(alive, len(hashes), tokens)
+        self._name(alive, len(hashes), tokens)
         return tokens
 
     def _name(self, mask: int, depth: int, tokens: dict[WorkerId, int]) -> None:
-        while mask:
-            low = mask & -mask
-            mask ^= low
-            holdings = self._slots[low.bit_length() - 1]
-            assert holdings is not None, "a bit of a worker that left"
-            tokens[holdings.worker_id] = depth * HASH_BLOCK_SIZE_TOKENS
+        """The workers of `mask` hold `depth` blocks."""
+        num_tokens = depth * HASH_BLOCK_SIZE_TOKENS
+        for group, bits in enumerate(mask.to_bytes((mask.bit_length() + 7) // 8, "little")):
+            if bits:
+                for worker_id in self._named.get((group, bits)) or self._workers_of(group, bits):
+                    tokens[worker_id] = num_tokens
+
+    def _workers_of(self, group: int, bits: int) -> tuple[WorkerId, ...]:
+        of_group = self._slots[group * _GROUP_BITS : (group + 1) * _GROUP_BITS]
+        assert all(holdings is not None for i, holdings in enumerate(of_group) if bits >> i & 1), "a bit of a worker that left"
+        names = tuple([holdings.worker_id for i, holdings in enumerate(of_group) if bits >> i & 1 and holdings is not None])
+        self._named[group, bits] = names
+        return names
 
     # --- changing ---
 
     def _store(self, holdings: _Holdings, hashes: Iterable[bytes], tier: Tier) -> None:
         masks, held = (self._device, holdings.device) if tier is Tier.DEVICE else (self._host, holdings.host)
-        bit = holdings.bit
+        get, bit = masks.get, holdings.bit
         room = (self._max_bytes - self.size_bytes) // (ENTRY_BYTES + PAIR_BYTES)
+        before, after = None, bit  # neighbours in a chain mostly have the same holders, and then share one int
         for h in hashes:
             if h in held:
                 continue
             if room <= 0:
                 self.num_dropped += 1
+                self._open |= bit  # a child may yet come
                 continue
             room -= 1
             held.add(h)
             self._num_pairs += 1
-            masks[h] = masks.get(h, 0) | bit
+            mask = get(h)
+            if mask is not before:
+                before, after = mask, bit if mask is None else mask | bit
+            masks[h] = after
 
     def _remove(self, holdings: _Holdings, hashes: Iterable[bytes], tier: Tier) -> None:
         masks, held = (self._device, holdings.device) if tier is Tier.DEVICE else (self._host, holdings.host)
@@ -272,6 +327,7 @@ class PrefixIndex:
     def _clear(self, holdings: _Holdings) -> None:
         self._remove(holdings, list(holdings.device), Tier.DEVICE)
         self._remove(holdings, list(holdings.host), Tier.HOST)
+        self._open &= ~holdings.bit
 
 
 def _clear_bit(masks: dict[bytes, int], h: bytes, bit: int) -> None:

@@ -1,20 +1,18 @@
-"""Laws of the router under any order of events: nothing leaks, the index tells the truth, service is fair, runs repeat."""
+"""Laws of the router under any order of events: nothing leaks, service is fair, runs repeat."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.messages import Assigned, KvEvents, KvSnapshot, Place, Refused
+from protocol.messages import Assigned, Place, Refused
 from protocol.request import AttemptKey
-from protocol.worker import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Role, WorkerState
+from protocol.worker import Role, WorkerState
 from router import policies
 from router.events import Command, GatewayDown, GatewayUp, ToGateway
-from router.prefix_index import PrefixIndex
 from router.queue import FairQueue, Waiting
 from tests.unit.router.router_world import World, address, chain, place
 
@@ -140,134 +138,6 @@ def test_the_same_events_and_seed_give_the_same_commands(steps: list[tuple[str, 
     """Seen to fail with `tie_hash` taken from the interpreter's `id`."""
     first, second = (play(World(ROLES, policy=policies.load(policy), seed=seed), steps) for _ in range(2))
     assert first == second
-
-
-# --- the prefix index -------------------------------------------------------------------------------------------------
-
-CHAINS = [chain(("chain", i), 12) for i in range(2)]
-CHAINS.append(CHAINS[0][:6] + chain("branch", 6, parent=CHAINS[0][5]))
-
-
-@dataclass
-class Truth:
-    """A worker's cache as a plain set, the events it has sent, and what a naive listener makes of those delivered."""
-
-    held: set[bytes] = field(default_factory=set)
-    log: list[KvEvent] = field(default_factory=list)
-    believed: set[bytes] = field(default_factory=set)
-    next_number: int = 1
-    guesses: list[tuple[float, set[bytes]]] = field(default_factory=list)
-
-    def happen(self, event: KvEvent) -> None:
-        self.log.append(event)
-        apply(self.held, event)
-
-    def hear(self, events: list[KvEvent]) -> bool:
-        for event in events:
-            if event.number == self.next_number:
-                apply(self.believed, event)
-                self.next_number += 1
-            elif event.number > self.next_number:
-                return False
-        return True
-
-    def expects(self, h: bytes, now: float) -> bool:
-        return h in self.believed or any(until > now and h in hashes for until, hashes in self.guesses)
-
-
-def apply(held: set[bytes], event: KvEvent) -> None:
-    if isinstance(event, BlocksStored):
-        held.update(event.hashes)
-    elif isinstance(event, BlocksRemoved):
-        held.difference_update(event.hashes)
-    else:
-        held.clear()
-
-
-def depth(hashes: tuple[bytes, ...], holds: object) -> int:
-    return next((i for i, h in enumerate(hashes) if not holds(h)), len(hashes))  # type: ignore[operator]
-
-
-index_operations = st.lists(
-    st.tuples(
-        st.sampled_from(("store", "store", "remove", "clear", "lose", "resync", "snapshot", "guess", "guess", "time", "rejoin")),
-        st.integers(0, 1),
-        st.sampled_from((0, 2)),
-        st.integers(0, 12),
-        st.integers(0, 12),
-    ),
-    min_size=10,
-    max_size=60,
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(index_operations)
-def test_index_equals_a_naive_set_model(steps: list[tuple[str, int, int, int, int]]) -> None:
-    """Under any stores, removals, lost frames, replays, snapshots, guesses and rejoins; and once resynced it equals the workers.
-
-    Seen to fail with a removal that clears the bit of a live guess, and with `>` for `>=` in the guess's end.
-    """
-    index = PrefixIndex(max_bytes=1 << 30, speculative_ttl_s=2.0)
-    truths = {}
-    for name in ("a", "b"):
-        index.join(name, 1)
-        index.replace(KvSnapshot(worker_id=name, epoch=1, next_event_number=1, hashes=(), parents=()))
-        truths[name] = Truth()
-    now = 0.0
-    for operation, w, c, low, high in steps:
-        name, hashes = "ab"[w], CHAINS[c]
-        truth = truths[name]
-        match operation:
-            case "store" | "remove" | "clear" | "lose":
-                number = len(truth.log) + 1
-                event: KvEvent = {
-                    "store": BlocksStored(number=number, parent=b"", hashes=hashes[low:high]),
-                    "remove": BlocksRemoved(number=number, hashes=hashes[low:high]),
-                    "clear": AllBlocksCleared(number=number),
-                    "lose": BlocksStored(number=number, parent=b"", hashes=hashes[:high]),
-                }[operation]
-                truth.happen(event)
-                if operation != "lose":
-                    complete = index.apply(KvEvents(worker_id=name, epoch=1, events=(event,)))[1]
-                    assert complete == truth.hear([event])
-            case "resync":
-                number = index.next_number(name)
-                assert number == truth.next_number
-                events = truth.log[max(0, number - 1 - low) :]  # a replay may begin early
-                assert index.apply(KvEvents(worker_id=name, epoch=1, events=tuple(events)))[1] and truth.hear(events)
-                assert truth.believed == truth.held
-            case "snapshot":
-                resync(index, name, truth)
-            case "guess":
-                num_held = index.match(hashes[:high]).device_tokens.get(name, 0) // 16
-                index.speculate(name, hashes[:high], now, num_held=num_held if low % 2 else 0)
-                truth.guesses.append((now + 2.0, set(hashes[:high])))
-            case "time":
-                now += low / 4
-                index.expire(now)
-            case "rejoin":
-                index.join(name, 1)
-                index.replace(KvSnapshot(worker_id=name, epoch=1, next_event_number=1, hashes=(), parents=()))
-                truths[name] = Truth()
-        for hashes in CHAINS:
-            expected = {n: 16 * d for n, t in truths.items() if (d := depth(hashes, lambda h, t=t: t.expects(h, now)))}
-            assert index.match(hashes).total_tokens == expected
-    index.expire(now + 2.0)
-    for name, truth in truths.items():
-        resync(index, name, truth)
-    for hashes in CHAINS:
-        expected = {n: 16 * d for n, t in truths.items() if (d := depth(hashes, t.held.__contains__))}
-        assert index.match(hashes).total_tokens == expected
-    assert index.num_entries == len(set().union(*(t.held for t in truths.values())))
-
-
-def resync(index: PrefixIndex, name: str, truth: Truth) -> None:
-    number = len(truth.log) + 1
-    index.replace(
-        KvSnapshot(worker_id=name, epoch=1, next_event_number=number, hashes=tuple(sorted(truth.held)), parents=(b"",) * len(truth.held))
-    )
-    truth.believed, truth.next_number = set(truth.held), number
 
 
 # --- fairness ---------------------------------------------------------------------------------------------------------

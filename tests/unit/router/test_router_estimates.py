@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from random import Random
+
 import pytest
 
 from protocol.messages import KvEvents, KvSnapshot
@@ -87,6 +90,29 @@ def test_a_full_index_takes_nothing_more_and_says_so() -> None:
     assert index.match(hashes).total_tokens == {"a": 1600}
     index.speculate("a", chain("y", 10), now=0.0)
     assert index.match(chain("y", 10)).total_tokens == {}
+
+
+@pytest.mark.parametrize("num_holders", [1, 4])
+def test_the_size_that_is_bounded_is_the_memory_taken(num_holders: int) -> None:
+    """Within 30 %: tables are between one and two thirds full. Hashes come as from the wire, each worker with its own objects.
+
+    Seen to fail with PAIR_BYTES at 40, which leaves out those objects.
+    """
+    rng, index = Random(1), index_of(*(f"w{i}" for i in range(8)), max_bytes=1 << 30)
+    tracemalloc.start()
+    try:
+        for number in range(1, 401):
+            hashes = [rng.randbytes(16) for _ in range(128)]
+            for worker in range(num_holders):
+                stored = BlocksStored(number=number, parent=b"", hashes=tuple([bytes(bytearray(h)) for h in hashes]))
+                tell(index, f"w{(number + worker) % 8}", stored)
+            for worker in range(num_holders, 8):
+                tell(index, f"w{(number + worker) % 8}", BlocksStored(number=number, parent=b"", hashes=()))
+        del hashes, stored
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0.7 * index.size_bytes < taken < 1.3 * index.size_bytes
 
 
 def test_a_slot_left_is_taken_again_and_remembers_nothing() -> None:
