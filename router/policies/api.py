@@ -72,6 +72,11 @@ class WorkerView(Protocol):
         ...
 
     @property
+    def num_prefills(self) -> int:
+        """Prompts given to this worker by this router and not computed yet."""
+        ...
+
+    @property
     def num_sequences(self) -> int:
         """Sequences that decode here, wait here, or will come here."""
         ...
