@@ -183,6 +183,7 @@ class PolicyOverran:
 
     duration_s: float
     limit_s: float
+    pool: Pool = Pool.PREFILL  # DECODE: it is the decode pool's own policy
 
 
 PolicyEvent = Booked | FirstToken | Finished | KvChanged | WorkerJoined | WorkerLeft | Tick | PolicyOverran
