@@ -132,7 +132,8 @@ class Cluster:
         self._reaper = Reaper(self._run)
         http = self.config.http
         self._port = ReservedPort(http.host, http.port, locks=self._run.root)  # before anything slow is even imported
-        _check_policy(self.config.router.policy)
+        for spec in filter(None, (self.config.router.policy, self.config.router.decode_policy)):
+            _check_policy(spec)
         with self._phase(Phase.MODEL, f"looking for {self.config.model.path}") as done, guard():
             from control.compose import compose_worker, pinned
 

@@ -107,6 +107,7 @@ FLAGS: tuple[Flag, ...] = (
     _row("Engine", "--offer-early", "workers.offer_early", "Hand KV over layer by layer while prefill still computes."),
     _row("Engine", "--enable-prefix-caching", "workers.enable_prefix_caching", "Reuse the KV of prompts that begin alike."),
     _row("Routing", "--policy", "router.policy", "Placement policy, NAME or NAME:k=v,..."),
+    _row("Routing", "--decode-policy", "router.decode_policy", "Placement policy of the decode pool, where it is another."),
     _row("Routing", "--prefix-pull", "router.prefix_pull", "Pull a prefix from another worker where that beats computing it."),
     _row("Routing", "--kv-transport", "transport.kv_transport", "How KV blocks move: auto, shm, tcp, cuda_ipc, ucx or nccl."),
     _row("Routing", "--kv-digest", "transport.digest_mode", "What of each KV block is compared: off, sampled, full."),

@@ -17,7 +17,7 @@ from gateway.dialect.answers import AnswerShape, ChoiceAnswer, ChunkWriter, Usag
 from gateway.dialect.bodies import COMPLETION_MAX_TOKENS, ChatBody, CompletionBody, template_messages
 from gateway.dialect.parse import parse_body
 from gateway.dialect.sampling import SharedFields, check_limits, sampling_params
-from gateway.http import SSE_DONE, SSE_HEADERS, Exchange, sse_error, sse_event
+from gateway.http import SSE_DONE, SSE_HEADERS, Exchange, client_session, sse_error, sse_event
 from gateway.live import ClientLeft, Feed, LiveRequest
 from gateway.service import GatewayService
 from gateway.text import ChoiceText
@@ -114,6 +114,7 @@ async def _generate(
             tenant=exchange.tenant,
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
+            session=client_session(exchange.headers) or body.prompt_cache_key or body.user or "",
         )
         for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]

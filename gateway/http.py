@@ -149,6 +149,11 @@ def client_request_id(headers: dict[bytes, bytes]) -> bytes | None:
     return given if given and len(given) <= MAX_REQUEST_ID_CHARS and printable else None
 
 
+def client_session(headers: dict[bytes, bytes]) -> str:
+    """The conversation the client says this request belongs to (X-Session-Id); "" when it does not."""
+    return headers.get(b"x-session-id", b"").decode("latin-1").strip()
+
+
 def _too_large(size: int, max_bytes: int) -> RequestTooLarge:
     return RequestTooLarge(f"the body has {size:,} bytes or more; the limit is {max_bytes:,}")
 

@@ -200,8 +200,9 @@ class GatewayService:
         tenant: str,
         priority: int,
         cache_salt: str,
+        session: str = "",
     ) -> LiveRequest:
-        """Accept a request: from here on it has exactly one end, told to `feed`."""
+        """Accept a request: from here on it has exactly one end, told to `feed`. `session`: as the client names the conversation."""
         request = Request(
             request_id=request_id,
             model_id=self._model_id(),
@@ -211,6 +212,7 @@ class GatewayService:
             arrival_s=self.clock(),
             tenant=tenant,
             priority=priority,
+            session=self._session(tenant, session),
         )
         live = LiveRequest(Session(request, self.config), texts, feed, first_index=first_index)
         self._live[request_id] = live
@@ -443,10 +445,16 @@ class GatewayService:
         return next((row.address.fingerprint for _, row in sorted(self.workers.rows.items())), b"")
 
     def _cache_root(self, tenant: str, cache_salt: str) -> bytes:
-        salt = hashlib.blake2b(tenant.encode(), key=self._salt, digest_size=32).digest()
         return cache_root(
-            salt=salt,
+            salt=self._salt_of(tenant),
             fingerprint=self._fingerprint(),
             tokenizer_revision=self.model.tokenizer.revision,
             cache_salt=cache_salt,
         )
+
+    def _session(self, tenant: str, name: str) -> str:
+        """Of one length, and the same only for the same name of the same tenant."""
+        return hashlib.blake2b(name.encode(), key=self._salt_of(tenant), digest_size=16).hexdigest() if name else ""
+
+    def _salt_of(self, tenant: str) -> bytes:
+        return hashlib.blake2b(tenant.encode(), key=self._salt, digest_size=32).digest()

@@ -231,6 +231,7 @@ class Session:
             slo_tpot_s=request.slo.tpot_s,
             excluded=self._lost_workers + self._avoided_workers,
             local_only=len(texts) > 1,
+            session=request.session,
         )
 
     def _begin(self, assignment: Assignment, now: float) -> None:

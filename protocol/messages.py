@@ -237,6 +237,7 @@ class Place:
     slo_tpot_s: float | None
     excluded: tuple[str, ...]  # workers that already failed this request
     local_only: bool  # prefill must run where it decodes (several choices that already differ)
+    session: str = ""  # the same for requests of one conversation, never the same for two tenants; "": the client did not say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,6 +76,7 @@ class Request:
     slo: Slo = field(default_factory=Slo)
     tenant: str = "default"
     priority: int = 0  # lower runs first
+    session: str = ""  # opaque name of the conversation it belongs to; "": the client did not say
 
     @property
     def num_prompt_tokens(self) -> int:

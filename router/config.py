@@ -30,6 +30,7 @@ class RouterConfig:
     """
 
     policy: str = "prefix_cost"  # NAME[:k=v,...] or module:Class[:k=v,...]
+    decode_policy: str = ""  # of the decode pool; empty: `policy` serves both
     disaggregate: Disaggregate = Disaggregate.AUTO
 
     # Waiting

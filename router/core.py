@@ -43,7 +43,7 @@ from router.events import (
     WorkerUp,
 )
 from router.fleet import Fleet, Pools
-from router.guarded_policy import GuardedPolicy
+from router.guarded_policy import GuardedPolicy, PoolPolicies
 from router.holds import Hold, Phase
 from router.placement import Blocked, Choice, Placement
 from router.policies.api import (
@@ -62,25 +62,37 @@ from router.worker_reports import WorkerReports
 class RouterCore:
     """One router. Two cores given the same events, times and `rng` seed give the same commands."""
 
-    def __init__(self, config: RouterConfig, *, policy: PlacementPolicy, rng: Random, prior: StepCost | None = None) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        policy: PlacementPolicy,
+        rng: Random,
+        prior: StepCost | None = None,
+        decode_policy: PlacementPolicy | None = None,
+    ) -> None:
+        """decode_policy: None: `policy` serves both pools."""
         self.config = config
         self.fleet = Fleet()
         self.index = PrefixIndex(
             max_bytes=config.index_max_bytes, speculative_ttl_s=config.speculative_ttl_s, prefix_closed=config.index_prefix_closed
         )
         self.bookings = Bookings(self.fleet, ttl_s=config.booking_ttl_s)
-        self.policy = GuardedPolicy(policy, name=policies.split(config.policy)[0], rng=rng, penalty_s=config.policy_penalty_s)
+        self.policies = PoolPolicies(
+            self._guarded(policy, config.policy, rng),
+            self._guarded(decode_policy, config.decode_policy, rng) if decode_policy is not None else None,
+        )
         self.queues: dict[str, FairQueue] = {}
         self.stranded: OrderedDict[AttemptKey, Waiting] = OrderedDict()
         self.explained: deque[Assignment] = deque(maxlen=config.num_explained)
         self.counters: dict[str, int] = dict.fromkeys(status.COUNTERS, 0)
-        self._placement = Placement(config, fleet=self.fleet, index=self.index, policy=self.policy)
+        self._placement = Placement(config, fleet=self.fleet, index=self.index, policies=self.policies)
         self.reports = WorkerReports(
             config,
             fleet=self.fleet,
             index=self.index,
             bookings=self.bookings,
-            policy=self.policy,
+            policies=self.policies,
             rng=rng,
             prior=prior if prior is not None else StepCost(),
             say=lambda command: self._commands.append(command),
@@ -100,7 +112,7 @@ class RouterCore:
             WorkerDown: self.reports.down,
             FromWorker: self.reports.receive,
             Tick: lambda event, now: self._tick(now),
-            PolicyOverran: self.policy.observe,
+            PolicyOverran: self.policies.observe,
         }
 
     def on(self, event: Event, now: float) -> list[Command]:
@@ -126,6 +138,11 @@ class RouterCore:
         """The assignments of a request that are still remembered, oldest first."""
         return tuple(a for a in self.explained if a.request_id == request_id)
 
+    @property
+    def policy(self) -> GuardedPolicy:
+        """The one that chooses prefill workers, and decode workers too unless there is another for them."""
+        return self.policies.prefill
+
     def check(self) -> None:
         """Assert that every hold belongs to a live booking and that the sums over workers are those of their holds."""
         self.bookings.check()
@@ -133,6 +150,9 @@ class RouterCore:
             worker.check()
         waiting = {w.key for queue in self.queues.values() for w in queue} | self.stranded.keys()
         assert waiting == {w.key for w in self._queued.values()}, "queue and its index by request differ"
+
+    def _guarded(self, policy: PlacementPolicy, spec: str, rng: Random) -> GuardedPolicy:
+        return GuardedPolicy(policy, name=policies.split(spec)[0], rng=rng, penalty_s=self.config.policy_penalty_s)
 
     # --- gateways ---
 
@@ -200,7 +220,7 @@ class RouterCore:
         booking = self.bookings.end_prefill(key, now)
         if booking is None:
             return
-        self.policy.observe(FirstToken(key=key, since_booked_s=now - booking.booked_s), now)
+        self.policies.observe(FirstToken(key=key, since_booked_s=now - booking.booked_s), now)
         self._pump(booking.place.model_id, now)
 
     def _done(self, message: Done, now: float) -> None:
@@ -216,7 +236,7 @@ class RouterCore:
                 num_output_tokens=message.num_output_tokens,
                 num_choices=booking.place.num_choices,
             )
-        self.policy.observe(Finished(key=key, num_output_tokens=message.num_output_tokens), now)
+        self.policies.observe(Finished(key=key, num_output_tokens=message.num_output_tokens), now)
         self._pump(booking.place.model_id, now)
 
     def _gateway_up(self, event: GatewayUp) -> None:
@@ -247,8 +267,8 @@ class RouterCore:
             self._end_all_of(gateway)
         self.reports.tick(now)
         self._refuse_overdue(now)
-        self.policy.observe(PolicyTick(), now)
-        for wish in self.policy.commands(now):
+        self.policies.observe(PolicyTick(), now)
+        for wish in self.policies.commands(now):
             self._placement.replicate(wish, now)
         for model_id in list(self.queues):
             self._pump(model_id, now)
@@ -368,7 +388,7 @@ class RouterCore:
         self.counters["splits" if choice.is_split else "locals"] += 1
         self._commands.append(ToGateway(gateway=waiting.gateway, message=Assigned(assignment=assignment)))
         booked = Booked(request=place, prefill_worker=prefill.worker_id, decode_worker=decode.worker_id, cached_tokens=choice.cached_tokens)
-        self.policy.observe(booked, now)
+        self.policies.observe(booked, now)
 
     # --- saying ---
 

@@ -117,6 +117,11 @@ class Worker:
         """Age of the snapshot; infinite before the first."""
         return now - self.read_at_s
 
+    @property
+    def num_prefills(self) -> int:
+        """Prompts booked here and not computed yet."""
+        return self.booked.num_prefills
+
     # --- the sheet ---
 
     def refresh(self, now: float) -> None:

@@ -7,7 +7,7 @@ from random import Random
 
 from protocol.messages import Place
 from protocol.worker import WorkerId
-from router.policies.api import Cost, PlacementPolicy, PlacementView, PolicyCommand, PolicyEvent, PolicyOverran
+from router.policies.api import Cost, PlacementPolicy, PlacementView, PolicyCommand, PolicyEvent, PolicyOverran, Pool
 from router.policies.least_work import LeastWork
 
 FALLBACK = "least_work"
@@ -74,6 +74,39 @@ class GuardedPolicy:
     def _failed(self, complaint: str) -> None:
         self.num_failures += 1
         self._last_failure = complaint[:200]
+
+
+class PoolPolicies:
+    """The policy of each pool. One object serves both unless the user named two; replacing an attribute switches over."""
+
+    def __init__(self, prefill: GuardedPolicy, decode: GuardedPolicy | None = None) -> None:
+        self.prefill = prefill  # also of workers that compute the prompt and decode
+        self.decode = decode if decode is not None else prefill
+
+    def of(self, pool: Pool) -> GuardedPolicy:
+        return self.decode if pool is Pool.DECODE else self.prefill
+
+    def observe(self, event: PolicyEvent, now: float) -> None:
+        """Each hears of everything, but only the one that overran of that."""
+        if isinstance(event, PolicyOverran):
+            self.of(event.pool).observe(event, now)
+            return
+        for policy in self.each:
+            policy.observe(event, now)
+
+    def commands(self, now: float) -> tuple[PolicyCommand, ...]:
+        """Of the policy that chooses prefill workers: commands are about prefixes."""
+        return self.prefill.commands(now)
+
+    @property
+    def each(self) -> tuple[GuardedPolicy, ...]:
+        return (self.prefill,) if self.decode is self.prefill else (self.prefill, self.decode)
+
+    @property
+    def notes(self) -> list[str]:
+        """One line for each that ever failed."""
+        notes = [(pool, policy.note) for pool, policy in zip(("", "decode "), self.each, strict=False)]
+        return [pool + note for pool, note in notes if note is not None]
 
 
 def _complaint(costs: dict[WorkerId, Cost], view: PlacementView) -> str | None:

@@ -23,7 +23,7 @@ from protocol.messages import CandidateScore, Place, PrefixSource
 from protocol.worker import WorkerId
 from router.config import Disaggregate, RouterConfig
 from router.fleet import Fleet, Pools, Worker
-from router.guarded_policy import GuardedPolicy
+from router.guarded_policy import PoolPolicies
 from router.policies.api import Cost, PlacementView, Pool, Pull, Replicate
 from router.prefix_index import PrefixIndex
 from router.pull_cost import PullCosts, Source
@@ -108,11 +108,11 @@ class _Ask:
 class Placement:
     """Chooses workers; changes nothing but the policy's random generator and the list of replications asked for."""
 
-    def __init__(self, config: RouterConfig, *, fleet: Fleet, index: PrefixIndex, policy: GuardedPolicy) -> None:
+    def __init__(self, config: RouterConfig, *, fleet: Fleet, index: PrefixIndex, policies: PoolPolicies) -> None:
         self._config = config
         self._fleet = fleet
         self._index = index
-        self._policy = policy
+        self._policies = policies
         self._pulls = PullCosts(fleet, index, min_tokens=config.prefix_pull_min_tokens, bias=config.estimate_bias)
         self._replications: dict[bytes, tuple[WorkerId, float]] = {}
 
@@ -187,14 +187,14 @@ class Placement:
         source = self._replication_target(ask, prefillers)
         if source is not None and source is not decode.best:
             prefill = Ranking(policy=prefill.policy, best=source, scores=prefill.scores)
-            reason = f"policy {self._policy.name} replicates this prefix to {source.worker_id}"
+            reason = f"policy {self._policies.prefill.name} replicates this prefix to {source.worker_id}"
         return Choice(
             prefill=prefill.best,
             decode=decode.best,
             cached_tokens=ask.cached(prefill.best),
             num_marked_blocks=ask.num_marked_blocks(prefill.best),
             kv_tokens=ask.kv_tokens,
-            policy=prefill.policy,
+            policy=prefill.policy if prefill.policy == decode.policy else f"{prefill.policy}/{decode.policy}",
             reason=reason,
             prefill_scores=prefill.scores,
             decode_scores=decode.scores,
@@ -261,7 +261,7 @@ class Placement:
             else {},
             loads_s=self._loads_s(ask, workers) if ask.has_host_tokens and pool is not Pool.DECODE else {},
         )
-        policy, costs = self._policy.score(view, ask.place, ask.now)
+        policy, costs = self._policies.of(pool).score(view, ask.place, ask.now)
         best = sorted([(costs[w.worker_id][0], w.last_chosen, w.tie_hash, i) for i, w in enumerate(workers) if w.worker_id in costs])
         del best[self._config.num_candidates :]
         scores = tuple([_candidate(workers[i], costs[workers[i].worker_id], ask) for *_, i in best])

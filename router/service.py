@@ -50,7 +50,7 @@ from router.events import (
     WorkerDown,
     WorkerUp,
 )
-from router.policies.api import Cost, PlacementPolicy, PlacementView, PolicyCommand, PolicyEvent, PolicyOverran
+from router.policies.api import Cost, PlacementPolicy, PlacementView, PolicyCommand, PolicyEvent, PolicyOverran, Pool
 
 log = logging.getLogger("baton.router")
 
@@ -63,7 +63,7 @@ class RouterService:
     """One router on one event loop. `seed` decides ties; the same seed and events give the same assignments.
 
     Raises (constructor):
-        ConfigError: `config.policy` names no policy.
+        ConfigError: `config.policy` or `config.decode_policy` names no policy.
     """
 
     def __init__(
@@ -78,8 +78,10 @@ class RouterService:
         port: int = 0,
         seed: int = 0,
     ) -> None:
-        self._policy = TimedPolicy(policies.load(config.policy))
-        self._core = RouterCore(config, policy=self._policy, rng=Random(seed))
+        policy = TimedPolicy(policies.load(config.policy))
+        decode_policy = TimedPolicy(policies.load(config.decode_policy)) if config.decode_policy else None
+        self._timed = {Pool.PREFILL: policy} | ({Pool.DECODE: decode_policy} if decode_policy is not None else {})
+        self._core = RouterCore(config, policy=policy, decode_policy=decode_policy, rng=Random(seed))
         self._limit_s = config.policy_time_limit_s
         self._epoch = epoch
         self._bind = (host, port)
@@ -132,10 +134,11 @@ class RouterService:
     def _turn(self, event: Event) -> None:
         now = self._now()
         self._run(event, now)
-        slowest_s = self._policy.take_slowest_s()
-        if slowest_s > self._limit_s:
-            self._run(PolicyOverran(duration_s=slowest_s, limit_s=self._limit_s), now)
-            self._policy.take_slowest_s()
+        for pool, policy in self._timed.items():
+            slowest_s = policy.take_slowest_s()
+            if slowest_s > self._limit_s:
+                self._run(PolicyOverran(duration_s=slowest_s, limit_s=self._limit_s, pool=pool), now)
+                policy.take_slowest_s()
         self._core.catch_up()
 
     def _run(self, event: Event, now: float) -> None:

@@ -10,6 +10,7 @@ from protocol.messages import Assignment, CandidateScore
 if TYPE_CHECKING:
     from router.core import RouterCore
     from router.fleet import Worker
+    from router.guarded_policy import GuardedPolicy
 
 SCHEMA = "baton.router.v1"
 COUNTERS = (
@@ -28,17 +29,11 @@ NUM_ASSIGNMENTS_SHOWN = 64
 
 def document(core: RouterCore, now: float) -> dict[str, object]:
     """The live state at `now`."""
-    index, policy = core.index, core.policy
+    index = core.index
     return {
         "schema": SCHEMA,
-        "policy": {
-            "name": policy.name,
-            "spec": core.config.policy,
-            "decisions": policy.num_decisions,
-            "fallbacks": policy.num_fallbacks,
-            "failures": policy.num_failures,
-            "overruns": policy.num_overruns,
-        },
+        "policy": _policy(core.policies.prefill, core.config.policy),
+        "decode_policy": _policy(core.policies.decode, core.config.decode_policy or core.config.policy),
         "queues": {
             model_id: {"waiting": len(queue), "waiting_tokens": queue.num_tokens, "tenants": queue.counters()}
             for model_id, queue in core.queues.items()
@@ -60,13 +55,22 @@ def document(core: RouterCore, now: float) -> dict[str, object]:
 
 def notes(core: RouterCore) -> list[str]:
     """Fallbacks in force, one line each."""
-    lines = []
-    if core.policy.note is not None:
-        lines.append(core.policy.note)
+    lines = core.policies.notes
     if core.index.num_dropped:
         limit = core.config.index_max_bytes
         lines.append(f"prefix index is full: {core.index.num_dropped} entries not taken; raise router.index_max_bytes ({limit})")
     return lines
+
+
+def _policy(policy: GuardedPolicy, spec: str) -> dict[str, object]:
+    return {
+        "name": policy.name,
+        "spec": spec,
+        "decisions": policy.num_decisions,
+        "fallbacks": policy.num_fallbacks,
+        "failures": policy.num_failures,
+        "overruns": policy.num_overruns,
+    }
 
 
 def _worker(worker: Worker, now: float) -> dict[str, object]:

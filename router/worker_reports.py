@@ -19,14 +19,14 @@ from router.config import RouterConfig
 from router.cost_model import CostModel, StepCost
 from router.events import Command, FromWorker, ToWorker, WorkerDown, WorkerUp
 from router.fleet import Fleet, Worker
-from router.guarded_policy import GuardedPolicy
+from router.guarded_policy import PoolPolicies
 from router.link_cost import link_to
 from router.policies.api import KvChanged, WorkerJoined, WorkerLeft
 from router.prefix_index import PrefixIndex
 
 
 class WorkerReports:
-    """Keeps fleet, index and bookings in step with the workers, and tells the policy."""
+    """Keeps fleet, index and bookings in step with the workers, and tells the policies."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class WorkerReports:
         fleet: Fleet,
         index: PrefixIndex,
         bookings: Bookings,
-        policy: GuardedPolicy,
+        policies: PoolPolicies,
         rng: Random,
         prior: StepCost,
         say: Callable[[Command], None],
@@ -46,7 +46,7 @@ class WorkerReports:
         self._fleet = fleet
         self._index = index
         self._bookings = bookings
-        self._policy = policy
+        self._policies = policies
         self._tie_seed = rng.getrandbits(64)
         self._prior = prior
         self._say = say
@@ -77,7 +77,7 @@ class WorkerReports:
         self._fleet.add(worker)
         self._index.join(event.worker_id, event.epoch)
         self._subscribe(event.worker_id, 0)
-        self._policy.observe(WorkerJoined(worker_id=event.worker_id, role=address.role), now)
+        self._policies.observe(WorkerJoined(worker_id=event.worker_id, role=address.role), now)
 
     def down(self, event: WorkerDown, now: float) -> None:
         worker = self._fleet.get(event.worker_id)
@@ -94,7 +94,7 @@ class WorkerReports:
         elif isinstance(message, KvEvents):
             taken, complete = self._index.apply(message)
             if taken:
-                self._policy.observe(KvChanged(worker_id=worker.worker_id, events=taken), now)
+                self._policies.observe(KvChanged(worker_id=worker.worker_id, events=taken), now)
             if complete:
                 self._resync_asked_s.pop(worker.worker_id, None)
             else:
@@ -105,7 +105,7 @@ class WorkerReports:
             cleared, stored = AllBlocksCleared(number=number), BlocksStored(number=number, parent=b"", hashes=message.hashes)
             in_host = BlocksStored(number=number, parent=b"", hashes=message.host_hashes, tier=Tier.HOST)
             events = (cleared, stored, in_host) if message.host_hashes else (cleared, stored)
-            self._policy.observe(KvChanged(worker_id=worker.worker_id, events=events), now)
+            self._policies.observe(KvChanged(worker_id=worker.worker_id, events=events), now)
 
     def tick(self, now: float) -> None:
         """Ask again where an answer is owed."""
@@ -148,4 +148,4 @@ class WorkerReports:
         self._index.leave(worker_id)
         self._resync_asked_s.pop(worker_id, None)
         self.num_left += 1
-        self._policy.observe(WorkerLeft(worker_id=worker_id), now)
+        self._policies.observe(WorkerLeft(worker_id=worker_id), now)

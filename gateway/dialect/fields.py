@@ -21,13 +21,11 @@ ADVISORY = frozenset(
         # OpenAI's
         "metadata",
         "parallel_tool_calls",  # says how tools are called; without tools it says nothing
-        "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
         "service_tier",
         "store",
-        "user",
         # vLLM's
         "include_reasoning",
         "request_id",

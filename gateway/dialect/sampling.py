@@ -39,6 +39,8 @@ class SharedFields(Body):
     n: Annotated[int, Field(ge=1)] | None = None
     stop: str | list[str] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] | None = None
+    prompt_cache_key: str | None = None  # names the conversation, for placement
+    user: str | None = None  # likewise, where prompt_cache_key is left out
     # vLLM's extensions
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None

@@ -17,9 +17,14 @@ from typing import Any, get_type_hints
 
 from protocol.errors import ConfigError
 from router.policies.api import POLICY_API, Cost, PlacementPolicy, PlacementView, PolicyClass, Pool, Stateless, WorkerView
+from router.policies.distserve import DistServe
 from router.policies.least_work import LeastWork
+from router.policies.mooncake_ttft import MooncakeTtft
+from router.policies.power_of_two import PowerOfTwo
 from router.policies.prefix_cost import PrefixCost
+from router.policies.random_worker import RandomWorker
 from router.policies.round_robin import RoundRobin
+from router.policies.session_affinity import SessionAffinity
 
 __all__ = [
     "BUILT_IN",
@@ -39,6 +44,11 @@ BUILT_IN: dict[str, PolicyClass] = {
     "round_robin": RoundRobin,
     "least_work": LeastWork,
     "prefix_cost": PrefixCost,
+    "random": RandomWorker,
+    "power_of_two": PowerOfTwo,
+    "session_affinity": SessionAffinity,
+    "mooncake_ttft": MooncakeTtft,
+    "distserve": DistServe,
 }
 
 _BOOL_WORDS = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}

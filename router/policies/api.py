@@ -72,6 +72,11 @@ class WorkerView(Protocol):
         ...
 
     @property
+    def num_prefills(self) -> int:
+        """Prompts given to this worker by this router and not computed yet."""
+        ...
+
+    @property
     def num_sequences(self) -> int:
         """Sequences that decode here, wait here, or will come here."""
         ...
@@ -178,6 +183,7 @@ class PolicyOverran:
 
     duration_s: float
     limit_s: float
+    pool: Pool = Pool.PREFILL  # DECODE: it is the decode pool's own policy
 
 
 PolicyEvent = Booked | FirstToken | Finished | KvChanged | WorkerJoined | WorkerLeft | Tick | PolicyOverran

@@ -209,6 +209,16 @@ async def test_cache_salt_and_tenant_separate_the_prefix_hashes(cluster: Any) ->
     assert len(plain) == 2 and plain == again and not set(plain) & set(salted)
 
 
+async def test_session_is_the_header_then_prompt_cache_key_then_user(cluster: Any) -> None:
+    """One name in three places is one session; none is none. Seen to fail with `user` before `prompt_cache_key`."""
+    fields: list[dict[str, str]] = [{"user": "a"}, {"prompt_cache_key": "a", "user": "b"}, {"prompt_cache_key": "b", "user": "b"}, {}]
+    for header, body in [({}, fields[0]), ({}, fields[1]), ({"X-Session-Id": "a"}, fields[2]), ({}, fields[3])]:
+        async with cluster.http.post("/v1/completions", json={"prompt": "p", "max_tokens": 1} | body, headers=header) as response:
+            assert response.status == 200
+    by_user, by_key, by_header, none = [place.session for place in cluster.router.places]
+    assert by_user == by_key == by_header != "" and none == ""
+
+
 async def test_tokenize_and_detokenize_are_inverse_and_agree_with_usage(cluster: Any) -> None:
     text = "größe 東京 🙂 and a plain word"
     async with cluster.http.post("/tokenize", json={"prompt": text, "return_token_strs": True}) as response:

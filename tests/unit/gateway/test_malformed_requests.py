@@ -239,6 +239,18 @@ class TestKeys:
         first, second = cluster.router.places
         assert (first.tenant, second.tenant) == ("a", "b") and not set(first.block_hashes) & set(second.block_hashes)
 
+    async def test_two_tenants_never_share_a_session(self, cluster: Any) -> None:
+        """Both call it "chat-1", and once more with a name of 4 KiB. Seen to fail with the salt of the cluster instead of the tenant's."""
+        for name in ("chat-1", "x" * 4096):
+            for key in ("secret-a", "secret-b", "secret-a"):
+                headers = {"Authorization": f"Bearer {key}", "X-Session-Id": name}
+                async with cluster.http.post("/v1/completions", json={"prompt": "p", "max_tokens": 1}, headers=headers) as response:
+                    assert response.status == 200
+        sessions = [place.session for place in cluster.router.places]
+        assert [len(s) for s in sessions] == [32] * 6
+        for of_a, of_b, of_a_again in (sessions[:3], sessions[3:]):
+            assert of_a == of_a_again != of_b
+
 
 class TestSlowBody:
     @pytest.fixture

@@ -118,7 +118,9 @@ class World:
         **config: Any,
     ) -> None:
         self.config = RouterConfig(**config)
-        self.core = RouterCore(self.config, policy=policy or policies.load(self.config.policy), rng=Random(seed))
+        of_decode = policies.load(self.config.decode_policy) if self.config.decode_policy else None
+        policy = policy or policies.load(self.config.policy)
+        self.core = RouterCore(self.config, policy=policy, decode_policy=of_decode, rng=Random(seed))
         self.now = 100.0
         self.said: list[Command] = []
         addresses = [address(w, r) for w, r in workers.items()] if isinstance(workers, dict) else list(workers)

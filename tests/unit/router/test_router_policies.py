@@ -12,8 +12,9 @@ from protocol.errors import ConfigError
 from protocol.messages import Place
 from protocol.worker import WorkerId
 from router import policies
+from router.config import Disaggregate
 from router.policies import Cost, PlacementView, Stateless
-from router.policies.api import Booked, PolicyCommand, PolicyEvent, PolicyOverran, Replicate, Tick
+from router.policies.api import Booked, PolicyCommand, PolicyEvent, PolicyOverran, Pool, Replicate, Tick
 from router.policies.prefix_cost import PrefixCost
 from tests.unit.router.router_world import World, chain, place, pools
 
@@ -240,6 +241,48 @@ def test_a_policy_that_overran_is_replaced_for_a_while() -> None:
     world.report_all()
     assert world.assign(place(2)).policy == "prefix_cost", "the name of the configured policy"
     assert world.core.policy.num_overruns == 1
+
+
+# --- a policy for each pool -------------------------------------------------------------------------------------------
+
+FAILING = "tests.unit.router.test_router_policies:Constant:trouble=raises"
+
+
+def test_each_pool_is_placed_by_its_own_policy() -> None:
+    """Prefill follows a prefix, decode takes turns. Seen to fail with the decode pool asking the prefill policy."""
+    world = World(pools(3, 3), policy=policies.load("prefix_cost"), decode_policy="round_robin", disaggregate=Disaggregate.ALWAYS)
+    prefix = chain("shared", 64)
+    made = []
+    for number in range(6):
+        request = place(number, num_tokens=1100, block_hashes=prefix)
+        made.append(world.assign(request))
+        world.done(request)
+    assert len({a.prefill_worker for a in made}) == 1
+    assert Counter(a.decode_worker for a in made) == {"decode-0": 2, "decode-1": 2, "decode-2": 2}
+    assert {a.policy for a in made} == {"prefix_cost/round_robin"}
+    assert [world.core.status(world.now)[key]["name"] for key in ("policy", "decode_policy")] == ["prefix_cost", "round_robin"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("failing", ["policy", "decode_policy"])
+def test_one_pools_failing_policy_leaves_the_others_alone(failing: str) -> None:
+    """Seen to fail with one GuardedPolicy for both pools."""
+    prefill, decode = (FAILING, "round_robin") if failing == "policy" else ("round_robin", FAILING)
+    world = World(pools(2, 2), policy=policies.load(prefill), decode_policy=decode, disaggregate=Disaggregate.ALWAYS)
+    world.assign(place(1))
+    counts = {
+        name: guarded.num_fallbacks for name, guarded in (("policy", world.core.policy), ("decode_policy", world.core.policies.decode))
+    }
+    assert counts == {"policy": 0, "decode_policy": 0} | {failing: 1}
+    (note,) = world.core.notes()
+    assert "KeyError" in note and note.startswith("policy " if failing == "policy" else "decode policy ")
+
+
+def test_an_overrun_sets_aside_the_policy_that_overran() -> None:
+    """Seen to fail with the pool of the event left out of PoolPolicies.observe."""
+    world = World(pools(2, 2), decode_policy="round_robin", disaggregate=Disaggregate.ALWAYS)
+    world.on(PolicyOverran(duration_s=0.5, limit_s=0.01, pool=Pool.DECODE))
+    assert (world.core.policy.num_overruns, world.core.policies.decode.num_overruns) == (0, 1)
+    assert world.assign(place(1)).policy == "prefix_cost/least_work"
 
 
 def _with(trouble: str, **config: object) -> World:
