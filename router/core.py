@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -107,6 +108,18 @@ class RouterCore:
         self._commands = commands
         self._perform[type(event)](event, now)
         return commands
+
+    def use_policy(self, policy: PlacementPolicy, spec: str, now: float, *, forget: bool) -> None:
+        """Place by `policy`, which `spec` names, from now on. Bookings and waiting requests stay.
+
+        forget: what was learned of the workers too, so that the next choices are those of a router just started.
+        """
+        self.config = replace(self.config, policy=spec)
+        self.policy.use(policy, name=policies.split(spec)[0])
+        self._placement.forget_replications()
+        if forget:
+            self.reports.forget()
+        self.reports.introduce(now)
 
     def catch_up(self) -> None:
         """Work that can wait until the answers are out. A driver calls it after it has performed the commands, or not at all."""

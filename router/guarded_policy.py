@@ -17,11 +17,15 @@ class GuardedPolicy:
     """Asks `policy`; answers with least_work where it raises, prices with no finite number, or prices a worker not in view."""
 
     def __init__(self, policy: PlacementPolicy, *, name: str, rng: Random, penalty_s: float) -> None:
-        self.name = name
-        self._policy = policy
         self._fallback = LeastWork(LeastWork.Config())
         self._rng = rng
         self._penalty_s = penalty_s
+        self.use(policy, name=name)
+
+    def use(self, policy: PlacementPolicy, *, name: str) -> None:
+        """Ask this one from now on; what the one before it did is forgotten."""
+        self.name = name
+        self._policy = policy
         self._penalty_until_s = float("-inf")
         self._last_failure = ""
         self.num_decisions = 0

@@ -17,6 +17,8 @@ from random import Random
 from time import perf_counter
 from typing import Any
 
+from protocol.control import PolicyInUse, UsePolicy
+from protocol.errors import ConfigError
 from protocol.links import Links, MembershipWatch, Target
 from protocol.messages import (
     Done,
@@ -187,10 +189,26 @@ class RouterService:
             self._decision_s.append(perf_counter() - start_s)
         elif isinstance(message, (PrefillDone, Done)):
             self._turn(FromGateway(gateway=connection.peer.name, message=message))
+        elif isinstance(message, UsePolicy):
+            self._use_policy(connection, message)
         elif isinstance(message, StatusRequest):
             connection.send(StatusReply(reply_id=message.reply_id, json=json.dumps(self.status())))
         elif isinstance(message, Ping):
             connection.send(Pong(nonce=message.nonce))
+
+    def _use_policy(self, connection: Connection, message: UsePolicy) -> None:
+        """Load, then switch between two turns; a text that names nothing changes nothing."""
+        error = ""
+        try:
+            policy = TimedPolicy(policies.load(message.policy))
+        except Exception as failure:  # whatever a user's module raises when it is imported
+            error = str(failure) if isinstance(failure, ConfigError) else f"{type(failure).__name__}: {failure}"
+        else:
+            log.info("policy changes", extra={"policy": message.policy, "asked_by": connection.peer.name})
+            self._policy = policy
+            self._decision_s.clear()
+            self._core.use_policy(policy, message.policy, self._now(), forget=message.forget)
+        connection.send(PolicyInUse(reply_id=message.reply_id, policy=self._core.config.policy, error=error))
 
     def _gateway_closed(self, connection: Connection) -> None:
         name = connection.peer.name
