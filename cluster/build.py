@@ -26,6 +26,7 @@ from cluster.port import ReservedPort
 from cluster.processes import ProcessId, kill_all
 from cluster.reaper import Reaper
 from cluster.run_directory import RunDirectory
+from control.access import write_access
 from control.config import ClusterConfig
 from control.memory import available_memory_bytes
 from control.run_files import RunFile, remove_run_file, write_run_file
@@ -215,9 +216,17 @@ class Cluster:
             connection.close()
 
     def _announce(self) -> None:
-        assert self._runtime is not None
+        assert self._runtime is not None and self._pieces is not None and self._run is not None
         config, workers = self.config, self.config.workers
-        run = RunFile(pid=os.getpid(), url=self.url, namespace=self._runtime.namespace, started=time.time(), model_id=config.model.model_id)
+        write_access(self._pieces.access, self._run.access)
+        run = RunFile(
+            pid=os.getpid(),
+            url=self.url,
+            namespace=self._runtime.namespace,
+            started=time.time(),
+            model_id=config.model.model_id,
+            access=str(self._run.access),
+        )
         write_run_file(run, self._environ)
         self._announced = True
         self._report(

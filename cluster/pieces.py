@@ -28,6 +28,7 @@ from cluster.run_directory import RunDirectory
 from cluster.serve_app import Endpoint
 from cluster.supervisor import SupervisorDriver, brief, keep_up
 from cluster.worker_build import WorkerSpec, WrapTransport
+from control.access import Access
 from control.compose import pool_sizes
 from control.config import ClusterConfig
 from control.supervisor import StartWorker, Supervisor
@@ -91,6 +92,12 @@ class Pieces:
     @property
     def workers(self) -> dict[WorkerId, WorkerAddress]:
         return self._supervisor.addresses
+
+    @property
+    def access(self) -> Access:
+        """For an operator, once workers are up."""
+        directory = self._directory.result()
+        return Access(directory_host=directory.host, directory_port=directory.port, secret=self._secret)
 
     def service_pids(self) -> dict[str, int]:
         pids = {service.name: service.pid for service in self._membership.services}

@@ -8,6 +8,7 @@
     ray/              Ray's session: logs, sockets (a Unix socket's path has at most 107 bytes, hence short)
     kv/               sockets of the KV transports
     token             Ray's authentication token, mode 0600
+    access            where the directory listens, and the cluster secret, mode 0600 (control/access.py)
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ class RunDirectory:
     @property
     def kv(self) -> Path:
         return self.path / "kv"
+
+    @property
+    def access(self) -> Path:
+        return self.path / "access"
 
     def write_token(self) -> Path:
         """A fresh secret for Ray's token authentication, readable by us only."""

@@ -25,6 +25,7 @@ from cluster.prefix_post import PrefixPost
 from cluster.tier_copies import TierCopies
 from engine.core.events import (
     AckSource,
+    CacheCleared,
     CancelPull,
     CancelReceived,
     Command,
@@ -59,6 +60,7 @@ from engine.core.worker_core import WorkerCore
 from kvtransfer.endpoint import KVEndpoint
 from kvtransfer.host_tier import HostTierMemory
 from kvtransfer.peers import OnPeerMessage
+from protocol.control import CacheReset, ResetCache
 from protocol.kv import HandoffCompletion, KVHandoff, Outcome
 from protocol.links import MembershipWatch
 from protocol.messages import (
@@ -326,8 +328,18 @@ class WorkerHost:
             self._turn(OfferCompletedReceived(completed=message))
         elif isinstance(message, Subscribe):
             self._subscribe(connection, message)
+        elif isinstance(message, ResetCache):
+            self._reset_cache(connection, message)
         elif isinstance(message, Ping):
             connection.send(Pong(nonce=message.nonce))
+
+    def _reset_cache(self, connection: Connection, message: ResetCache) -> None:
+        """KV events and a snapshot go out before the answer: whoever hears it may place at once."""
+        self._turn(CacheCleared())
+        self._send_snapshot()
+        snapshot = self._core.snapshot(self._now())
+        kept = snapshot.num_blocks_owned + snapshot.num_blocks_leased
+        connection.send(CacheReset(reply_id=message.reply_id, num_blocks_kept=kept))
 
     def _receive_from_peer(self, worker_id: str, message: object) -> None:
         if isinstance(message, AckHandoff):

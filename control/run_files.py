@@ -32,6 +32,7 @@ class RunFile:
     namespace: str  # of its actors in Ray
     started: float  # seconds since 1970, after the process began
     model_id: str = ""
+    access: str = ""  # path of its access file (control/access.py)
 
 
 def runtime_dir(environ: Mapping[str, str]) -> Path:
@@ -93,6 +94,7 @@ def _read(path: Path) -> RunFile | None:
             namespace=str(tree["namespace"]),
             started=float(tree["started"]),
             model_id=str(tree.get("model_id", "")),
+            access=str(tree.get("access", "")),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -10,6 +10,8 @@
     worker  -> worker      Pull, PullTrailer, AckHandoff, RenewLease, DropHandoff,
                            RequestPrefix, PrefixOffered, PrefixRefused              (kvtransfer)
     anyone  -> anyone      Ping, Pong, StatusRequest, StatusReply
+    operator -> router     UsePolicy      (protocol.control; answered with PolicyInUse)
+    operator -> worker     ResetCache     (answered with CacheReset)
 
 Facts about an attempt are fenced by (request_id, attempt); facts about a worker by its epoch.
 """
@@ -20,6 +22,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from protocol.control import CacheReset, PolicyInUse, ResetCache, UsePolicy
 from protocol.kv import HandoffCompletion, KVHandoff, KVPeer
 from protocol.request import Attempt, FinishReason
 from protocol.worker import KvEvent, WorkerAddress, WorkerSnapshot
@@ -474,4 +477,5 @@ MESSAGES: tuple[type, ...] = (
     Ping, Pong, StatusRequest, StatusReply,
     RenewLease, AckHandoff, DropHandoff, Pull, PullTrailer,
     RequestPrefix, PrefixOffered, PrefixRefused,
+    UsePolicy, PolicyInUse, ResetCache, CacheReset,
 )  # fmt: skip

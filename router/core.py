@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -78,10 +79,8 @@ class RouterCore:
             max_bytes=config.index_max_bytes, speculative_ttl_s=config.speculative_ttl_s, prefix_closed=config.index_prefix_closed
         )
         self.bookings = Bookings(self.fleet, ttl_s=config.booking_ttl_s)
-        self.policies = PoolPolicies(
-            self._guarded(policy, config.policy, rng),
-            self._guarded(decode_policy, config.decode_policy, rng) if decode_policy is not None else None,
-        )
+        self._rng = rng
+        self.policies = PoolPolicies(*self._guards(policy, decode_policy))
         self.queues: dict[str, FairQueue] = {}
         self.stranded: OrderedDict[AttemptKey, Waiting] = OrderedDict()
         self.explained: deque[Assignment] = deque(maxlen=config.num_explained)
@@ -122,6 +121,28 @@ class RouterCore:
         self._perform[type(event)](event, now)
         return commands
 
+    def use_policy(
+        self,
+        policy: PlacementPolicy,
+        spec: str,
+        now: float,
+        *,
+        forget: bool,
+        decode_policy: PlacementPolicy | None = None,
+        decode_spec: str = "",
+    ) -> None:
+        """Place by `policy`, which `spec` names, from now on. Bookings and waiting requests stay.
+
+        decode_policy: None: `policy` serves both pools.
+        forget: what was learned of the workers too, so that the next choices are those of a router just started.
+        """
+        self.config = replace(self.config, policy=spec, decode_policy=decode_spec)
+        self.policies.use(*self._guards(policy, decode_policy))
+        self._placement.forget_replications()
+        if forget:
+            self.reports.forget()
+        self.reports.introduce(now)
+
     def catch_up(self) -> None:
         """Work that can wait until the answers are out. A driver calls it after it has performed the commands, or not at all."""
         self.index.catch_up()
@@ -151,8 +172,14 @@ class RouterCore:
         waiting = {w.key for queue in self.queues.values() for w in queue} | self.stranded.keys()
         assert waiting == {w.key for w in self._queued.values()}, "queue and its index by request differ"
 
-    def _guarded(self, policy: PlacementPolicy, spec: str, rng: Random) -> GuardedPolicy:
-        return GuardedPolicy(policy, name=policies.split(spec)[0], rng=rng, penalty_s=self.config.policy_penalty_s)
+    def _guards(self, policy: PlacementPolicy, decode_policy: PlacementPolicy | None) -> tuple[GuardedPolicy, GuardedPolicy | None]:
+        """Of policies named by the config."""
+        penalty_s, specs = self.config.policy_penalty_s, (self.config.policy, self.config.decode_policy)
+        name, decode_name = (policies.split(spec)[0] for spec in specs)
+        guard = GuardedPolicy(policy, name=name, rng=self._rng, penalty_s=penalty_s)
+        if decode_policy is None:
+            return guard, None
+        return guard, GuardedPolicy(decode_policy, name=decode_name, rng=self._rng, penalty_s=penalty_s)
 
     # --- gateways ---
 

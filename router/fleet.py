@@ -24,6 +24,7 @@ HoldKey = tuple[AttemptKey, Phase]
 
 _HIT_RATE_EWMA = 0.05
 _CONTEXT_EWMA = 0.1
+CONTEXT_TOKENS = 512.0  # of a prompt, before any was seen
 _NEVER = float("-inf")
 
 
@@ -86,7 +87,7 @@ class Worker:
         self.read_at_s = _NEVER  # when the snapshot's figures were read, on our clock
         self.last_chosen = 0  # number of the choice that chose it last
         self.hit_rate = 0.0  # running share of prompt tokens found cached here
-        self.context_mean = 512.0  # running mean of the prompts booked here
+        self.context_mean = CONTEXT_TOKENS  # running mean of the prompts booked here
         self.kv_capacity_tokens = address.num_kv_blocks * address.block_size_tokens
         self.max_request_tokens = min(self.kv_capacity_tokens, address.max_model_len)
 
@@ -200,6 +201,13 @@ class Worker:
     def note_booked(self, num_tokens: int, cached_tokens: int) -> None:
         self.hit_rate += _HIT_RATE_EWMA * (cached_tokens / max(num_tokens, 1) - self.hit_rate)
         self.context_mean += _CONTEXT_EWMA * (num_tokens - self.context_mean)
+
+    def forget(self, model: CostModel, link: LinkCost) -> None:
+        """What was learned here and whose turn it was; load, bookings and last word stay."""
+        self.model, self.link = model, link
+        self.hit_rate, self.context_mean, self.last_chosen = 0.0, CONTEXT_TOKENS, 0
+        self._refit_at_s = _NEVER
+        self._changed = True
 
     def check(self) -> None:
         """Assert that the tallies are the sums of the holds."""

@@ -77,9 +77,13 @@ class GuardedPolicy:
 
 
 class PoolPolicies:
-    """The policy of each pool. One object serves both unless the user named two; replacing an attribute switches over."""
+    """The policy of each pool. One object serves both unless the user named two."""
 
     def __init__(self, prefill: GuardedPolicy, decode: GuardedPolicy | None = None) -> None:
+        self.use(prefill, decode)
+
+    def use(self, prefill: GuardedPolicy, decode: GuardedPolicy | None = None) -> None:
+        """Ask these from now on."""
         self.prefill = prefill  # also of workers that compute the prompt and decode
         self.decode = decode if decode is not None else prefill
 

@@ -147,6 +147,9 @@ class Placement:
         """Leading tokens of the prompt each worker holds; the last token is always computed."""
         return _at_most(self._index.match(place.block_hashes).total_tokens, place.num_tokens - 1)
 
+    def forget_replications(self) -> None:
+        self._replications.clear()
+
     def replicate(self, wish: Replicate, now: float) -> None:
         """Take a policy's wish; beyond MAX_REPLICATIONS at once the oldest is forgotten."""
         self._replications.pop(wish.block_hash, None)

@@ -99,10 +99,7 @@ class PrefixIndex:
         if holdings is None:
             return
         self._clear(holdings)
-        for h in holdings.guesses:
-            _clear_bit(self._device, h, holdings.bit)
-        self._num_pairs -= len(holdings.guesses)
-        holdings.guesses.clear()
+        self._drop_guesses(holdings)
         self._live &= ~holdings.bit
         self._slots[holdings.slot] = None
         self._named.clear()
@@ -204,6 +201,13 @@ class PrefixIndex:
                     if h not in device:
                         _clear_bit(self._device, h, holdings.bit)
 
+    def forget_guesses(self) -> None:
+        """Believe only what workers have told."""
+        self.catch_up()
+        self._guesses.clear()
+        for holdings in self._holdings.values():
+            self._drop_guesses(holdings)
+
     # --- asking ---
 
     def match(self, hashes: Sequence[bytes]) -> Match:
@@ -225,6 +229,20 @@ class PrefixIndex:
         if self._prefix_closed and not self._open & holdings.bit:  # what it told of is a beginning
             return bisect_left(range(num_blocks), True, key=lambda index: hashes[index] not in device) * HASH_BLOCK_SIZE_TOKENS
         return next((i for i in range(num_blocks) if hashes[i] not in device), num_blocks) * HASH_BLOCK_SIZE_TOKENS
+
+    def told_by(self, worker_id: WorkerId) -> KvSnapshot | None:
+        """What a worker has told that it holds, in any order; None for one that has told nothing yet."""
+        holdings = self._holdings.get(worker_id)
+        if holdings is None or holdings.next_number is None:
+            return None
+        return KvSnapshot(
+            worker_id=worker_id,
+            epoch=holdings.epoch,
+            next_event_number=holdings.next_number,
+            hashes=tuple(holdings.device),
+            parents=(),
+            host_hashes=tuple(holdings.host),
+        )
 
     @property
     def num_entries(self) -> int:
@@ -323,6 +341,13 @@ class PrefixIndex:
                 self._num_pairs -= 1
                 if h not in guesses:
                     _clear_bit(masks, h, holdings.bit)
+
+    def _drop_guesses(self, holdings: _Holdings) -> None:
+        for h in holdings.guesses:
+            if h not in holdings.device:
+                _clear_bit(self._device, h, holdings.bit)
+        self._num_pairs -= len(holdings.guesses)
+        holdings.guesses.clear()
 
     def _clear(self, holdings: _Holdings) -> None:
         self._remove(holdings, list(holdings.device), Tier.DEVICE)

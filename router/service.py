@@ -17,6 +17,8 @@ from random import Random
 from time import perf_counter
 from typing import Any
 
+from protocol.control import PolicyInUse, UsePolicy
+from protocol.errors import ConfigError
 from protocol.links import Links, MembershipWatch, Target
 from protocol.messages import (
     Done,
@@ -78,10 +80,8 @@ class RouterService:
         port: int = 0,
         seed: int = 0,
     ) -> None:
-        policy = TimedPolicy(policies.load(config.policy))
-        decode_policy = TimedPolicy(policies.load(config.decode_policy)) if config.decode_policy else None
-        self._timed = {Pool.PREFILL: policy} | ({Pool.DECODE: decode_policy} if decode_policy is not None else {})
-        self._core = RouterCore(config, policy=policy, decode_policy=decode_policy, rng=Random(seed))
+        self._timed = _timed(config.policy, config.decode_policy)
+        self._core = RouterCore(config, policy=self._timed[Pool.PREFILL], decode_policy=self._timed.get(Pool.DECODE), rng=Random(seed))
         self._limit_s = config.policy_time_limit_s
         self._epoch = epoch
         self._bind = (host, port)
@@ -190,10 +190,33 @@ class RouterService:
             self._decision_s.append(perf_counter() - start_s)
         elif isinstance(message, (PrefillDone, Done)):
             self._turn(FromGateway(gateway=connection.peer.name, message=message))
+        elif isinstance(message, UsePolicy):
+            self._use_policy(connection, message)
         elif isinstance(message, StatusRequest):
             connection.send(StatusReply(reply_id=message.reply_id, json=json.dumps(self.status())))
         elif isinstance(message, Ping):
             connection.send(Pong(nonce=message.nonce))
+
+    def _use_policy(self, connection: Connection, message: UsePolicy) -> None:
+        """Load, then switch between two turns; a text that names nothing changes nothing."""
+        error = ""
+        try:
+            timed = _timed(message.policy, message.decode_policy)
+        except Exception as failure:  # whatever a user's module raises when it is imported
+            error = str(failure) if isinstance(failure, ConfigError) else f"{type(failure).__name__}: {failure}"
+        else:
+            log.info("policy changes", extra={"policy": message.policy, "asked_by": connection.peer.name})
+            self._timed = timed
+            self._decision_s.clear()
+            self._core.use_policy(
+                timed[Pool.PREFILL],
+                message.policy,
+                self._now(),
+                forget=message.forget,
+                decode_policy=timed.get(Pool.DECODE),
+                decode_spec=message.decode_policy,
+            )
+        connection.send(PolicyInUse(reply_id=message.reply_id, policy=self._core.config.policy, error=error))
 
     def _gateway_closed(self, connection: Connection) -> None:
         name = connection.peer.name
@@ -221,6 +244,16 @@ class RouterService:
         epoch = self._epochs.get(worker_id)
         if epoch is not None and isinstance(message, (SnapshotFrame, KvEvents, KvSnapshot)):
             self._turn(FromWorker(worker_id=worker_id, epoch=epoch, message=message))
+
+
+def _timed(policy: str, decode_policy: str) -> dict[Pool, TimedPolicy]:
+    """The policies these texts name; no DECODE: one serves both pools.
+
+    Raises:
+        ConfigError: a text names no policy.
+    """
+    specs = {Pool.PREFILL: policy} | ({Pool.DECODE: decode_policy} if decode_policy else {})
+    return {pool: TimedPolicy(policies.load(spec)) for pool, spec in specs.items()}
 
 
 class TimedPolicy:

@@ -12,7 +12,7 @@ from random import Random
 
 import xxhash
 
-from protocol.messages import KvEvents, Membership, SnapshotFrame, Subscribe
+from protocol.messages import KvEvents, KvSnapshot, Membership, SnapshotFrame, Subscribe
 from protocol.worker import AllBlocksCleared, BlocksStored, Tier, WorkerId, WorkerState
 from router.bookings import Bookings
 from router.config import RouterConfig
@@ -66,7 +66,7 @@ class WorkerReports:
         self._lose(event.worker_id, now)
         worker = Worker(
             address,
-            model=CostModel(self._prior, bias=self._config.estimate_bias),
+            model=self._unlearned(),
             link=link_to(address, self._config),
             tie_hash=xxhash.xxh3_64_intdigest(event.worker_id.encode(), seed=self._tie_seed),
             stale_s=self._config.snapshot_stale_s,
@@ -101,16 +101,29 @@ class WorkerReports:
                 self._ask_resync(worker.worker_id, now)
         elif self._index.replace(message):
             self._resync_asked_s.pop(worker.worker_id, None)
-            number = message.next_event_number - 1
-            cleared, stored = AllBlocksCleared(number=number), BlocksStored(number=number, parent=b"", hashes=message.hashes)
-            in_host = BlocksStored(number=number, parent=b"", hashes=message.host_hashes, tier=Tier.HOST)
-            events = (cleared, stored, in_host) if message.host_hashes else (cleared, stored)
-            self._policies.observe(KvChanged(worker_id=worker.worker_id, events=events), now)
+            self._policies.observe(_all_of(message), now)
+
+    def introduce(self, now: float) -> None:
+        """Tell a policy that is new here who is there and what each holds."""
+        for worker in self._fleet:
+            self._policies.observe(WorkerJoined(worker_id=worker.worker_id, role=worker.role), now)
+            told = self._index.told_by(worker.worker_id)
+            if told is not None and (told.hashes or told.host_hashes):
+                self._policies.observe(_all_of(told), now)
+
+    def forget(self) -> None:
+        """What was learned of workers and links, and guesses at caches; what workers said last stays."""
+        self._index.forget_guesses()
+        for worker in self._fleet:
+            worker.forget(self._unlearned(), link_to(worker.address, self._config))
 
     def tick(self, now: float) -> None:
         """Ask again where an answer is owed."""
         for worker_id in list(self._resync_asked_s):
             self._ask_resync(worker_id, now)
+
+    def _unlearned(self) -> CostModel:
+        return CostModel(self._prior, bias=self._config.estimate_bias)
 
     def _take_snapshot(self, worker: Worker, frame: SnapshotFrame, now: float) -> None:
         snapshot = frame.snapshot
@@ -149,3 +162,11 @@ class WorkerReports:
         self._resync_asked_s.pop(worker_id, None)
         self.num_left += 1
         self._policies.observe(WorkerLeft(worker_id=worker_id), now)
+
+
+def _all_of(told: KvSnapshot) -> KvChanged:
+    """Everything a worker holds, as events."""
+    number = told.next_event_number - 1
+    cleared, stored = AllBlocksCleared(number=number), BlocksStored(number=number, parent=b"", hashes=told.hashes)
+    in_host = BlocksStored(number=number, parent=b"", hashes=told.host_hashes, tier=Tier.HOST)
+    return KvChanged(worker_id=told.worker_id, events=(cleared, stored, in_host) if told.host_hashes else (cleared, stored))

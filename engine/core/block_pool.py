@@ -141,6 +141,13 @@ class BlockPool:
         assert not self._named[block_id] and self.kind(block_id) is BlockKind.OWNED
         self._named[block_id] = 1
 
+    def evict_cached(self) -> int:
+        """Every block that only the prefix cache knows becomes free; how many there were."""
+        count = len(self._lru)
+        for _ in range(count):
+            self._evict()
+        return count
+
     # --- inside ---
 
     def _evict(self) -> None:

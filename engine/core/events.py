@@ -116,6 +116,11 @@ class DrainStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheCleared:
+    """Drop every cached block that nobody uses, in host memory too; requests go on with theirs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
     """All commands up to Settle were performed: now is the time for what nobody waits for."""
 
@@ -139,6 +144,7 @@ Event = (
     | PeerSaid
     | RoleChanged
     | DrainStarted
+    | CacheCleared
     | Settled
     | Tick
 )

@@ -127,6 +127,13 @@ class HostLoads:
             commands += self._pulls.begin(live, wanted, now)
         return commands
 
+    def clear(self) -> int:
+        """Drop every cached block that nobody uses, in the pool and in slots; how many of the pool's."""
+        count = self._cache.clear()
+        self._tier.clear()
+        self._cache.log.restate()
+        return count
+
     def cancel(self, live: LiveAttempt) -> list[Command]:
         """The attempt ends; blocks a copy may still write are given back when it has stopped."""
         for load in self._open.values():

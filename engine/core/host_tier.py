@@ -132,6 +132,11 @@ class HostTier:
             entry.num_readers -= 1
             assert entry.num_readers >= 0, "a slot let go more often than held"
 
+    def clear(self) -> None:
+        """Drop every entry that nobody reads."""
+        for entry in [entry for entry in self._entries.values() if not entry.num_readers]:
+            self._drop(entry)
+
     def check(self, *, num_readers: int) -> None:
         """Assert that every slot is free or of one entry, and that so many readers are known. For tests: linear."""
         assert sum(entry.num_readers for entry in self._entries.values()) == num_readers, "a slot is read by nobody that lives, or went"

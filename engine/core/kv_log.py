@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocol.messages import KvSnapshot
-from protocol.worker import BlocksRemoved, BlocksStored, KvEvent, Tier, WorkerId
+from protocol.worker import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Tier, WorkerId
 
 
 class KvLog:
@@ -77,6 +77,18 @@ class KvLog:
             if known.count == 0:
                 del held[name]
                 self._removed.append(name)
+
+    def restate(self) -> None:
+        """Tell everything anew: all is cleared, then what can still be hit is stored. Changes not taken yet are part of it."""
+        self._end_stored()
+        self._end_removed()
+        self.last_number -= len(self._events) - 1
+        self._events = [AllBlocksCleared(number=self.last_number)]
+        held, self._held = self._held, {tier: {} for tier in Tier}
+        for tier, names in held.items():
+            for name, known in names.items():
+                self.store(tier, known.before, (name,))
+            self._held[tier] = names
 
     def _end_stored(self) -> None:
         if self._stored is not None:

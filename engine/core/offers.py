@@ -9,7 +9,7 @@ import xxhash
 
 from engine.core.attempts import LiveAttempt
 from engine.core.block_pool import BlockPool
-from engine.core.events import Command, CompleteOffer, OfferKv
+from engine.core.events import Command, CompleteOffer, LeaseRenewed, OfferKv, PeerAcked, PeerDropped
 from engine.core.residence import StepInFlight
 from kvtransfer.handoff import SourceHandoff, step_begin
 from protocol.kv import DigestMode, Endpoint, HandoffKind, HandoffShard, KVHandoff, KVLayout, Lease
@@ -155,6 +155,15 @@ class Offers:
             layer_clock=clock,
             num_whole_blocks=num_whole_blocks,
         )
+
+    def hear(self, event: PeerAcked | PeerDropped | LeaseRenewed, now: float) -> None:
+        """What a target says of an offer."""
+        if isinstance(event, PeerAcked):
+            self.acknowledge(event.handoff_id)
+        elif isinstance(event, PeerDropped):
+            self.drop(event.handoff_id)
+        else:
+            self.renew(event.handoff_id, now)
 
     def renew(self, handoff_id: str, now: float) -> None:
         if (offer := self._find(handoff_id)) is not None:

@@ -92,6 +92,13 @@ class PrefixCache:
         self.log.store(Tier.DEVICE, before, hashes)
         return entry
 
+    def clear(self) -> int:
+        """Forget every block that nobody holds, without a word to the tiers behind; how many were dropped."""
+        on_evict, self.on_evict = self.on_evict, _nobody_else
+        count = self._pool.evict_cached()
+        self.on_evict = on_evict
+        return count
+
     @staticmethod
     def _is_child(entry: CachedBlock, parent: CachedBlock | None, before: bytes, token_ids: bytes) -> bool:
         return entry.parent is parent and entry.before == before and entry.token_ids == token_ids

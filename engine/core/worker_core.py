@@ -18,6 +18,7 @@ from engine.core.block_pool import BlockPool
 from engine.core.config import WorkerCoreConfig
 from engine.core.counters import COUNTERS
 from engine.core.events import (
+    CacheCleared,
     CancelReceived,
     Command,
     DrainStarted,
@@ -183,12 +184,8 @@ class WorkerCore:
             self._out += self._prefixes.finish(event.handoff_id, event.outcome, now)
         elif isinstance(event, PullDone):
             self._out += self._intake.finish(event.handoff_id, event.outcome, now)
-        elif isinstance(event, PeerAcked):
-            self._offers.acknowledge(event.handoff_id)
-        elif isinstance(event, PeerDropped):
-            self._offers.drop(event.handoff_id)
-        elif isinstance(event, LeaseRenewed):
-            self._offers.renew(event.handoff_id, now)
+        elif isinstance(event, (PeerAcked, PeerDropped, LeaseRenewed)):
+            self._offers.hear(event, now)
         elif isinstance(event, OfferCompletedReceived):
             self._complete(event.completed, now)
         elif isinstance(event, LoadDone):
@@ -199,6 +196,8 @@ class WorkerCore:
             self._role = event.role
         elif isinstance(event, DrainStarted):
             self._state = WorkerState.DRAINING
+        elif isinstance(event, CacheCleared):
+            self._loads.clear()
         elif isinstance(event, Settled):
             self._scheduler.residence.store_rest()
         else:
