@@ -2,7 +2,7 @@
 
     gateway -> worker      Submit, Cancel
     worker  -> gateway     StepOutput (one a step), Offered, HandoffDone, TransferFailed, AttemptFailed, SnapshotFrame
-    gateway -> router      Place, PrefillDone, Done
+    gateway -> router      Place, PrefillDone, Done, ExplainRequest
     router  -> gateway     PlaceAck, Assigned, Refused
     worker  -> router      SnapshotFrame, KvEvents, KvSnapshot        (gateway and router dial and send Subscribe)
     anyone  -> directory   Register, RegisterService, Watch
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from protocol.kv import HandoffCompletion, KVHandoff, KVPeer
+from protocol.lifecycle import AttemptState
 from protocol.request import Attempt, FinishReason
 from protocol.worker import KvEvent, WorkerAddress, WorkerSnapshot
 
@@ -237,6 +238,7 @@ class Place:
     slo_tpot_s: float | None
     excluded: tuple[str, ...]  # workers that already failed this request
     local_only: bool  # prefill must run where it decodes (several choices that already differ)
+    known_as: tuple[str, ...] = ()  # other names its client may ask for it by; for explaining only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,6 +287,9 @@ class Assignment:
     decode_scores: tuple[CandidateScore, ...]
     waited_s: float
     prefix_source: PrefixSource | None = None  # None: the prefill worker computes what it lacks
+    confirmed_tokens: int = 0  # of cached_tokens: those the worker itself has told of; the rest is expected from bookings
+    predicted_ttft_s: float | None = None  # waited_s and what prefill was believed to take; None: whoever placed it predicts nothing
+    predicted_handoff_s: float = 0.0  # comes after the first token, which the prefill worker sends itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,15 +314,19 @@ class PrefillDone:
 
     request_id: str
     attempt: int
+    num_cached_tokens: int | None = None  # as its worker found them; None: not placed by the router, so no answer to what it expected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """The attempt ended (finished, cancelled, failed or lost): free its bookings. `num_output_tokens` refines the hint."""
+    """The attempt ended: free its bookings. `num_output_tokens` refines the hint; the rest is for explaining."""
 
     request_id: str
     attempt: int
     num_output_tokens: int
+    state: AttemptState = AttemptState.FINISHED
+    handoff: HandoffDone | None = None
+    transfer_error: str = ""  # why the decode worker had to compute the prompt itself
 
 
 # --- directory --------------------------------------------------------------------------------------------------------
@@ -385,6 +394,15 @@ class StatusRequest:
 class StatusReply:
     reply_id: int
     json: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExplainRequest:
+    """Ask a router what it remembers of a request, by its id or another name it is known as; answered with a StatusReply."""
+
+    reply_id: int
+    name: str
+    tenant: str | None  # whose requests may be told of; None: everybody's
 
 
 # --- kvtransfer (worker -> worker) ------------------------------------------------------------------------------------
@@ -470,7 +488,7 @@ MESSAGES: tuple[type, ...] = (
     SnapshotFrame, Subscribe, KvEvents, KvSnapshot,
     Place, PlaceAck, Assigned, Refused, PrefillDone, Done,
     Register, RegisterService, Watch, Membership,
-    Ping, Pong, StatusRequest, StatusReply,
+    Ping, Pong, StatusRequest, StatusReply, ExplainRequest,
     RenewLease, AckHandoff, DropHandoff, Pull, PullTrailer,
     RequestPrefix, PrefixOffered, PrefixRefused,
 )  # fmt: skip
