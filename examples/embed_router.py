@@ -47,7 +47,7 @@ def converse(policy: PlacementPolicy) -> dict[int, list[Assignment]]:
             made[user].append(assignment)
             finish(core, request, assignment, now_s)
             now_s += 1.0
-    assert core.policy.num_failures == 0, core.notes()
+    assert core.policy.num_failures == 0, core.notes(now_s)
     return made
 
 

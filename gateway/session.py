@@ -85,9 +85,11 @@ _WORKING = (_A.PREFILLING, _A.WAITING_KV, _A.DECODING)
 class Session:
     """`on(event, now)` moves it; `end` says how it ended, None while it lives. Events after the end are ignored."""
 
-    def __init__(self, request: Request, config: GatewayConfig) -> None:
+    def __init__(self, request: Request, config: GatewayConfig, *, known_as: tuple[str, ...] = ()) -> None:
+        """`known_as`: other names the client may ask for it by."""
         n = request.sampling.n
         self.request = request
+        self.known_as = known_as
         self.delivered: list[array[int]] = [array("I") for _ in range(n)]
         self.finish_reasons: list[FinishReason | None] = [None] * n
         self.num_cached_tokens = 0  # of the prompt, as the first worker found it
@@ -101,7 +103,11 @@ class Session:
         self._lost_workers: tuple[str, ...] = ()  # never asked again
         self._avoided_workers: tuple[str, ...] = ()  # gave this request up; asked again when nobody else is there
         self._num_failed = 0  # attempts a worker lost or gave up
-        self._handoff: Offered | None = None  # of this attempt
+        # Of this attempt
+        self.found_tokens: int | None = None  # cached, as its worker said with the first token
+        self.handoff_done: HandoffDone | None = None
+        self._transfer_error = ""
+        self._handoff: Offered | None = None
         self._is_offered = False  # it is complete; an early offer is taken by its target while prefill goes on
         self._cancel_at_end = False  # we ended a choice that its worker still computes
         self._early: list[dict[int, TokenRun]] = [{} for _ in range(n)]  # by position
@@ -232,6 +238,7 @@ class Session:
             excluded=self._lost_workers + self._avoided_workers,
             local_only=len(texts) > 1,
             session=request.session,
+            known_as=self.known_as,
         )
 
     def _begin(self, assignment: Assignment, now: float) -> None:
@@ -279,10 +286,12 @@ class Session:
                 self._out.append(CompleteAt(worker_id=assignment.decode_worker, completed=fact))
             case HandoffDone(attempt=n) if n == number and self.state is _A.WAITING_KV:
                 self.state = advance(self.state, _A.DECODING)
+                self.handoff_done = fact
                 for timeline in self.timelines:
                     timeline.handoff_end_s = now
-            case TransferFailed(attempt=n) if n == number and self.state is _A.WAITING_KV:
+            case TransferFailed(attempt=n, error=error) if n == number and self.state is _A.WAITING_KV:
                 self.state = advance(self.state, _A.PREFILLING)  # the decode worker computes the prompt itself
+                self._transfer_error = error
             case AttemptFailed(attempt=n, retryable=True, reason=reason) if n == number:
                 self._retry(worker_id, _A.FAILED, f"worker {worker_id} gave it up: {reason}", now)
             case AttemptFailed(attempt=n, reason=reason) if n == number:
@@ -290,6 +299,8 @@ class Session:
 
     def _on_run(self, run: TokenRun, now: float, *, by_decoder: bool) -> None:
         choice = run.choice
+        if self.found_tokens is None:
+            self.found_tokens = run.num_cached_tokens
         if choice >= len(self.delivered) or self.finish_reasons[choice] is not None:
             return
         early = self._early[choice]
@@ -355,7 +366,8 @@ class Session:
         for timeline in self.timelines:
             if timeline.prefill_end_s is None:
                 timeline.prefill_end_s = now
-        self._out.append(TellRouter(message=PrefillDone(request_id=self.request.request_id, attempt=self.attempt.number)))
+        done = PrefillDone(request_id=self.request.request_id, attempt=self.attempt.number, num_cached_tokens=self.found_tokens)
+        self._out.append(TellRouter(message=done))
 
     def _on_stop(self, stop: ChoiceStopped, now: float) -> None:
         self._cut(stop)
@@ -375,6 +387,8 @@ class Session:
     def _finish_if_complete(self, now: float) -> None:
         if all(self._finished):
             queued = self.state is _A.QUEUED  # a stop string found in what an earlier attempt delivered
+            if self.state is _A.PREFILLING and not self._is_offered and self.found_tokens is not None:
+                self._prefilled(now)  # the first token was the last
             self._stop(Finish(), _A.CANCELLED if queued else _A.FINISHED, "complete", now)
 
     def _stop(self, end: End, state: AttemptState, reason: str, now: float) -> None:
@@ -421,7 +435,14 @@ class Session:
         self.state = advance(self.state, state)
         self._out.append(AttemptEnded(number=number, during=during, state=state, reason=reason))
         longest = max(len(tokens) for tokens in self.delivered)
-        done = Done(request_id=self.request.request_id, attempt=number, num_output_tokens=longest)
+        done = Done(
+            request_id=self.request.request_id,
+            attempt=number,
+            num_output_tokens=longest,
+            state=state,
+            handoff=self.handoff_done,
+            transfer_error=self._transfer_error,
+        )
         self._out.append(TellRouter(message=done))  # whoever placed it: the router may hold a booking for it
 
     def _next_attempt(self, now: float, *, pause_s: float) -> None:
@@ -432,7 +453,8 @@ class Session:
             finished=self._finished,
         )
         self.state = _A.QUEUED
-        self._handoff = None
+        self.found_tokens = self.handoff_done = self._handoff = None
+        self._transfer_error = ""
         self._is_offered = False
         self._cancel_at_end = False
         for early in self._early:

@@ -2,7 +2,7 @@
 
     gateway -> worker      Submit, Cancel
     worker  -> gateway     StepOutput (one a step), Offered, HandoffDone, TransferFailed, AttemptFailed, SnapshotFrame
-    gateway -> router      Place, PrefillDone, Done
+    gateway -> router      Place, PrefillDone, Done, ExplainRequest
     router  -> gateway     PlaceAck, Assigned, Refused
     worker  -> router      SnapshotFrame, KvEvents, KvSnapshot        (gateway and router dial and send Subscribe)
     anyone  -> directory   Register, RegisterService, Watch
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from protocol.control import CacheReset, PolicyInUse, ResetCache, UsePolicy
 from protocol.kv import HandoffCompletion, KVHandoff, KVPeer
+from protocol.lifecycle import AttemptState
 from protocol.request import Attempt, FinishReason
 from protocol.worker import KvEvent, WorkerAddress, WorkerSnapshot
 
@@ -241,6 +242,7 @@ class Place:
     excluded: tuple[str, ...]  # workers that already failed this request
     local_only: bool  # prefill must run where it decodes (several choices that already differ)
     session: str = ""  # the same for requests of one conversation, never the same for two tenants; "": the client did not say
+    known_as: tuple[str, ...] = ()  # other names its client may ask for it by; for explaining only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +291,9 @@ class Assignment:
     decode_scores: tuple[CandidateScore, ...]
     waited_s: float
     prefix_source: PrefixSource | None = None  # None: the prefill worker computes what it lacks
+    confirmed_tokens: int = 0  # of cached_tokens: those the worker itself has told of; the rest is expected from bookings
+    predicted_ttft_s: float | None = None  # waited_s and what prefill was believed to take; None: whoever placed it predicts nothing
+    predicted_handoff_s: float = 0.0  # comes after the first token, which the prefill worker sends itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,15 +318,19 @@ class PrefillDone:
 
     request_id: str
     attempt: int
+    num_cached_tokens: int | None = None  # as its worker found them; None: not placed by the router, so no answer to what it expected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """The attempt ended (finished, cancelled, failed or lost): free its bookings. `num_output_tokens` refines the hint."""
+    """The attempt ended: free its bookings. `num_output_tokens` refines the hint; the rest is for explaining."""
 
     request_id: str
     attempt: int
     num_output_tokens: int
+    state: AttemptState = AttemptState.FINISHED
+    handoff: HandoffDone | None = None
+    transfer_error: str = ""  # why the decode worker had to compute the prompt itself
 
 
 # --- directory --------------------------------------------------------------------------------------------------------
@@ -389,6 +398,15 @@ class StatusRequest:
 class StatusReply:
     reply_id: int
     json: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExplainRequest:
+    """Ask a router what it remembers of a request, by its id or another name it is known as; answered with a StatusReply."""
+
+    reply_id: int
+    name: str
+    tenant: str | None  # whose requests may be told of; None: everybody's
 
 
 # --- kvtransfer (worker -> worker) ------------------------------------------------------------------------------------
@@ -474,7 +492,7 @@ MESSAGES: tuple[type, ...] = (
     SnapshotFrame, Subscribe, KvEvents, KvSnapshot,
     Place, PlaceAck, Assigned, Refused, PrefillDone, Done,
     Register, RegisterService, Watch, Membership,
-    Ping, Pong, StatusRequest, StatusReply,
+    Ping, Pong, StatusRequest, StatusReply, ExplainRequest,
     RenewLease, AckHandoff, DropHandoff, Pull, PullTrailer,
     RequestPrefix, PrefixOffered, PrefixRefused,
     UsePolicy, PolicyInUse, ResetCache, CacheReset,

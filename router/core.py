@@ -10,7 +10,7 @@ Losing the router loses nothing: a new one learns the load from snapshots and th
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
@@ -43,8 +43,10 @@ from router.events import (
     WorkerDown,
     WorkerUp,
 )
+from router.explanations import Explanation, Explanations
 from router.fleet import Fleet, Pools
 from router.guarded_policy import GuardedPolicy, PoolPolicies
+from router.hindsight import OverlapWatch, PredictionErrors
 from router.holds import Hold, Phase
 from router.placement import Blocked, Choice, Placement
 from router.policies.api import (
@@ -83,7 +85,9 @@ class RouterCore:
         self.policies = PoolPolicies(*self._guards(policy, decode_policy))
         self.queues: dict[str, FairQueue] = {}
         self.stranded: OrderedDict[AttemptKey, Waiting] = OrderedDict()
-        self.explained: deque[Assignment] = deque(maxlen=config.num_explained)
+        self.explanations = Explanations(max_count=config.num_explained)
+        self.prediction_errors = PredictionErrors()
+        self.overlap = OverlapWatch()
         self.counters: dict[str, int] = dict.fromkeys(status.COUNTERS, 0)
         self._placement = Placement(config, fleet=self.fleet, index=self.index, policies=self.policies)
         self.reports = WorkerReports(
@@ -151,13 +155,13 @@ class RouterCore:
         """Everything an operator may ask, as plain JSON values; schema `baton.router.v1`."""
         return status.document(self, now)
 
-    def notes(self) -> list[str]:
-        """Fallbacks in force, one line each."""
-        return status.notes(self)
+    def notes(self, now: float) -> list[str]:
+        """What is not as it should be, one line each."""
+        return status.notes(self, now)
 
-    def explain(self, request_id: str) -> tuple[Assignment, ...]:
-        """The assignments of a request that are still remembered, oldest first."""
-        return tuple(a for a in self.explained if a.request_id == request_id)
+    def explain(self, name: str, tenant: str | None = None) -> tuple[Explanation, ...]:
+        """What is still remembered of a request's attempts, oldest first; by its id or another name it is known as."""
+        return self.explanations.find(name, tenant)
 
     @property
     def policy(self) -> GuardedPolicy:
@@ -171,6 +175,7 @@ class RouterCore:
             worker.check()
         waiting = {w.key for queue in self.queues.values() for w in queue} | self.stranded.keys()
         assert waiting == {w.key for w in self._queued.values()}, "queue and its index by request differ"
+        self.explanations.check()
 
     def _guards(self, policy: PlacementPolicy, decode_policy: PlacementPolicy | None) -> tuple[GuardedPolicy, GuardedPolicy | None]:
         """Of policies named by the config."""
@@ -188,7 +193,7 @@ class RouterCore:
         if isinstance(message, Place):
             self._place(event.gateway, message, now)
         elif isinstance(message, PrefillDone):
-            self._prefill_done(AttemptKey(request_id=message.request_id, attempt=message.attempt), now)
+            self._prefill_done(message, now)
         else:
             self._done(message, now)
 
@@ -215,7 +220,7 @@ class RouterCore:
         queue = self.queues.get(place.model_id)
         self._ack(gateway, place, len(queue) if queue is not None else 0)
         if refusal is not None:
-            self._refuse(gateway, refusal)
+            self._refuse(gateway, place, refusal, now)
             return
         waiting = Waiting(key=key, gateway=gateway, place=place, since_s=now)
         self._queued[place.request_id] = waiting
@@ -243,16 +248,24 @@ class RouterCore:
             )
         return refusal
 
-    def _prefill_done(self, key: AttemptKey, now: float) -> None:
+    def _prefill_done(self, message: PrefillDone, now: float) -> None:
+        key, found_tokens = AttemptKey(request_id=message.request_id, attempt=message.attempt), message.num_cached_tokens
+        booking = self.bookings.get(key)
+        is_first_word = booking is not None and Phase.PREFILL in booking.holds
         booking = self.bookings.end_prefill(key, now)
         if booking is None:
             return
+        if is_first_word and found_tokens is not None:
+            self.explanations.first_token(key, now, found_tokens=found_tokens)
+            self.prediction_errors.observe(booking.assignment, now - booking.booked_s)
+            self.overlap.observe(booking.assignment, found_tokens, booking.place.num_tokens, now)
         self.policies.observe(FirstToken(key=key, since_booked_s=now - booking.booked_s), now)
         self._pump(booking.place.model_id, now)
 
     def _done(self, message: Done, now: float) -> None:
         key = AttemptKey(request_id=message.request_id, attempt=message.attempt)
         booking = self.bookings.end(key)
+        self.explanations.ended(message, now)
         if self._unqueue(key) or booking is None:
             return
         queue = self.queues.get(booking.place.model_id)
@@ -306,10 +319,11 @@ class RouterCore:
             for waiting in overdue:
                 self._unqueue(waiting.key)
                 drain_s = admission.drain_s(queue.num_tokens, self.fleet.pools(model_id))
-                self._refuse(waiting.gateway, admission.refusal_after_wait(waiting.place, now - waiting.since_s, drain_s))
+                refusal = admission.refusal_after_wait(waiting.place, now - waiting.since_s, drain_s)
+                self._refuse(waiting.gateway, waiting.place, refusal, now)
         for waiting in [w for w in self.stranded.values() if now - w.since_s >= self.config.no_worker_wait_s]:
             self._unqueue(waiting.key)
-            self._refuse(waiting.gateway, admission.refusal_without_worker(waiting.place, now - waiting.since_s))
+            self._refuse(waiting.gateway, waiting.place, admission.refusal_without_worker(waiting.place, now - waiting.since_s), now)
 
     # --- the queue ---
 
@@ -375,11 +389,14 @@ class RouterCore:
             decode_worker=decode.worker_id,
             cached_tokens=choice.cached_tokens,
             policy=choice.policy,
-            reason=choice.reason,
+            reason=choice.reason if choice.policy == self.policy.name else f"{choice.reason}; {self.policy.name} failed or was too slow",
             prefill_scores=choice.prefill_scores,
             decode_scores=choice.decode_scores,
             waited_s=now - waiting.since_s,
             prefix_source=choice.prefix_source,
+            confirmed_tokens=self.index.confirmed_tokens(prefill.worker_id, place.block_hashes, choice.cached_tokens),
+            predicted_ttft_s=now - waiting.since_s + choice.prefill_s,
+            predicted_handoff_s=choice.handoff_s,
         )
         self.counters["prefix_pulls"] += choice.pull is not None
         prefill_hold = Hold(
@@ -411,7 +428,7 @@ class RouterCore:
         self._num_choices += 1
         prefill.last_chosen = decode.last_chosen = self._num_choices
         self.index.speculate(prefill.worker_id, place.block_hashes, now, num_held=choice.num_marked_blocks)
-        self.explained.append(assignment)
+        self.explanations.placed(place, assignment, now)
         self.counters["splits" if choice.is_split else "locals"] += 1
         self._commands.append(ToGateway(gateway=waiting.gateway, message=Assigned(assignment=assignment)))
         booked = Booked(request=place, prefill_worker=prefill.worker_id, decode_worker=decode.worker_id, cached_tokens=choice.cached_tokens)
@@ -423,6 +440,7 @@ class RouterCore:
         ack = PlaceAck(request_id=place.request_id, attempt=place.attempt, queue_position=queue_position)
         self._commands.append(ToGateway(gateway=gateway, message=ack))
 
-    def _refuse(self, gateway: str, refusal: Refused) -> None:
+    def _refuse(self, gateway: str, place: Place, refusal: Refused, now: float) -> None:
+        self.explanations.refused(place, refusal, now)
         self.counters[f"refused_{refusal.status}"] += 1
         self._commands.append(ToGateway(gateway=gateway, message=refusal))

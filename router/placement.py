@@ -60,6 +60,8 @@ class Choice:
     prefill_scores: tuple[CandidateScore, ...]
     decode_scores: tuple[CandidateScore, ...]
     pull: Pull | None  # from another worker to the prefill worker
+    prefill_s: float  # from now to the first token, as the cost model has it
+    handoff_s: float  # from there to the decode worker
 
     @property
     def is_split(self) -> bool:
@@ -202,6 +204,8 @@ class Placement:
             prefill_scores=prefill.scores,
             decode_scores=decode.scores,
             pull=self._pull(ask, prefill.best),
+            prefill_s=prefill.best.queued_prefill_s + self._prefill_s(ask, prefill.best),
+            handoff_s=self._transfer_s(ask),
         )
 
     def _better_local(self, ask: _Ask, decoders: list[Worker], decode: Ranking, prefill: Worker) -> Choice | None:
@@ -242,6 +246,8 @@ class Placement:
             prefill_scores=prefill_scores,
             decode_scores=ranking.scores,
             pull=self._pull(ask, worker),
+            prefill_s=worker.queued_prefill_s + self._prefill_s(ask, worker),
+            handoff_s=0.0,
         )
 
     # --- pricing ---

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections import deque
+from dataclasses import asdict
 from random import Random
 from time import perf_counter
 from typing import Any
@@ -22,6 +23,7 @@ from protocol.errors import ConfigError
 from protocol.links import Links, MembershipWatch, Target
 from protocol.messages import (
     Done,
+    ExplainRequest,
     KvEvents,
     KvSnapshot,
     Membership,
@@ -37,7 +39,7 @@ from protocol.messages import (
 )
 from protocol.wire import Connection, Identity, Listener
 from protocol.worker import WorkerId
-from router import policies
+from router import explanations, policies
 from router.config import RouterConfig
 from router.core import RouterCore
 from router.events import (
@@ -159,10 +161,16 @@ class RouterService:
             await asyncio.sleep(TICK_S)
             self._turn(Tick())
             self._log_notes()
+            self._log_missed_overlap()
+
+    def _log_missed_overlap(self) -> None:
+        missed = self._core.overlap.take_warning(self._now())
+        if missed is not None:
+            log.warning("less cached than expected", extra=asdict(missed))
 
     def _log_notes(self) -> None:
         """A fallback is also a log line, once each time it begins."""
-        notes = self._core.notes()
+        notes = self._core.notes(self._now())
         kinds = [note.split(" ", 1)[0] for note in notes]
         for kind, note in zip(kinds, notes, strict=True):
             if kind not in self._noted:
@@ -194,6 +202,9 @@ class RouterService:
             self._use_policy(connection, message)
         elif isinstance(message, StatusRequest):
             connection.send(StatusReply(reply_id=message.reply_id, json=json.dumps(self.status())))
+        elif isinstance(message, ExplainRequest):
+            found = explanations.answer(self._core.explanations, message.name, message.tenant, self._now(), by="router")
+            connection.send(StatusReply(reply_id=message.reply_id, json=json.dumps(found)))
         elif isinstance(message, Ping):
             connection.send(Pong(nonce=message.nonce))
 

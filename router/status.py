@@ -1,11 +1,11 @@
-"""What an operator may ask of the router, as plain JSON values: `baton status` and `baton explain` read this document."""
+"""What an operator may ask of the router, as plain JSON values: `baton status` reads this document."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from protocol.messages import Assignment, CandidateScore
+from router.explanations import assignment_document
 
 if TYPE_CHECKING:
     from router.core import RouterCore
@@ -47,18 +47,24 @@ def document(core: RouterCore, now: float) -> dict[str, object]:
             "gaps": index.num_gaps,
         },
         "counters": core.counters | {"workers_left": core.reports.num_left, "resyncs": core.reports.num_resyncs},
-        "notes": notes(core),
+        "ttft_prediction": core.prediction_errors.document(),
+        "overlap": core.overlap.document(),
+        "explanations": {"kept": len(core.explanations), "limit": core.explanations.max_count},
+        "notes": notes(core, now),
         "workers": [_worker(worker, now) for worker in core.fleet],
-        "assignments": [_assignment(a) for a in list(core.explained)[-NUM_ASSIGNMENTS_SHOWN:]],
+        "assignments": [assignment_document(a) for record in core.explanations.newest(NUM_ASSIGNMENTS_SHOWN) if (a := record.assignment)],
     }
 
 
-def notes(core: RouterCore) -> list[str]:
-    """Fallbacks in force, one line each."""
+def notes(core: RouterCore, now: float) -> list[str]:
+    """What is not as it should be, one line each: fallbacks in force, an index that is full or untrue."""
     lines = core.policies.notes
     if core.index.num_dropped:
         limit = core.config.index_max_bytes
         lines.append(f"prefix index is full: {core.index.num_dropped} entries not taken; raise router.index_max_bytes ({limit})")
+    overlap_note = core.overlap.note(now)
+    if overlap_note is not None:
+        lines.append(overlap_note)
     return lines
 
 
@@ -94,30 +100,4 @@ def _worker(worker: Worker, now: float) -> dict[str, object]:
         "link_scale": round(worker.link.scale, 3),
         "cost_samples": worker.model.num_samples,
         "cost_relative_error": round(worker.model.relative_error, 4),
-    }
-
-
-def _assignment(assignment: Assignment) -> dict[str, object]:
-    return {
-        "request_id": assignment.request_id,
-        "attempt": assignment.attempt,
-        "prefill_worker": assignment.prefill_worker,
-        "decode_worker": assignment.decode_worker,
-        "cached_tokens": assignment.cached_tokens,
-        "policy": assignment.policy,
-        "reason": assignment.reason,
-        "waited_s": round(assignment.waited_s, 6),
-        "prefix_source": asdict(assignment.prefix_source) if assignment.prefix_source is not None else None,
-        "prefill_scores": [_score(s) for s in assignment.prefill_scores],
-        "decode_scores": [_score(s) for s in assignment.decode_scores],
-    }
-
-
-def _score(score: CandidateScore) -> dict[str, object]:
-    return {
-        "worker_id": score.worker_id,
-        "seconds": score.seconds,
-        "cached_tokens": score.cached_tokens,
-        "signal_age_s": round(score.signal_age_s, 4),
-        "terms": dict(zip(score.term_names, score.term_seconds, strict=True)),
     }

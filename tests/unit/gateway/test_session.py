@@ -124,12 +124,13 @@ def test_whole_life_of_a_disaggregated_request() -> None:
     (first,) = play(session, run(0, 5, by="p0"), now=0.2)
     assert (first.position, list(first.token_ids)) == (0, [5]) and session.num_cached_tokens == 7
     told, submit = play(session, offered(), now=0.3)
-    assert isinstance(told.message, PrefillDone) and submit.worker_id == "d0" and submit.submit.handoff is not None
+    assert told.message == PrefillDone(request_id="r", attempt=0, num_cached_tokens=7)
+    assert submit.worker_id == "d0" and submit.submit.handoff is not None
     assert session.state is AttemptState.WAITING_KV
     assert play(session, DONE, now=0.4) == [] and session.state is AttemptState.DECODING
     deliver, ended, told, end = play(session, run(1, 6, 7, reason=FinishReason.STOP), now=0.5)
     assert list(deliver.token_ids) == [6, 7] and ended.state is AttemptState.FINISHED
-    assert told.message == Done(request_id="r", attempt=0, num_output_tokens=3) and isinstance(end, Finish)
+    assert told.message == Done(request_id="r", attempt=0, num_output_tokens=3, handoff=DONE.fact) and isinstance(end, Finish)
     (timeline,) = session.timelines
     assert (timeline.assigned_s, timeline.prefill_end_s, timeline.handoff_end_s, timeline.end_s) == (0.1, 0.3, 0.4, 0.5)
     assert (timeline.ttft_s, timeline.num_tokens) == (0.2, 3)
@@ -139,6 +140,31 @@ def test_answer_of_one_token_needs_no_decode_worker() -> None:
     session = make()
     commands = play(session, Start(), assigned(0), run(0, 5, reason=FinishReason.STOP, by="p0"))
     assert [c.worker_id for c in only(commands, SubmitTo)] == ["p0"] and isinstance(session.end, Finish)
+
+
+def test_router_hears_of_an_attempt_what_its_own_worker_found_and_how_it_ended() -> None:
+    """Three attempts: recomputed and lost, cut short by its first token. How: every word to the router, in order.
+
+    Seen to fail with `found_tokens` kept in `_next_attempt`, and without PrefillDone where the first token is the last.
+    """
+    session = make()
+    moves = (Start(), assigned(0), run(0, 5, by="p0"), offered(), FAILED, WorkerLost(worker_id="d0"))
+    first = [c.message for c in only(play(session, *moves), TellRouter)]
+    assert first[0] == PrefillDone(request_id="r", attempt=0, num_cached_tokens=7)
+    assert first[1] == Done(request_id="r", attempt=0, num_output_tokens=1, state=AttemptState.LOST, transfer_error="peer_lost")
+    later = run(1, 6, number=1, by="p1", reason=FinishReason.STOP)
+    later = replace(later, fact=replace(later.fact, num_cached_tokens=32))
+    second = [c.message for c in only(play(session, assigned(1, "p1", "d1"), later), TellRouter)]
+    assert second == [PrefillDone(request_id="r", attempt=1, num_cached_tokens=32), Done(request_id="r", attempt=1, num_output_tokens=2)]
+
+
+def test_attempt_that_delivered_nothing_tells_the_router_of_no_first_token() -> None:
+    """A stop string in what came before ends the request while its second attempt still computes. Seen to fail without the check
+    for tokens of this attempt in `_finish_if_complete`."""
+    session = make()
+    play(session, Start(), assigned(0, "d0", "d0"), run(0, 5), WorkerLost(worker_id="d0"), assigned(1, "p1", "d1"))
+    told = [c.message for c in only(play(session, ChoiceStopped(choice=0, num_tokens=1)), TellRouter)]
+    assert told == [Done(request_id="r", attempt=1, num_output_tokens=1)]
 
 
 def test_transfer_that_failed_is_recomputed_where_it_decodes() -> None:

@@ -181,8 +181,9 @@ class World:
         assert isinstance(found, Assignment), found
         return found
 
-    def prefill_done(self, request: Place) -> list[Command]:
-        return self.on(FromGateway(gateway="gateway-0", message=PrefillDone(request_id=request.request_id, attempt=request.attempt)))
+    def prefill_done(self, request: Place, *, found_tokens: int | None = 0) -> list[Command]:
+        message = PrefillDone(request_id=request.request_id, attempt=request.attempt, num_cached_tokens=found_tokens)
+        return self.on(FromGateway(gateway="gateway-0", message=message))
 
     def done(self, request: Place, num_output_tokens: int = 64) -> list[Command]:
         message = Done(request_id=request.request_id, attempt=request.attempt, num_output_tokens=num_output_tokens)

@@ -358,8 +358,9 @@ def test_a_new_router_learns_load_and_caches_from_the_workers() -> None:
 
     first, second = started(), started()
     assert first.assign(request) == second.assign(request)
-    assert first.core.explained[-1].prefill_worker == "prefill-1"
-    assert first.core.explained[-1].decode_worker == "decode-1"
+    (newest,) = first.core.explanations.newest(1)
+    assert newest.assignment is not None
+    assert (newest.assignment.prefill_worker, newest.assignment.decode_worker) == ("prefill-1", "decode-1")
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
@@ -422,4 +423,4 @@ def test_status_is_a_json_document_and_explains_assignments() -> None:
     assert [w["worker_id"] for w in document["workers"]] == ["prefill-0", "decode-0"]
     assert document["assignments"][-1]["reason"] == found.reason
     assert document["assignments"][-1]["prefill_scores"][0]["terms"].keys() == {"queue", "prefill", "duplicate", "evict", "transfer"}
-    assert world.core.explain(found.request_id) == (found,)
+    assert [record.assignment for record in world.core.explain(found.request_id)] == [found]

@@ -130,7 +130,7 @@ def test_siblings_that_arrive_together_land_together() -> None:
         world.now += 0.005
         found = world.assign(place(number, num_tokens=4096 + 100, block_hashes=prefix + tail))
         assert found.cached_tokens == (0 if number == 0 else 4096)
-    assert len({a.prefill_worker for a in world.core.explained}) == 1
+    assert len({record.assignment.prefill_worker for record in world.core.explanations}) == 1
 
 
 def test_different_prompts_spread() -> None:
@@ -223,14 +223,14 @@ def test_a_policy_that_fails_is_replaced_by_least_work_loudly(trouble: str) -> N
     found = world.assign(place(1))
     assert (found.policy, found.prefill_worker) == ("least_work", "prefill-1")
     assert world.core.policy.num_fallbacks == 2, "one a pool"
-    (note,) = world.core.notes()
+    (note,) = world.core.notes(world.now)
     assert "failed 2 times" in note and "least_work" in note
 
 
 def test_a_policy_that_cannot_listen_still_places() -> None:
     world = _with("deaf")
     assert world.assign(place(1)).policy != "least_work"
-    assert "RuntimeError in observe: not listening" in world.core.notes()[0]
+    assert "RuntimeError in observe: not listening" in world.core.notes(world.now)[0]
 
 
 def test_a_policy_that_overran_is_replaced_for_a_while() -> None:
@@ -273,7 +273,7 @@ def test_one_pools_failing_policy_leaves_the_others_alone(failing: str) -> None:
         name: guarded.num_fallbacks for name, guarded in (("policy", world.core.policy), ("decode_policy", world.core.policies.decode))
     }
     assert counts == {"policy": 0, "decode_policy": 0} | {failing: 1}
-    (note,) = world.core.notes()
+    (note,) = world.core.notes(world.now)
     assert "KeyError" in note and note.startswith("policy " if failing == "policy" else "decode policy ")
 
 
