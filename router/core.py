@@ -389,7 +389,9 @@ class RouterCore:
             decode_worker=decode.worker_id,
             cached_tokens=choice.cached_tokens,
             policy=choice.policy,
-            reason=choice.reason if choice.policy == self.policy.name else f"{choice.reason}; {self.policy.name} failed or was too slow",
+            reason=choice.reason
+            if self.policies.answered(choice.policy)
+            else f"{choice.reason}; {self.policies.names} failed or was too slow",
             prefill_scores=choice.prefill_scores,
             decode_scores=choice.decode_scores,
             waited_s=now - waiting.since_s,

@@ -103,6 +103,15 @@ class PoolPolicies:
         return self.prefill.commands(now)
 
     @property
+    def names(self) -> str:
+        """As an assignment tells who chose: NAME, or PREFILL/DECODE where they are two."""
+        return "/".join(policy.name for policy in self.each)
+
+    def answered(self, chosen_by: str) -> bool:
+        """False when least_work chose in place of one of them."""
+        return {policy.name for policy in self.each}.issuperset(chosen_by.split("/"))
+
+    @property
     def each(self) -> tuple[GuardedPolicy, ...]:
         return (self.prefill,) if self.decode is self.prefill else (self.prefill, self.decode)
 

@@ -260,6 +260,7 @@ def test_each_pool_is_placed_by_its_own_policy() -> None:
     assert len({a.prefill_worker for a in made}) == 1
     assert Counter(a.decode_worker for a in made) == {"decode-0": 2, "decode-1": 2, "decode-2": 2}
     assert {a.policy for a in made} == {"prefix_cost/round_robin"}
+    assert not any("failed" in a.reason for a in made)
     assert [world.core.status(world.now)[key]["name"] for key in ("policy", "decode_policy")] == ["prefix_cost", "round_robin"]  # type: ignore[index]
 
 
@@ -278,11 +279,13 @@ def test_one_pools_failing_policy_leaves_the_others_alone(failing: str) -> None:
 
 
 def test_an_overrun_sets_aside_the_policy_that_overran() -> None:
-    """Seen to fail with the pool of the event left out of PoolPolicies.observe."""
+    """Seen to fail with the pool of the event left out of PoolPolicies.observe, and with PoolPolicies.answered that is always true."""
     world = World(pools(2, 2), decode_policy="round_robin", disaggregate=Disaggregate.ALWAYS)
     world.on(PolicyOverran(duration_s=0.5, limit_s=0.01, pool=Pool.DECODE))
     assert (world.core.policy.num_overruns, world.core.policies.decode.num_overruns) == (0, 1)
-    assert world.assign(place(1)).policy == "prefix_cost/least_work"
+    assignment = world.assign(place(1))
+    assert assignment.policy == "prefix_cost/least_work"
+    assert assignment.reason.endswith("prefix_cost/round_robin failed or was too slow")
 
 
 def _with(trouble: str, **config: object) -> World:
