@@ -433,7 +433,15 @@ class RouterCore:
         self.explanations.placed(place, assignment, now)
         self.counters["splits" if choice.is_split else "locals"] += 1
         self._commands.append(ToGateway(gateway=waiting.gateway, message=Assigned(assignment=assignment)))
-        booked = Booked(request=place, prefill_worker=prefill.worker_id, decode_worker=decode.worker_id, cached_tokens=choice.cached_tokens)
+        booked = Booked(
+            request=place,
+            prefill_worker=prefill.worker_id,
+            decode_worker=decode.worker_id,
+            cached_tokens=choice.cached_tokens,
+            pulled_tokens=choice.pulled_tokens,
+            prefill_cost=prefill.cost,
+            decode_cost=decode.cost,
+        )
         self.policies.observe(booked, now)
 
     # --- saying ---

@@ -9,6 +9,7 @@ The shape of DistServe's latency model (appendix A) with prefill and decode shar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 NUM_TERMS = 5
@@ -41,8 +42,12 @@ class StepCost:
         return (self.step_s, self.prefill_token_s, self.prefill_pair_s, self.decode_sequence_s, self.decode_kv_token_s)
 
     def scaled(self, ratios: list[float]) -> StepCost:
-        step, token, pair, sequence, kv = (c * r for c, r in zip(self.coefficients, ratios, strict=True))
-        return StepCost(step_s=step, prefill_token_s=token, prefill_pair_s=pair, decode_sequence_s=sequence, decode_kv_token_s=kv)
+        return StepCost.of_coefficients([c * r for c, r in zip(self.coefficients, ratios, strict=True)])
+
+    @classmethod
+    def of_coefficients(cls, coefficients: Sequence[float]) -> StepCost:
+        step, token, pair, sequence, kv = coefficients
+        return cls(step_s=step, prefill_token_s=token, prefill_pair_s=pair, decode_sequence_s=sequence, decode_kv_token_s=kv)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,7 +77,7 @@ class WorkerReports:
         self._fleet.add(worker)
         self._index.join(event.worker_id, event.epoch)
         self._subscribe(event.worker_id, 0)
-        self._policies.observe(WorkerJoined(worker_id=event.worker_id, role=address.role), now)
+        self._policies.observe(WorkerJoined(worker_id=event.worker_id, role=address.role, model_id=address.model_id), now)
 
     def down(self, event: WorkerDown, now: float) -> None:
         worker = self._fleet.get(event.worker_id)

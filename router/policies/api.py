@@ -8,7 +8,7 @@ it may read the policy's state and must not change it, so that it can be asked t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from random import Random
 from types import MappingProxyType
@@ -139,6 +139,9 @@ class Booked:
     prefill_worker: WorkerId
     decode_worker: WorkerId
     cached_tokens: int
+    pulled_tokens: int = 0  # come to the prefill worker from another, beyond what it has cached
+    prefill_cost: StepCost = field(default_factory=StepCost)  # seconds of work on the prefill worker at the moment of the choice
+    decode_cost: StepCost = field(default_factory=StepCost)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +168,7 @@ class KvChanged:
 class WorkerJoined:
     worker_id: WorkerId
     role: Role
+    model_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
