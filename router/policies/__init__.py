@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 from protocol.errors import ConfigError
 from router.policies.api import POLICY_API, Cost, PlacementPolicy, PlacementView, PolicyClass, Pool, Stateless, WorkerView
 from router.policies.distserve import DistServe
+from router.policies.e2 import E2
 from router.policies.least_work import LeastWork
 from router.policies.mooncake_ttft import MooncakeTtft
 from router.policies.power_of_two import PowerOfTwo
@@ -44,6 +45,7 @@ BUILT_IN: dict[str, PolicyClass] = {
     "round_robin": RoundRobin,
     "least_work": LeastWork,
     "prefix_cost": PrefixCost,
+    "e2": E2,
     "random": RandomWorker,
     "power_of_two": PowerOfTwo,
     "session_affinity": SessionAffinity,
