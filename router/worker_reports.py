@@ -106,7 +106,7 @@ class WorkerReports:
     def introduce(self, now: float) -> None:
         """Tell a policy that is new here who is there and what each holds."""
         for worker in self._fleet:
-            self._policies.observe(WorkerJoined(worker_id=worker.worker_id, role=worker.role), now)
+            self._policies.observe(WorkerJoined(worker_id=worker.worker_id, role=worker.role, model_id=worker.address.model_id), now)
             told = self._index.told_by(worker.worker_id)
             if told is not None and (told.hashes or told.host_hashes):
                 self._policies.observe(_all_of(told), now)

@@ -26,7 +26,7 @@ ROLES = {
     "both-0": Role.BOTH,
 }
 WORKERS = tuple(ROLES)
-POLICIES = ("round_robin", "least_work", "prefix_cost")
+POLICIES = tuple(policies.BUILT_IN)
 
 small = st.integers(0, 4)
 operations = st.lists(
