@@ -85,8 +85,12 @@ class PrefixTree(Generic[Record]):
 
     def find(self, hashes: Sequence[bytes]) -> Node[Record] | None:
         """The node in which the longest known beginning of the prompt ends."""
+        return self.match(hashes)[1]
+
+    def match(self, hashes: Sequence[bytes]) -> tuple[int, Node[Record] | None]:
+        """Blocks of the longest known beginning of the prompt, and the node in which it ends."""
         known = self._num_known(hashes)
-        return self._node_of[hashes[known - 1]] if known else None
+        return known, self._node_of[hashes[known - 1]] if known else None
 
     def insert(self, hashes: Sequence[bytes]) -> Node[Record] | None:
         """The node that ends where the prompt does, made where there was none; None for a prompt without blocks.

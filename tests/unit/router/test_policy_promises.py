@@ -14,7 +14,13 @@ from tests.unit.router.router_world import World, chain, place, pools
 
 pytestmark = pytest.mark.pure
 
-OURS = sorted(policies.BUILT_IN)
+LIKE = [
+    "examples.policies.sglang_like:SglangLike",
+    "examples.policies.dynamo_like:DynamoLike",
+    "examples.policies.lmetric_like:LMetricLike",
+    "examples.policies.llmd_like:LlmdLike",
+]
+OURS = [*sorted(policies.BUILT_IN), *LIKE]
 
 
 def traffic(world: World, num_requests: int, *, seed: int = 5, first: int = 0) -> list[Assignment]:
