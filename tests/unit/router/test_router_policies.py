@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -53,6 +55,15 @@ def test_a_users_policy_is_loaded_by_module_and_class() -> None:
     name = "tests.unit.router.test_router_policies:Constant:seconds=2.5"
     world = World(pools(1, 1), policy=policies.load(name))
     assert world.assign(place(1)).prefill_scores[0].seconds == 2.5
+
+
+def test_the_page_on_policies_names_each_with_its_parameters() -> None:
+    """Seen to fail with a parameter of e2 left out of the page."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "policies.md").read_text()
+    for name, cls in policies.BUILT_IN.items():
+        assert f"`{name}`" in page
+        config = inspect.getattr_static(cls, "Config")
+        assert not [f.name for f in fields(config) if f"`{f.name}`" not in page], name
 
 
 # --- round robin ------------------------------------------------------------------------------------------------------
