@@ -173,7 +173,7 @@ def test_a_switch_and_a_reset_harm_no_request_in_flight(cluster: Cluster) -> Non
     """How: the tokens of an undisturbed run, then again while policies are switched and caches reset as fast as it goes; the
     conservation law is read from every status, and at rest.
 
-    Seen to fail with a reset that frees blocks in use.
+    Seen to fail with a reset that forgets the names of blocks in use, and with one that ends a request.
     """
     cluster.use("prefix_cost")
     prompts = prompts_of(3, 12, num_shared=256)
