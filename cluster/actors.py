@@ -6,6 +6,7 @@ costs 700 us, a framed message 15. `max_restarts=0`: a restart by Ray would be t
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
@@ -103,6 +104,14 @@ class RouterHost(_Host):
             return Refusal(kind=type(error).__name__, message=str(error))
         address = self._loop.run(self._router.start(), timeout_s=CLOSE_TIMEOUT_S)
         return HostAddress(host=address.host, port=address.port, pid=address.pid, epoch=address.epoch)
+
+    def turns(self, within_s: float) -> bool:
+        """True when the loop comes round: a policy that does not return keeps it from that."""
+        try:
+            self._loop.run(asyncio.sleep(0), timeout_s=within_s)
+        except TimeoutError:
+            return False
+        return True
 
     def _close(self) -> None:
         self._loop.run(self._router.close(), timeout_s=CLOSE_TIMEOUT_S)

@@ -16,14 +16,15 @@ from typing import Any
 import ray
 
 import protocol.errors
-from cluster.actors import DirectoryHost, HostAddress, Refusal, RouterHost, spawn
+from cluster.actors import DirectoryHost, HostAddress, Refusal, spawn
 from cluster.gateway_build import GatewaySpec
 from cluster.loop_thread import LoopThread
 from cluster.port import ReservedPort
 from cluster.processes import ProcessId, process_id, wait_gone
+from cluster.ray_router import RayRouter
 from cluster.ray_runtime import RayRuntime
 from cluster.ray_worker import RayWorker, ref
-from cluster.router_build import RouterSpec
+from cluster.router_build import HUNG_NOTE, RouterSpec, least_work_instead
 from cluster.run_directory import RunDirectory
 from cluster.serve_app import Endpoint
 from cluster.supervisor import SupervisorDriver, brief, keep_up
@@ -75,7 +76,7 @@ class Pieces:
         self._directory: asyncio.Future[HostAddress] = self._loop.run(_future())
         self._directory_actor: Any = None
         self._directory_port = 0
-        self._router_actor: Any = None
+        self._router: RayRouter | None = None
         self._watch: MembershipWatch | None = None
         self._membership = Membership(version=0, workers=(), services=())
         self._launched: list[RayWorker] = []
@@ -154,19 +155,22 @@ class Pieces:
 
     async def _start_router(self) -> Callable[[], Awaitable[str]]:
         directory = await self._directory
-        self._router_actor = actor = spawn(RouterHost, name=f"router-{secrets.token_hex(2)}", near=self._near, user_path=self._user_path)
+        was_hung = self._router is not None and self._router.hung
+        config, notes = (least_work_instead(self._config.router), (HUNG_NOTE,)) if was_hung else (self._config.router, ())
+        self._router = router = RayRouter(near=self._near, user_path=self._user_path, hang_s=self._config.supervisor.router_hang_s)
         spec = RouterSpec(
-            config=self._config.router,
+            config=config,
+            notes=notes,
             directory_host=directory.host,
             directory_port=directory.port,
             secret=self._secret,
             seed=self._config.workers.seed or 0,
         )
-        answer = await ref(actor.start.remote(spec))
-        if isinstance(answer, Refusal):
-            self._failure = _as_error(answer)
+        refusal = await router.start(spec)
+        if refusal is not None:
+            self._failure = _as_error(refusal)
             await asyncio.Event().wait()  # the run ends with this error; trying again would say the same
-        return partial(_ended, actor)
+        return router.ended
 
     def _launch(self, command: StartWorker) -> RayWorker:
         workers = self._config.workers
@@ -255,10 +259,11 @@ class Pieces:
         await self._supervisor.shut_down(drain=drain, timeout_s=left_s)
         if self._watch is not None:
             await self._watch.close()
-        for actor in (self._router_actor, self._directory_actor):
-            if actor is not None:
-                with contextlib.suppress(Exception):
-                    ray.kill(actor, no_restart=True)
+        if self._router is not None:
+            self._router.kill()
+        if self._directory_actor is not None:
+            with contextlib.suppress(Exception):
+                ray.kill(self._directory_actor, no_restart=True)
 
     def _gateway_processes(self) -> list[ProcessId]:
         pids = [service.pid for service in self._membership.services if service.kind == "gateway"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.config import RouterConfig
 from router.service import RouterService
@@ -18,6 +18,7 @@ class RouterSpec:
     directory_port: int
     secret: bytes
     seed: int
+    notes: tuple[str, ...] = ()  # what whoever starts it has to say, until the policy is switched
 
 
 def build_router(spec: RouterSpec) -> RouterService:
@@ -33,4 +34,13 @@ def build_router(spec: RouterSpec) -> RouterService:
         secret=spec.secret,
         epoch=time.time_ns(),
         seed=spec.seed,
+        notes=spec.notes,
     )
+
+
+def least_work_instead(config: RouterConfig) -> RouterConfig:
+    """For a router that follows one whose policy did not return: any policy of the config may be the one."""
+    return replace(config, policy="least_work", decode_policy="")
+
+
+HUNG_NOTE = "the router before stood still, as with a policy that does not return: least_work places until a policy is chosen anew"

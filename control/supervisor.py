@@ -31,6 +31,7 @@ class SupervisorConfig:
     drain_deadline_s: float = limited(30.0, minimum=0.0)  # of one worker leaving its pool; what still runs then goes on elsewhere
     shutdown_drain_s: float = limited(6.0, minimum=0.0)  # of the whole cluster; what still runs then is cut off
     stop_deadline_s: float = limited(3.0, minimum=0.1)  # from StopWorker to its end; then by force
+    router_hang_s: float = limited(5.0, minimum=0.5)  # a router whose loop stands still for so long is ended; another places by least_work
     backoff_first_s: float = limited(0.5, minimum=0.01)
     backoff_max_s: float = limited(30.0, minimum=0.01)
     stable_after_s: float = limited(5.0, minimum=0.0)

@@ -66,6 +66,8 @@ NUM_DECISIONS_TIMED = 1024
 class RouterService:
     """One router on one event loop. `seed` decides ties; the same seed and events give the same assignments.
 
+    notes: of whoever started it, told beside its own until the policy is switched.
+
     Raises (constructor):
         ConfigError: `config.policy` or `config.decode_policy` names no policy.
     """
@@ -81,10 +83,12 @@ class RouterService:
         host: str = "127.0.0.1",
         port: int = 0,
         seed: int = 0,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self._timed = _timed(config.policy, config.decode_policy)
         self._core = RouterCore(config, policy=self._timed[Pool.PREFILL], decode_policy=self._timed.get(Pool.DECODE), rng=Random(seed))
         self._limit_s = config.policy_time_limit_s
+        self._notes = list(notes)
         self._epoch = epoch
         self._bind = (host, port)
         identity = Identity(name=NAME, kind="router", epoch=epoch)
@@ -129,7 +133,10 @@ class RouterService:
         """The core's document, and how long the latest turns with a Place took."""
         taken_s = sorted(self._decision_s)
         timing = {f"p{q}_s": round(taken_s[len(taken_s) * q // 100], 7) for q in (50, 99)} if taken_s else {}
-        return self._core.status(self._now()) | {"decision_time": timing}
+        return self._core.status(self._now()) | {"decision_time": timing, "notes": self._all_notes()}
+
+    def _all_notes(self) -> list[str]:
+        return self._notes + self._core.notes(self._now())
 
     # --- the turn: one event in, commands out ---
 
@@ -170,7 +177,7 @@ class RouterService:
 
     def _log_notes(self) -> None:
         """A fallback is also a log line, once each time it begins."""
-        notes = self._core.notes(self._now())
+        notes = self._all_notes()
         kinds = [note.split(" ", 1)[0] for note in notes]
         for kind, note in zip(kinds, notes, strict=True):
             if kind not in self._noted:
@@ -218,6 +225,7 @@ class RouterService:
         else:
             log.info("policy changes", extra={"policy": message.policy, "asked_by": connection.peer.name})
             self._timed = timed
+            self._notes.clear()
             self._decision_s.clear()
             self._core.use_policy(
                 timed[Pool.PREFILL],

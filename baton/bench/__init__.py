@@ -10,6 +10,9 @@
     transfer_run.py      subjects that take turns                 transfer_rows.py    from turns to rows, targets, verdicts
     transfer_subject.py  our target, answering                    transfer_source.py  our source
     transfer_spoken.py   what all subjects do alike               transfer_handoff.py the hand-off as the engine sees it
+    policies.py          `baton bench policies`: placement policies in turns, in one live cluster
+    policy_traffic.py    its four workloads and its cluster       policy_run.py       switch, reset, one cell
+    policy_rows.py       from cells to rows and verdicts          policy_figure.py    their drawing
     engine_command.py    `baton bench engine` and the table it prints
     engine_run.py        loading, checking, taking turns          engine_rows.py      from samples to rows, targets, verdicts
     workloads.py         which requests, which figures            models.py           random checkpoints, bytes and FLOPs of a token

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,12 +48,24 @@ class ServerCommand:
 
 def our_server(model_dir: Path, folder: Path, *, threads: int) -> ServerCommand:
     """`baton serve` with one prefill and one decode worker, `threads` compute threads each, and its own defaults otherwise."""
+    told = [str(model_dir), "--prefill-workers", "1", "--decode-workers", "1", "--threads", str(threads)]
+    return _baton_serve([*told, "--kv-cache-memory-bytes", f"{KV_CACHE_GIB}GiB"], folder)
+
+
+def configured_server(config: Mapping[str, object], folder: Path) -> ServerCommand:
+    """`baton serve` with this configuration, which is written into `folder`."""
+    file = folder / "cluster.yaml"
+    file.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    return _baton_serve(["--config", str(file)], folder)
+
+
+def _baton_serve(told: Sequence[str], folder: Path) -> ServerCommand:
+    """Found by `read_run_files` of `folder` alone, and by no `baton status` of this user."""
     port = _free_port()
-    argv = [sys.executable, "-P", "-m", "baton", "serve", str(model_dir), "--served-model-name", SERVED_NAME, "--port", str(port)]
-    argv += ["--prefill-workers", "1", "--decode-workers", "1", "--threads", str(threads), "--kv-cache-memory-bytes", f"{KV_CACHE_GIB}GiB"]
+    argv = [sys.executable, "-P", "-m", "baton", "serve", *told, "--served-model-name", SERVED_NAME, "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("BATON_", "RAY_"))}
     environment["PYTHONPATH"] = os.pathsep.join([str(TREE), *filter(None, [environment.get("PYTHONPATH")])])
-    environment["XDG_RUNTIME_DIR"] = str(folder)  # `baton status` of this user does not see it
+    environment["XDG_RUNTIME_DIR"] = str(folder)
     return ServerCommand(name="baton", argv=tuple(argv), environment=environment, port=port, ready_path="/ready")
 
 
@@ -222,4 +234,13 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-__all__ = ["SERVED_NAME", "ServerCommand", "ServerProcess", "add_tokenizer", "checkpoint_to_serve", "our_server", "vllm_server"]
+__all__ = [
+    "SERVED_NAME",
+    "ServerCommand",
+    "ServerProcess",
+    "add_tokenizer",
+    "checkpoint_to_serve",
+    "configured_server",
+    "our_server",
+    "vllm_server",
+]

@@ -1,0 +1,227 @@
+"""`baton bench policies`: placement policies beside each other in one live cluster of paced workers, under the same arrivals, in turns.
+
+    for each repeat, for each workload: every policy in an order drawn anew ─► switch, empty caches, wait until nothing moves, send
+
+Workers are real processes that sleep for a model's time (engine/paced.py), so that two cores carry 16 of them and what makes a first
+token late is the queue of a modelled worker. A cell in which our own cores were the limit does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from baton.bench.policy_rows import OURS, STATISTICS, Cell, label, rows_of
+from baton.bench.report import Row, make_document
+from protocol.errors import ConfigError
+
+if TYPE_CHECKING:
+    from baton.bench.load import LoadRun
+    from baton.bench.policy_run import PolicyCluster
+
+SCHEMA = "baton.bench.policies.v1"
+DEFAULT_POLICIES = "prefix_cost,least_work,round_robin"
+DEFAULT_WORKLOADS = "shared_prefixes,fan_out,unshared,hot_prefix"
+PAUSE_S = 2.0  # guessed for what lies between two cells, until some were measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is measured."""
+
+    policies: tuple[str, ...]
+    workloads: tuple[str, ...]
+    num_repeats: int
+    seconds: float  # of arrivals in a cell
+    num_workers: int  # of each pool
+    seed: int
+
+    @property
+    def num_cells(self) -> int:
+        return self.num_repeats * len(self.workloads) * len(self.policies)
+
+    def cells(self) -> Iterator[tuple[int, str, str]]:
+        """(repeat, workload, policy) in the order they are measured: the policies of a repeat and workload follow each other."""
+        for repeat in range(self.num_repeats):
+            for workload in self.workloads:
+                turn = list(self.policies)
+                Random(f"turns {self.seed} {repeat} {workload}").shuffle(turn)
+                yield from ((repeat, workload, policy) for policy in turn)
+
+    def seed_of(self, repeat: int) -> int:
+        """Of arrivals and prompts: new in each repeat, the same for every policy."""
+        return self.seed * 1000 + repeat
+
+
+def bench_policies(
+    policies: Annotated[str, typer.Option(help="NAME[:k=v,...] or module:Class[:k=v,...]; a comma between.")] = DEFAULT_POLICIES,
+    workloads: Annotated[str, typer.Option(help="Which; a comma between.")] = DEFAULT_WORKLOADS,
+    repeats: Annotated[int, typer.Option(min=1, help="Times each policy has its turn; a verdict needs 6.")] = 7,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Of arrivals in each turn.")] = 20.0,
+    workers: Annotated[int, typer.Option(min=1, help="Prefill workers, and as many decode workers; rates grow with them.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of arrivals, prompts and turns; each repeat has its own.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw the ratios with their intervals into this SVG file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the JSON document to this file too, anew after each repeat.")] = None,
+) -> None:
+    """Compare placement policies in one live cluster of paced workers. Ctrl-C ends it with what was measured."""
+    from baton.bench.policy_run import policy_cluster
+    from baton.bench.policy_traffic import traffic
+
+    plan = Plan(
+        policies=tuple(split_list(policies)),
+        workloads=tuple(dict.fromkeys(name.strip() for name in workloads.split(",") if name.strip())),
+        num_repeats=repeats,
+        seconds=seconds,
+        num_workers=workers,
+        seed=seed,
+    )
+    if not plan.policies or not plan.workloads:
+        raise ConfigError("nothing to measure; name a policy and a workload or more")
+    for workload in plan.workloads:
+        traffic(workload, seconds=seconds, seed=seed)
+    began_s = time.monotonic()
+    cells: list[Cell] = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
+            _say(f"starting {workers} + {workers} paced workers")
+            with policy_cluster(Path(scratch), num_workers=workers) as cluster:
+                for policy in plan.policies:
+                    cluster.check(policy)
+                for cell in measure(plan, cluster):
+                    cells.append(cell)
+                    if output is not None and len(cells) % (len(plan.policies) * len(plan.workloads)) == 0:
+                        _write(output, policies_document(plan, cells, took_s=time.monotonic() - began_s))
+    except KeyboardInterrupt:
+        if not cells:
+            raise
+        _say_line(f"interrupted: {len(cells)} of {plan.num_cells} cells were measured")
+    document = policies_document(plan, cells, took_s=time.monotonic() - began_s)
+    if output is not None:
+        _write(output, document)
+    if plot is not None:
+        from baton.bench.policy_figure import policies_svg
+
+        plot.write_text(policies_svg(cells), encoding="utf-8")
+    if as_json:
+        print(json.dumps(document))
+    else:
+        _print(cells)
+
+
+def measure(plan: Plan, cluster: PolicyCluster) -> Iterator[Cell]:
+    """Cell after cell, with a line of progress on stderr."""
+    from baton.bench.policy_traffic import traffic
+
+    began_s = time.monotonic()
+    for index, (repeat, workload, policy) in enumerate(plan.cells()):
+        left_s = (plan.num_cells - index) * ((time.monotonic() - began_s) / index if index else plan.seconds + PAUSE_S)
+        what = f"{index + 1} of {plan.num_cells}: {workload}, {label(policy)}, repeat {repeat + 1}; {left_s / 60:.1f} min left"
+        _say(what)
+
+        def on_progress(run: LoadRun, what: str = what) -> None:
+            _say(f"{what}; {len(run.requests)} of {run.workload.num_requests} sent, {run.num_in_flight} under way")
+
+        asked = traffic(workload, seconds=plan.seconds, seed=plan.seed_of(repeat), num_workers=plan.num_workers)
+        cell = cluster.run(policy, asked, repeat=repeat, on_progress=on_progress if sys.stderr.isatty() else None)
+        if cell.invalid:
+            _say_line(f"does not count: {workload}, {label(policy)}, repeat {repeat + 1}: {'; '.join(cell.invalid)}")
+        yield cell
+    _say("")
+
+
+def split_list(text: str) -> list[str]:
+    """Policies of a list; a part with "=" and no ":" continues the policy before it: `a:x=1,y=2,b` is two."""
+    found: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if found and "=" in part and ":" not in part:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return list(dict.fromkeys(found))
+
+
+def policies_document(plan: Plan, cells: Sequence[Cell], *, took_s: float) -> dict[str, object]:
+    """So far: after each cell it is whole."""
+    from baton.bench.policy_traffic import SHAPES, cluster_config
+
+    sections: dict[str, object] = {
+        "policies": {label(policy): policy for policy in plan.policies},
+        "workloads": {name: {"rate_per_s": SHAPES[name].rate_per_s, "burst_size": SHAPES[name].burst_size} for name in plan.workloads},
+        "repeats": plan.num_repeats,
+        "seconds": plan.seconds,
+        "cluster": cluster_config(plan.num_workers),
+        "cells": [cell.record() for cell in cells],
+        "took_s": round(took_s, 1),
+    }
+    return make_document(SCHEMA, seed=plan.seed, rows=rows_of(cells), sections=sections)
+
+
+# --- showing ----------------------------------------------------------------------------------------------------------
+
+
+def _print(cells: Sequence[Cell]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    rows = {row.name: row for row in rows_of(cells)}
+    for workload in dict.fromkeys(c.workload for c in cells):
+        table = Table(title=workload, title_justify="left", box=None, pad_edge=False)
+        for name in ("", "mean ms", "p99 ms", "hit share", *(f"{s} / {OURS}" for s in STATISTICS), "counted"):
+            table.add_column(name, justify="left" if not name else "right")
+        for policy in dict.fromkeys(c.policy for c in cells if c.workload == workload):
+            name = label(policy)
+            figures = [rows[f"{workload}/ttft_{s}/{name}"] for s in STATISTICS]
+            hits = rows[f"{workload}/hit_share/{name}"].value
+            table.add_row(
+                name,
+                *("-" if row.value is None else f"{row.value:.1f}" for row in figures),
+                "-" if hits is None else f"{hits:.3f}",
+                *(_ratio_text(rows, f"{workload}/ttft_{s}/{OURS}_vs_{name}") for s in STATISTICS),
+                f"{figures[0].details['repeats']}",
+            )
+        console.print(table)
+        for row in rows.values():
+            if row.name.startswith(f"{workload}/") and row.target is not None:
+                state = {True: "met", False: "missed", None: "undecided"}[row.ok]
+                lost = row.details.get("loses_to")
+                console.print(f"{row.name}: {state}{f', loses to {lost}' if lost else ''}", markup=False)
+    for cell in cells:
+        if cell.invalid:
+            console.print(
+                f"{cell.workload}, {label(cell.policy)}, repeat {cell.repeat + 1} does not count: {'; '.join(cell.invalid)}", markup=False
+            )
+
+
+def _ratio_text(rows: Mapping[str, Row], name: str) -> str:
+    row = rows.get(name)
+    if row is None or row.value is None:
+        return ""
+    return f"{row.value:.2f} {row.details['interval']} {row.details['verdict']}"
+
+
+def _write(path: Path, document: dict[str, object]) -> None:
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
+
+
+def _say_line(text: str) -> None:
+    sys.stderr.write(f"\r\x1b[K{text}\n" if sys.stderr.isatty() else f"{text}\n")
+
+
+__all__ = ["Plan", "bench_policies", "measure", "policies_document", "split_list"]
