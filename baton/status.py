@@ -93,6 +93,7 @@ def notes_of(document: Json) -> list[str]:
     router = document.get("router") or {}
     if router.get("state") not in (None, "up"):
         notes.append(f"router {router['state']}: requests are placed by least_work over the last snapshots")
+    notes += [f"router: {note}" for note in (router.get("detail") or {}).get("notes") or []]
     notes += [f"fallback {name}: {count:g}" for name, count in (document.get("fallbacks") or {}).items() if count]
     for row in document.get("workers") or []:
         told = [row["trouble"]] if row.get("trouble") else []
