@@ -14,6 +14,7 @@ from baton.bench.serve import bench_serve
 from baton.bench.start import bench_start
 from baton.bench.transfer import bench_transfer
 from baton.chat import chat
+from baton.explain import explain
 from baton.serve import serve_command
 from baton.status import status
 from protocol.errors import BatonError, ConfigError
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command("serve")(serve_command())
 app.command("chat")(chat)
 app.command("status")(status)
+app.command("explain")(explain)
 
 bench = typer.Typer(
     name="bench",

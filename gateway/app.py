@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from gateway.dialect.bodies import DetokenizeBody, TokenizeBody, check_token_ids, template_messages
 from gateway.dialect.parse import parse_body
+from gateway.explain import NotFound
 from gateway.generate import chat_completions, completions
 from gateway.http import ClientDisconnected, Exchange, Receive, Scope, Send, client_request_id, tenant_of
 from gateway.live import ClientLeft
@@ -26,12 +27,6 @@ TEXT = b"text/plain; charset=utf-8"
 
 Get = Callable[[Exchange], Awaitable[None]]
 Post = Callable[[Exchange, bytes], Awaitable[None]]
-
-
-class NotFound(RequestError):
-    status = 404
-    type = "not_found_error"
-    code = "not_found"
 
 
 class MethodNotAllowed(RequestError):
@@ -72,9 +67,13 @@ class GatewayApp:
         except (ClientDisconnected, ClientLeft):
             exchange.status = CLIENT_CLOSED_REQUEST
         finally:
-            known = exchange.path in self._gets or exchange.path in self._posts or exchange.path.startswith("/v1/models/")
-            route = ("/v1/models" if exchange.path.startswith("/v1/models/") else exchange.path) if known else "other"
-            self.service.metrics.http_requests.labels(route, str(exchange.status or "none")).inc()
+            self.service.metrics.http_requests.labels(self._route_of(exchange.path), str(exchange.status or "none")).inc()
+
+    def _route_of(self, path: str) -> str:
+        """As a label: one of few."""
+        if path in self._gets or path in self._posts:
+            return path
+        return next((prefix[:-1] for prefix in ("/v1/models/", "/explain/") if path.startswith(prefix)), "other")
 
     async def _answer(self, exchange: Exchange) -> None:
         request_id = client_request_id(exchange.headers)
@@ -102,6 +101,8 @@ class GatewayApp:
             await self._gets[path](exchange)
         elif method in ("GET", "HEAD") and path.startswith("/v1/models/"):
             await self._model(exchange, path.removeprefix("/v1/models/"))
+        elif method in ("GET", "HEAD") and path.startswith("/explain/"):
+            await self._explain(exchange, path.removeprefix("/explain/"))
         elif method == "POST" and path in self._posts:
             config = self.service.config
             raw = await exchange.body(max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
@@ -131,6 +132,11 @@ class GatewayApp:
 
     async def _status(self, exchange: Exchange) -> None:
         await exchange.answer_json(await self.service.status())
+
+    async def _explain(self, exchange: Exchange, name: str) -> None:
+        """A key tells of its own tenant's requests only; where no key is asked for there is one tenant."""
+        tenant = exchange.tenant if self.service.config.api_keys else None
+        await exchange.answer_json(await self.service.explain(name, tenant))
 
     async def _models(self, exchange: Exchange) -> None:
         await exchange.answer_json({"object": "list", "data": [self._card(name) for name in self.service.model.names]})

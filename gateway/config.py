@@ -29,6 +29,10 @@ class GatewayConfig:
     max_model_len: int | None = None  # tokens of prompt + output; None: the least of the workers'
     api_keys: tuple[ApiKey, ...] = ()  # empty: no key is asked for
 
+    # What is told of placements.
+    placement_header: bool | None = None  # x-baton-placement; None: where no key is asked for, as GET /status tells anybody the same then
+    num_explained: int = 256  # newest placements made without the router, for GET /explain
+
     # What one request may ask for.
     max_body_bytes: int = 8 << 20
     max_messages: int = 4096
@@ -58,3 +62,8 @@ class GatewayConfig:
     max_undelivered_tokens: int = 4096  # of one stream whose client does not read
     max_pending_messages: int = 1024  # for one worker still being dialed
     encode_inline_chars: int = 4096  # a longer prompt is tokenized in a thread, off the event loop
+
+    @property
+    def shows_placement(self) -> bool:
+        """Names of workers are the operator's affair once clients are told apart by keys."""
+        return not self.api_keys if self.placement_header is None else self.placement_header

@@ -13,6 +13,7 @@ from protocol.errors import BatonError
 from protocol.lifecycle import AttemptState
 from protocol.messages import (
     Assigned,
+    Assignment,
     AttemptFailed,
     Cancel,
     Done,
@@ -183,6 +184,9 @@ class AttemptEnded:
     during: AttemptState
     state: AttemptState
     reason: str
+    assignment: Assignment | None = None  # None: it never found a place
+    found_tokens: int | None = None  # cached, as its worker said
+    handoff: HandoffDone | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,8 @@ from gateway.dialect.answers import AnswerShape, ChoiceAnswer, ChunkWriter, Usag
 from gateway.dialect.bodies import COMPLETION_MAX_TOKENS, ChatBody, CompletionBody, template_messages
 from gateway.dialect.parse import parse_body
 from gateway.dialect.sampling import SharedFields, check_limits, sampling_params
-from gateway.http import SSE_DONE, SSE_HEADERS, Exchange, client_session, sse_error, sse_event
+from gateway.explain import MAX_PLACEMENT_HEADERS, PLACEMENT_HEADER, placement_header
+from gateway.http import SSE_DONE, SSE_HEADERS, Exchange, client_request_id, client_session, sse_error, sse_event
 from gateway.live import ClientLeft, Feed, LiveRequest
 from gateway.service import GatewayService
 from gateway.text import ChoiceText
@@ -102,10 +103,13 @@ async def _generate(
     ]
     service.check_open()
     feed = Feed(len(prompts))
+    client_id, answer_id = client_request_id(exchange.headers), shape.answer_id.partition("-")[2]
+    names = () if client_id is None else (client_id.decode("ascii"),)
     n = samplings[0].n
     lives = [
         service.open(
-            request_id=shape.answer_id.partition("-")[2] if i == 0 else secrets.token_hex(16),
+            request_id=answer_id if i == 0 else secrets.token_hex(16),
+            known_as=names if i == 0 else (answer_id, *names),
             prompt_token_ids=prompt,
             sampling=sampling,
             texts=[_choice_text(service, body, sampling, chat=shape.chat) for _ in range(n)],
@@ -121,18 +125,23 @@ async def _generate(
     watcher = asyncio.get_running_loop().create_task(_cancel_on_disconnect(service, exchange, lives))
     try:
         if body.stream:
-            await _stream(exchange, shape, feed, lives)
+            await _stream(service, exchange, shape, feed, lives)
         else:
-            await _whole(exchange, shape, feed, lives)
+            await _whole(service, exchange, shape, feed, lives)
+    except BatonError:
+        if not exchange.status:
+            _show_placement(service, exchange, lives)
+        raise
     finally:
         watcher.cancel()
         for live in lives:
             service.cancel(live)
 
 
-async def _stream(exchange: Exchange, shape: AnswerShape, feed: Feed, lives: Sequence[LiveRequest]) -> None:
+async def _stream(service: GatewayService, exchange: Exchange, shape: AnswerShape, feed: Feed, lives: Sequence[LiveRequest]) -> None:
     writer = ChunkWriter(shape)
     items = await feed.take()  # an error before the first token is answered with its own status
+    _show_placement(service, exchange, lives)
     await exchange.start(200, SSE_HEADERS)
     started: set[int] = set()
     try:
@@ -155,14 +164,21 @@ async def _stream(exchange: Exchange, shape: AnswerShape, feed: Feed, lives: Seq
     await exchange.write(last + SSE_DONE, more=False)
 
 
-async def _whole(exchange: Exchange, shape: AnswerShape, feed: Feed, lives: Sequence[LiveRequest]) -> None:
+async def _whole(service: GatewayService, exchange: Exchange, shape: AnswerShape, feed: Feed, lives: Sequence[LiveRequest]) -> None:
     n = lives[0].session.request.sampling.n
     choices = [ChoiceAnswer() for _ in range(n * len(lives))]
     while items := await feed.take():
         for index, delta in items:
             choices[index].add(delta)
     prompts = [live.session.request.prompt_token_ids for live in lives]
+    _show_placement(service, exchange, lives)
     await exchange.answer_json(whole_answer(shape, choices, _usage(lives), prompts))
+
+
+def _show_placement(service: GatewayService, exchange: Exchange, lives: Sequence[LiveRequest]) -> None:
+    """Into the head of the answer, which is sent next."""
+    if service.config.shows_placement:
+        exchange.extra_headers += [(PLACEMENT_HEADER, placement_header(live.session)) for live in lives[:MAX_PLACEMENT_HEADERS]]
 
 
 def _usage(lives: Sequence[LiveRequest]) -> Usage:

@@ -143,7 +143,7 @@ def tenant_of(headers: dict[bytes, bytes], keys: tuple[ApiKey, ...]) -> str:
 
 
 def client_request_id(headers: dict[bytes, bytes]) -> bytes | None:
-    """The client's X-Request-Id, to be echoed and used for nothing else; None when absent or odd."""
+    """The client's X-Request-Id, to be echoed, and a name to ask for the request by; None when absent or odd."""
     given = headers.get(b"x-request-id", b"")
     printable = all(0x21 <= byte <= 0x7E for byte in given)
     return given if given and len(given) <= MAX_REQUEST_ID_CHARS and printable else None

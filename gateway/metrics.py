@@ -12,9 +12,10 @@ from prometheus_client.registry import Collector
 
 from gateway.events import AttemptEnded
 from gateway.session import Session
-from protocol.messages import HandoffDone, TransferFailed
+from protocol.messages import Assignment, HandoffDone, TransferFailed
 from protocol.timeline import Timeline
 from protocol.worker import WorkerSnapshot
+from router.hindsight import Overlap, overlap
 
 # vLLM's bounds, with finer steps below 10 ms for tokens (seconds).
 TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
@@ -22,6 +23,7 @@ TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2,
 REQUEST_BUCKETS = (0.005, 0.02, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 COUNT_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
 BYTES_BUCKETS = tuple(float(4**e) for e in range(6, 19))  # 4 KiB ... 64 GiB
+RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10)
 
 FALLBACKS = ("least_work", "recompute")
 
@@ -72,6 +74,12 @@ class Metrics:
         self._handoff_bytes = Histogram("baton_kv_handoff_bytes", "Bytes of a hand-off", ("path",), buckets=BYTES_BUCKETS, registry=r)
         self._handoff_failures = Counter("baton_kv_handoff_failures", "Transfers that failed, by reason", ("error",), registry=r)
         self._placements = Counter("baton_placements", "Assignments by policy and kind", ("policy", "decision"), registry=r)
+        text = "Prompts that should have found a cached prefix, by what they found: half of it or more, less, none"
+        self._overlaps = Counter("baton_prefix_overlap", text, ("found",), registry=r)
+        text = "From placement to first token, actual over predicted"
+        self._prediction = Histogram("baton_ttft_prediction_ratio", text, buckets=RATIO_BUCKETS, registry=r)
+        for verdict in Overlap:
+            self._overlaps.labels(verdict.value)
         for kind in FALLBACKS:
             self.fallbacks.labels(kind)
         r.register(_Live(model_name, snapshots, gauges))
@@ -92,6 +100,14 @@ class Metrics:
 
     def placed(self, policy: str, *, apart: bool) -> None:
         self._placements.labels(policy, "prefill-decode" if apart else "decode-only").inc()
+
+    def prefilled(self, placed: Assignment, num_tokens: int, found_tokens: int | None, now: float, since_s: float | None) -> None:
+        """The first token of a prompt of `num_tokens` is there; `since_s`: when it was placed, None where that is not known."""
+        found = None if found_tokens is None else overlap(placed.cached_tokens, found_tokens, num_tokens)
+        if found is not None:
+            self._overlaps.labels(found.value).inc()
+        if placed.predicted_ttft_s is not None and since_s is not None:
+            self._prediction.observe((now - since_s) / max(placed.predicted_ttft_s - placed.waited_s, 1e-6))
 
     def attempt_ended(self, ended: AttemptEnded) -> None:
         self._attempts.labels(ended.during.value, ended.state.value).inc()

@@ -10,4 +10,5 @@ GET  /ready                 200 when a request can be answered, else 503 and why
 GET  /health                200 while this process lives
 GET  /metrics               Prometheus
 GET  /status                workers, queues and KV blocks as JSON
+GET  /explain/ID            why a request went where it went, by the id of its answer or its X-Request-Id
 """

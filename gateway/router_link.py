@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from protocol.links import Links, Target
-from protocol.messages import Membership, Ping, Pong, ServiceAddress, StatusReply, StatusRequest
+from protocol.messages import ExplainRequest, Membership, Ping, Pong, ServiceAddress, StatusReply, StatusRequest
 from protocol.wire import Identity
 
 log = logging.getLogger("baton.gateway")
@@ -65,11 +65,16 @@ class RouterLink:
 
     async def status(self) -> str | None:
         """The router's own status as JSON text; None when it does not answer within a second."""
-        if len(self._waiting) >= MAX_WAITING_STATUS:
+        return await self._ask(StatusRequest(reply_id=next(self._reply_ids)))
+
+    async def explain(self, name: str, tenant: str | None) -> str | None:
+        """What the router remembers of a request, as JSON text; None when it does not answer within a second."""
+        return await self._ask(ExplainRequest(reply_id=next(self._reply_ids), name=name, tenant=tenant))
+
+    async def _ask(self, question: StatusRequest | ExplainRequest) -> str | None:
+        if len(self._waiting) >= MAX_WAITING_STATUS or not self.send(question):
             return None
-        reply_id = next(self._reply_ids)
-        if not self.send(StatusRequest(reply_id=reply_id)):
-            return None
+        reply_id = question.reply_id
         reply: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._waiting[reply_id] = reply
         try:

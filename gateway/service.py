@@ -52,12 +52,13 @@ from gateway.events import (
     WorkerLost,
     WorkerSaid,
 )
+from gateway.explain import attempt_fields, explain_document, request_id_of
 from gateway.live import ClientLeft, Feed, LiveRequest
 from gateway.metrics import Metrics
 from gateway.model import load_served_model
-from gateway.placement import least_work
 from gateway.router_link import RouterLink
 from gateway.session import Session
+from gateway.stand_in import StandIn
 from gateway.status import router_status, status_document, worker_status
 from gateway.text import ChoiceText
 from gateway.workers import Workers
@@ -65,9 +66,22 @@ from protocol.block_hash import cache_root
 from protocol.errors import BatonError, NoWorker, Overloaded, ServiceError
 from protocol.lifecycle import AttemptState
 from protocol.links import MembershipWatch
-from protocol.messages import Assigned, HandoffDone, Membership, Offered, PlaceAck, Refused, RegisterService, ServiceAddress, TransferFailed
+from protocol.messages import (
+    Assigned,
+    Done,
+    HandoffDone,
+    Membership,
+    Offered,
+    PlaceAck,
+    PrefillDone,
+    Refused,
+    RegisterService,
+    ServiceAddress,
+    TransferFailed,
+)
 from protocol.request import Request, SamplingParams
 from protocol.wire import Identity
+from router.explanations import answer
 
 log = logging.getLogger("baton.gateway")
 
@@ -117,6 +131,7 @@ class GatewayService:
             on_down=self._on_router_down,
             on_message=self._on_router_message,
         )
+        self.stand_in = StandIn(max_count=config.num_explained)
         self.metrics = Metrics(
             self.model.name,
             snapshots=lambda: [r.snapshot for r in self.workers.rows.values() if r.snapshot is not None],
@@ -201,8 +216,12 @@ class GatewayService:
         priority: int,
         cache_salt: str,
         session: str = "",
+        known_as: tuple[str, ...] = (),
     ) -> LiveRequest:
-        """Accept a request: from here on it has exactly one end, told to `feed`. `session`: as the client names the conversation."""
+        """Accept a request: from here on it has exactly one end, told to `feed`.
+
+        session: as the client names the conversation. known_as: other names to explain the request by.
+        """
         request = Request(
             request_id=request_id,
             model_id=self._model_id(),
@@ -214,7 +233,7 @@ class GatewayService:
             priority=priority,
             session=self._session(tenant, session),
         )
-        live = LiveRequest(Session(request, self.config), texts, feed, first_index=first_index)
+        live = LiveRequest(Session(request, self.config, known_as=known_as), texts, feed, first_index=first_index)
         self._live[request_id] = live
         self._post(live, Start())
         return live
@@ -261,6 +280,17 @@ class GatewayService:
             membership_version=membership.version,
         )
 
+    async def explain(self, name: str, tenant: str | None) -> dict[str, object]:
+        """The document of `GET /explain/NAME`. `tenant`: only its requests; None: everybody's.
+
+        Raises:
+            NotExplained: nothing is kept under that name. NoRouter: it may be, but the router does not answer.
+        """
+        request_id = request_id_of(name)
+        reply = await self.router.explain(request_id, tenant)
+        own = answer(self.stand_in.explanations, request_id, tenant, self.clock(), by=self.identity.name)
+        return explain_document(name, own=own, reply=reply)
+
     # --- the loop ---
 
     def _post(self, live: LiveRequest, event: Event) -> None:
@@ -297,12 +327,13 @@ class GatewayService:
                 pull = self.workers.prefix_pull(source) if source is not None else None
                 self.workers.send(worker_id, submit if pull is None else replace(submit, prefix_pull=pull))
             case TellRouter(message=message):
-                self.router.send(message)
+                self._tell_router(live, message)
             case SendPlace(place=place):
                 if not self.router.send(place):
                     self._post(live, RouterAway())
             case PlaceWithoutRouter(place=place):
-                assignment = least_work(place, self.workers.reachable(self.clock()), self._booked_tokens())
+                now = self.clock()
+                assignment = self.stand_in.place(place, self.workers.reachable(now), self._booked_tokens(), now)
                 self.metrics.fallbacks.labels("least_work").inc()
                 log.warning("placed without the router", extra={"request_id": live.request_id, "attempt": place.attempt})
                 self._post(live, NoPlace() if assignment is None else Assigned(assignment=assignment))
@@ -314,6 +345,14 @@ class GatewayService:
                 self._attempt_ended(live, command)
             case Finish() | Fail() | Abandon():
                 self._end(live, command)
+
+    def _tell_router(self, live: LiveRequest, message: PrefillDone | Done) -> None:
+        session, now = live.session, self.clock()
+        placed = session.assignments[-1] if session.assignments else None
+        if isinstance(message, PrefillDone) and placed is not None:
+            since_s = session.timelines[0].assigned_s if message.attempt == 0 else None
+            self.metrics.prefilled(placed, session.request.num_prompt_tokens, message.num_cached_tokens, now, since_s)
+        self.router.send(self.stand_in.hear(message, placed, now))
 
     def _deliver(self, live: LiveRequest, deliver: Deliver) -> ChoiceStopped | None:
         if deliver.token_ids:
@@ -333,13 +372,7 @@ class GatewayService:
         log.log(
             level,
             "attempt ended",
-            extra={
-                "request_id": live.request_id,
-                "attempt": ended.number,
-                "during": ended.during.value,
-                "state": ended.state.value,
-                "reason": ended.reason,
-            },
+            extra=attempt_fields(live.session, ended),
         )
 
     def _end(self, live: LiveRequest, end: End) -> None:

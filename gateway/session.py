@@ -431,9 +431,19 @@ class Session:
 
     def _end_attempt(self, state: AttemptState, reason: str) -> None:
         assert not is_final(self.state), f"attempt {self.attempt.number} of {self.request.request_id} ended twice"
-        during, number = self.state, self.attempt.number
+        during, number, assignment = self.state, self.attempt.number, self.assignment
         self.state = advance(self.state, state)
-        self._out.append(AttemptEnded(number=number, during=during, state=state, reason=reason))
+        self._out.append(
+            AttemptEnded(
+                number=number,
+                during=during,
+                state=state,
+                reason=reason,
+                assignment=assignment,
+                found_tokens=self.found_tokens,
+                handoff=self.handoff_done,
+            )
+        )
         longest = max(len(tokens) for tokens in self.delivered)
         done = Done(
             request_id=self.request.request_id,

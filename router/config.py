@@ -78,7 +78,7 @@ class RouterConfig:
     policy_penalty_s: float = _bounded(1.0, 0.0)  # after an overrun least_work decides for so long
 
     # Explaining
-    num_explained: int = _bounded(1024, 0)  # newest placements and refusals kept, some 5 KB each
+    num_explained: int = _bounded(1024, 0)  # newest placements and refusals kept, some 3 KB each
     num_candidates: int = _bounded(4, 1, 8)  # scores kept in an assignment, of each pool
 
     def __post_init__(self) -> None:

@@ -63,7 +63,8 @@ def test_no_verb_imports_what_it_does_not_need(tmp_path: Path) -> None:
     code = f"""
 import sys
 from baton.__main__ import main
-for arguments in (["--help"], ["serve", "--help"], ["chat", "--help"], ["status"], ["serve", "--port", "x"], ["--version"]):
+calls = ["--help"], ["serve", "--help"], ["chat", "--help"], ["status"], ["explain", "x"], ["serve", "--port", "x"], ["--version"]
+for arguments in calls:
     sys.argv = ["baton", *arguments]
     try:
         main()
@@ -101,6 +102,9 @@ def test_serve_help_has_every_flag_in_full(baton: Baton) -> None:
         (["status"], 1, "baton: no server of yours runs on this machine; start one with `baton serve`, or name it with --url"),
         (["status", "--json"], 1, "no server of yours"),
         (["chat", "hello"], 1, "no server of yours"),
+        (["explain", "cmpl-0"], 1, "baton: no server of yours runs on this machine; start one with `baton serve`, or name it with --url"),
+        (["explain", "cmpl-0", "--url", "http://127.0.0.1:1"], 1, "baton: no server at http://127.0.0.1:1 (Connection refused); start one"),
+        (["explain"], 2, "REQUEST_ID"),
         (["status", "--url", "http://127.0.0.1:1"], 1, "baton: no server at http://127.0.0.1:1 (Connection refused); start one"),
         (["status", "--url", "http://[oops"], 2, "is not an address such as http://127.0.0.1:8000"),
     ],
@@ -121,4 +125,4 @@ def test_version_is_that_of_the_package(baton: Baton) -> None:
 
 def test_without_a_verb_it_shows_the_verbs(baton: Baton) -> None:
     _, out, err = baton()
-    assert all(verb in out + err for verb in ("serve", "chat", "status"))
+    assert all(verb in out + err for verb in ("serve", "chat", "status", "explain"))

@@ -48,7 +48,7 @@ STATUS = {
         },
         {"worker_id": "decode-1", "role": "decode", "state": "starting", "queue": None, "kv_blocks": None, "trouble": "stuck"},
     ],
-    "router": {"state": "unreachable", "detail": {"notes": ["policy x failed"]}},
+    "router": {"state": "unreachable", "detail": {"notes": ["overlap is missing"]}},
     "fallbacks": {"least_work": 2.0, "tcp": 0.0},
 }
 
@@ -260,7 +260,7 @@ def test_table_has_a_row_for_each_worker_and_a_line_for_each_note() -> None:
     assert notes_of(STATUS) == [
         "not ready: no decode worker",
         "router unreachable: requests are placed by least_work over the last snapshots",
-        "router: policy x failed",
+        "router: overlap is missing",
         "fallback least_work: 2",
         "prefill-0: slow path",
         "decode-1: stuck",

@@ -34,6 +34,7 @@ from protocol.messages import (
     AttemptFailed,
     Cancel,
     Done,
+    ExplainRequest,
     HandoffDone,
     Offered,
     Ping,
@@ -56,9 +57,10 @@ from protocol.messages import (
     TokenRun,
     TransferFailed,
 )
-from protocol.request import Attempt, FinishReason
+from protocol.request import Attempt, AttemptKey, FinishReason
 from protocol.wire import Connection, Identity, Listener
 from protocol.worker import Role, WorkerAddress, WorkerSnapshot, WorkerState
+from router.explanations import Explanations, answer
 
 SECRET = b"cluster secret of the tests"
 FINGERPRINT = bytes(16)
@@ -276,7 +278,7 @@ class FakeWorker:
 
 
 class FakeRouter:
-    """Round robin over the workers it is told of; can be silent, refuse, or die."""
+    """Round robin over the workers it is told of; can be silent, refuse, or die. Remembers as the real one does."""
 
     def __init__(self, workers: list[FakeWorker], directory_port: int) -> None:
         self.workers = workers
@@ -285,6 +287,8 @@ class FakeRouter:
         self.assign = True  # False: leaves what it acknowledged in its queue
         self.refuse: tuple[int, str, float | None] | None = None
         self.prefix_source: PrefixSource | None = None  # said in every assignment
+        self.cached_tokens = 0  # said in every assignment, and that the first token takes a millisecond
+        self.explanations = Explanations(max_count=8)
         self.places: list[Place] = []
         self.told: list[PrefillDone | Done] = []
         self._directory_port = directory_port
@@ -314,13 +318,30 @@ class FakeRouter:
             connection.send(Pong(nonce=message.nonce))
         elif isinstance(message, StatusRequest):
             connection.send(StatusReply(reply_id=message.reply_id, json='{"policy": "fake"}'))
-        elif isinstance(message, (PrefillDone, Done)):
+        elif isinstance(message, ExplainRequest):
+            found = answer(self.explanations, message.name, message.tenant, self._now(), by="router")
+            connection.send(StatusReply(reply_id=message.reply_id, json=json.dumps(found)))
+        elif isinstance(message, PrefillDone):
             self.told.append(message)
+            if message.num_cached_tokens is not None:
+                key = AttemptKey(request_id=message.request_id, attempt=message.attempt)
+                self.explanations.first_token(key, self._now(), found_tokens=message.num_cached_tokens)
+        elif isinstance(message, Done):
+            self.told.append(message)
+            self.explanations.ended(message, self._now())
         elif isinstance(message, Place) and not self.silent:
             self.places.append(message)
             connection.send(PlaceAck(request_id=message.request_id, attempt=message.attempt, queue_position=0))
             if self.assign:
-                connection.send(self._place(message))
+                connection.send(said := self._place(message))
+                if isinstance(said, Assigned):
+                    self.explanations.placed(message, said.assignment, self._now())
+                else:
+                    self.explanations.refused(message, said, self._now())
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
 
     def _place(self, place: Place) -> Assigned | Refused:
         turn = next(self._turn)
@@ -335,9 +356,9 @@ class FakeRouter:
         source = target if place.local_only or not prefill else prefill[turn % len(prefill)]
         return Assigned(
             assignment=Assignment(
-                request_id=place.request_id, attempt=place.attempt, prefill_worker=source, decode_worker=target, cached_tokens=0,
-                policy="fake", reason="round robin", prefill_scores=(), decode_scores=(), waited_s=0.0,
-                prefix_source=self.prefix_source,
+                request_id=place.request_id, attempt=place.attempt, prefill_worker=source, decode_worker=target,
+                cached_tokens=self.cached_tokens, predicted_ttft_s=0.001, policy="fake", reason="round robin",
+                prefill_scores=(), decode_scores=(), waited_s=0.0, prefix_source=self.prefix_source,
             )
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from protocol.messages import (
     Assigned,
     Assignment,
     Done,
+    ExplainRequest,
     KvEvents,
     KvSnapshot,
     Place,
@@ -158,6 +159,30 @@ async def test_a_request_is_placed_over_sockets_and_its_bookings_end() -> None:
         document = await gateway.status()
         assert document["decision_time"]["p99_s"] >= document["decision_time"]["p50_s"] > 0.0
         assert document["bookings"] == 0 and document["assignments"][-1]["request_id"] == request.request_id
+
+
+async def test_a_request_is_explained_over_sockets_and_a_prefix_that_is_not_there_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The worker has told of 320 tokens and finds none. Seen to fail without `_log_missed_overlap`, and with every tenant's told."""
+    request = place(1, tenant="a", known_as=("job",))
+    workers = [SmallWorker("prefill-0", Role.PREFILL), SmallWorker("decode-0", Role.DECODE)]
+    workers[0].held = request.block_hashes[:20]
+    async with cluster(workers) as (_, gateway):
+        await gateway.assign(request)
+        gateway.connection.send(PrefillDone(request_id=request.request_id, attempt=0, num_cached_tokens=0))
+        answers = {}
+        for reply_id, tenant in enumerate((None, "a", "b")):
+            gateway.connection.send(ExplainRequest(reply_id=reply_id, name="job", tenant=tenant))
+            answers[tenant] = json.loads((await gateway.next(StatusReply)).json)["attempts"]
+        assert len(answers["a"]) == 1 and answers["b"] == [] and answers[None][0]["outcome"]["found_tokens"] == 0
+        async with asyncio.timeout(PATIENCE_S):
+            while not (lines := [r for r in caplog.records if r.message == "less cached than expected"]):
+                await asyncio.sleep(0.01)
+        (line,) = lines
+        told = line.__dict__
+        assert (told["request_id"], told["worker_id"], told["expected_tokens"], told["found_tokens"]) == (
+            request.request_id, "prefill-0", 320, 0
+        )  # fmt: skip
+        assert line.levelname == "WARNING"
 
 
 async def test_kv_events_move_the_next_request_and_a_gap_asks_for_a_resync() -> None:
