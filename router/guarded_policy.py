@@ -60,6 +60,14 @@ class GuardedPolicy:
         self.num_fallbacks += 1
         return FALLBACK, _ByName(self._fallback.score(view, request, now, self._rng), view)
 
+    def terms(self, prices: PoolPrices, index: int) -> Terms:
+        """Parts of one of those prices; none where the policy fails to name them."""
+        try:
+            return prices.terms(index)
+        except Exception as error:  # as in price
+            self._failed(f"{type(error).__name__} in terms: {error}")
+            return ()
+
     def observe(self, event: PolicyEvent, now: float) -> None:
         if isinstance(event, PolicyOverran):
             self.num_overruns += 1

@@ -279,7 +279,7 @@ class Placement:
         contenders = [(s, workers[i].last_chosen, workers[i].tie_hash, i) for i, s in enumerate(seconds) if s <= dearest and s != inf]
         contenders.sort()
         best = [i for *_, i in contenders[:count]]
-        scores = tuple([_candidate(workers[i], seconds[i], prices.terms(i), ask) for i in best])
+        scores = tuple([_candidate(workers[i], float(seconds[i]), self._policies.of(pool).terms(prices, i), ask) for i in best])
         return Ranking(policy=policy, best=workers[best[0]], scores=scores)
 
     def _total_s(self, ask: _Ask, choice: Choice) -> float:
