@@ -249,6 +249,11 @@ class PrefixIndex:
         return len(self._device) + len(self._host)
 
     @property
+    def num_pairs(self) -> int:
+        """Of a worker and a block it is believed to hold."""
+        return self._num_pairs
+
+    @property
     def size_bytes(self) -> int:
         return self.num_entries * ENTRY_BYTES + self._num_pairs * PAIR_BYTES
 

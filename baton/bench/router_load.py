@@ -24,6 +24,7 @@ EPOCH = 1
 BLOCK_TOKENS = 16
 NUM_SHARED = 64  # beginnings
 SHARED_BLOCKS = 128  # of each, in hash blocks
+MAX_HOLDERS = 48  # of a beginning
 RATE_PER_S = 8000.0
 REPORT_S = 0.05
 NUM_PREFILLING = 32  # requests between their assignment and their first token
@@ -33,7 +34,7 @@ Hashes = tuple[bytes, ...]
 
 
 class Caches:
-    """Which worker holds what: each shared beginning on three workers of four, each other run of 128 blocks on one."""
+    """Which worker holds what: each shared beginning on three workers of four, 48 at most, each other run of 128 blocks on one."""
 
     def __init__(self, worker_ids: list[str], num_blocks: int, seed: int) -> None:
         self._rng = Random(f"{seed} caches")
@@ -47,7 +48,7 @@ class Caches:
         """Events after which `num_blocks` different blocks are held."""
         rng, holders = self._rng, {}
         for number, beginning in enumerate(self.shared):
-            holders[number] = rng.sample(self._worker_ids, max(1, len(self._worker_ids) * 3 // 4))
+            holders[number] = rng.sample(self._worker_ids, min(MAX_HOLDERS, max(1, len(self._worker_ids) * 3 // 4)))
             for worker_id in holders[number]:
                 yield self._stored(worker_id, b"", beginning)
         for run in range((self._num_blocks - NUM_SHARED * SHARED_BLOCKS) // SHARED_BLOCKS):
@@ -177,14 +178,14 @@ def make_place(number: int, num_tokens: int, hashes: Hashes) -> Place:
     )
 
 
-def address(worker_id: str, role: Role) -> WorkerAddress:
+def address(worker_id: str, role: Role, *, port: int = 1) -> WorkerAddress:
     """A worker that is never full: what is measured is the choice, not the queue."""
     return WorkerAddress(
         worker_id=worker_id,
         role=role,
         epoch=EPOCH,
         host="127.0.0.1",
-        port=1,
+        port=port,
         pid=1,
         hostname="host",
         kv_endpoint=Endpoint(),

@@ -266,7 +266,7 @@ def test_a_policy_whose_column_is_wrong_is_replaced_by_least_work_loudly(trouble
     world.report("prefill-0", waiting_tokens=1000)
     found = world.assign(place(1))
     assert (found.policy, found.prefill_worker) == ("least_work", "prefill-1")
-    assert "failed 2 times" in world.core.notes()[0]
+    assert "failed 2 times" in world.core.notes(world.now)[0]
 
 
 def test_a_policy_that_cannot_name_its_terms_still_places() -> None:
@@ -274,7 +274,7 @@ def test_a_policy_that_cannot_name_its_terms_still_places() -> None:
     world = World(pools(2, 2), policy=ConstantPool(ConstantConfig(trouble="raises")))
     found = world.assign(place(1))
     assert found.policy == "prefix_cost" and found.prefill_scores[0].term_names == ()
-    assert "KeyError in terms" in world.core.notes()[0]
+    assert "KeyError in terms" in world.core.notes(world.now)[0]
 
 
 @pytest.mark.parametrize("pool", list(Pool))
