@@ -10,6 +10,10 @@
     transfer_run.py      subjects that take turns                 transfer_rows.py    from turns to rows, targets, verdicts
     transfer_subject.py  our target, answering                    transfer_source.py  our source
     transfer_spoken.py   what all subjects do alike               transfer_handoff.py the hand-off as the engine sees it
+    router.py            `baton bench router`: what a placement costs, from the index to the socket
+    router_run.py        subjects that take turns                 router_rows.py      from turns to rows, targets
+    router_subject.py    our router, answering                    router_load.py      the fleet, its caches, the prompts
+    router_socket.py     gateway, router and workers as processes
     engine_command.py    `baton bench engine` and the table it prints
     engine_run.py        loading, checking, taking turns          engine_rows.py      from samples to rows, targets, verdicts
     workloads.py         which requests, which figures            models.py           random checkpoints, bytes and FLOPs of a token

@@ -80,13 +80,8 @@ class RouterSubject:
         taken = resident_bytes() - before
         self._walked, _ = make_index(asked["num_workers"], asked["num_blocks"], asked["seed"], prefix_closed=False)
         self._kinds = {"hash": self._hash, "match": self._match}
-        told = self._searched.size_bytes
-        return {
-            "index_bytes": taken,
-            "index_bytes_told": told,
-            "num_blocks": self._searched.num_entries,
-            "num_pairs": self._searched.num_pairs,
-        }
+        index = self._searched
+        return {"index_bytes": taken, "told_bytes": index.size_bytes, "num_blocks": index.num_entries, "num_pairs": index.num_pairs}
 
     def _hash(self, of: str, repeats: int) -> Timer:
         timer = Timer()
