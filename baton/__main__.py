@@ -10,6 +10,7 @@ import typer
 from baton.bench.disagg import bench_disagg
 from baton.bench.engine_command import engine
 from baton.bench.policies import bench_policies
+from baton.bench.router import bench_router
 from baton.bench.serve import bench_serve
 from baton.bench.start import bench_start
 from baton.bench.transfer import bench_transfer
@@ -35,7 +36,7 @@ app.command("explain")(explain)
 
 bench = typer.Typer(
     name="bench",
-    help="Measure: the engine, latency under load, prefill and decode apart, starting, KV transfers, placement policies.",
+    help="Measure: the engine, latency under load, prefill and decode apart, starting, KV transfers, the router, policies.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -43,6 +44,7 @@ bench.command("engine")(engine)
 bench.command("serve")(bench_serve)
 bench.command("disagg")(bench_disagg)
 bench.command("start")(bench_start)
+bench.command("router")(bench_router)
 bench.command("transfer")(bench_transfer)
 bench.command("policies")(bench_policies)
 app.add_typer(bench)

@@ -58,6 +58,8 @@ class Worker:
         "kv_tokens",
         "last_chosen",
         "link",
+        "max_num_batched_tokens",
+        "max_num_seqs",
         "max_request_tokens",
         "model",
         "num_sequences",
@@ -89,6 +91,8 @@ class Worker:
         self.hit_rate = 0.0  # running share of prompt tokens found cached here
         self.context_mean = CONTEXT_TOKENS  # running mean of the prompts booked here
         self.kv_capacity_tokens = address.num_kv_blocks * address.block_size_tokens
+        self.max_num_seqs = address.max_num_seqs
+        self.max_num_batched_tokens = address.max_num_batched_tokens
         self.max_request_tokens = min(self.kv_capacity_tokens, address.max_model_len)
 
         # Bookings
@@ -354,8 +358,11 @@ class Fleet:
 
     @staticmethod
     def refresh(pools: Pools, now: float) -> None:
-        for worker in pools.all:
-            worker.refresh(now)
+        for worker in pools.all:  # `refresh` of each, whose call would take longer than what it mostly does
+            if worker._changed or now > worker._stale_at_s:
+                worker._write_sheet(now)
+            left_s = worker._drained_at_s - now
+            worker.queued_prefill_s = worker._young_s + left_s if left_s > 0.0 else worker._young_s
 
     def changed(self) -> None:
         """A worker came, went, or changed role or state."""

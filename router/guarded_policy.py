@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from math import inf, isfinite
 from random import Random
 
 from protocol.messages import Place
 from protocol.worker import WorkerId
-from router.policies.api import Cost, PlacementPolicy, PlacementView, PolicyCommand, PolicyEvent, PolicyOverran, Pool
+from router.policies.api import (
+    Cost,
+    PlacementPolicy,
+    PlacementView,
+    PolicyCommand,
+    PolicyEvent,
+    PolicyOverran,
+    Pool,
+    PoolPolicy,
+    PoolPrices,
+    Terms,
+)
 from router.policies.least_work import LeastWork
 
 FALLBACK = "least_work"
@@ -19,6 +30,7 @@ class GuardedPolicy:
     def __init__(self, policy: PlacementPolicy, *, name: str, rng: Random, penalty_s: float) -> None:
         self.name = name
         self._policy = policy
+        self._pool_policy = policy if isinstance(policy, PoolPolicy) else None
         self._fallback = LeastWork(LeastWork.Config())
         self._rng = rng
         self._penalty_s = penalty_s
@@ -29,20 +41,32 @@ class GuardedPolicy:
         self.num_failures = 0
         self.num_overruns = 0
 
-    def score(self, view: PlacementView, request: Place, now: float) -> tuple[str, dict[WorkerId, Cost]]:
-        """The name of the policy that answered, and its prices: at least one, all finite, all of workers in view."""
+    def price(self, view: PlacementView, request: Place, now: float) -> tuple[str, PoolPrices]:
+        """The name of the policy that answered, and its prices: at least one that is finite; infinite is a worker left out."""
         self.num_decisions += 1
         if now >= self._penalty_until_s:
             try:
-                costs = self._policy.score(view, request, now, self._rng)
-                complaint = _complaint(costs, view)
+                if self._pool_policy is not None:
+                    prices = self._pool_policy.price_pool(view, request, now, self._rng)
+                    complaint = _complaint_of_pool(prices, view)
+                else:
+                    costs = self._policy.score(view, request, now, self._rng)
+                    complaint, prices = _complaint(costs, view), _ByName(costs, view)
             except Exception as error:  # whatever a user's code raises: the request must go on
                 complaint = f"{type(error).__name__}: {error}"
             if complaint is None:
-                return self.name, costs
+                return self.name, prices
             self._failed(complaint)
         self.num_fallbacks += 1
-        return FALLBACK, self._fallback.score(view, request, now, self._rng)
+        return FALLBACK, _ByName(self._fallback.score(view, request, now, self._rng), view)
+
+    def terms(self, prices: PoolPrices, index: int) -> Terms:
+        """Parts of one of those prices; none where the policy fails to name them."""
+        try:
+            return prices.terms(index)
+        except Exception as error:  # as in price
+            self._failed(f"{type(error).__name__} in terms: {error}")
+            return ()
 
     def observe(self, event: PolicyEvent, now: float) -> None:
         if isinstance(event, PolicyOverran):
@@ -120,6 +144,29 @@ class PoolPolicies:
         """One line for each that ever failed."""
         notes = [(pool, policy.note) for pool, policy in zip(("", "decode "), self.each, strict=False)]
         return [pool + note for pool, note in notes if note is not None]
+
+
+class _ByName:
+    """What `score` answered, in the order of the view."""
+
+    __slots__ = ("_costs", "_view", "seconds")
+
+    def __init__(self, costs: dict[WorkerId, Cost], view: PlacementView) -> None:
+        self._costs = costs
+        self._view = view
+        self.seconds = [costs[w.worker_id][0] if w.worker_id in costs else inf for w in view.workers]
+
+    def terms(self, index: int) -> Terms:
+        return self._costs[self._view.workers[index].worker_id].terms
+
+
+def _complaint_of_pool(prices: PoolPrices, view: PlacementView) -> str | None:
+    seconds = prices.seconds
+    if len(seconds) != len(view.workers):
+        return f"priced {len(seconds)} of {len(view.workers)} workers"
+    if not all(map(isfinite, seconds)):
+        return "priced " + ", ".join(f"{w.worker_id} at {s}" for w, s in zip(view.workers, seconds, strict=True) if not isfinite(s))
+    return None
 
 
 def _complaint(costs: dict[WorkerId, Cost], view: PlacementView) -> str | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import inf
 
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.messages import CandidateScore, Place, PrefixSource
@@ -24,7 +25,7 @@ from protocol.worker import WorkerId
 from router.config import Disaggregate, RouterConfig
 from router.fleet import Fleet, Pools, Worker
 from router.guarded_policy import PoolPolicies
-from router.policies.api import Cost, PlacementView, Pool, Pull, Replicate
+from router.policies.api import PlacementView, Pool, Pull, Replicate, Terms
 from router.prefix_index import PrefixIndex
 from router.pull_cost import PullCosts, Source
 
@@ -210,8 +211,10 @@ class Placement:
 
     def _better_local(self, ask: _Ask, decoders: list[Worker], decode: Ranking, prefill: Worker) -> Choice | None:
         """A decode worker that holds enough of the prompt to finish it sooner than the best prefill worker, without undue harm."""
-        holders = [w for w in decoders if w.worker_id in ask.cached_tokens]
-        most_cached = max(holders, key=ask.cached, default=decode.best)
+        cached_tokens = ask.cached_tokens
+        cached = [cached_tokens.get(w.worker_id, 0) for w in decoders] if cached_tokens else [0]
+        most = max(cached)
+        most_cached = decoders[cached.index(most)] if most else decode.best
         config, num_tokens = self._config, ask.place.num_tokens
         split_s = prefill.queued_prefill_s + self._prefill_s(ask, prefill) + self._transfer_s(ask)
         for worker in (decode.best, most_cached):
@@ -270,11 +273,14 @@ class Placement:
             else {},
             loads_s=self._loads_s(ask, workers) if ask.has_host_tokens and pool is not Pool.DECODE else {},
         )
-        policy, costs = self._policies.of(pool).score(view, ask.place, ask.now)
-        best = sorted([(costs[w.worker_id][0], w.last_chosen, w.tie_hash, i) for i, w in enumerate(workers) if w.worker_id in costs])
-        del best[self._config.num_candidates :]
-        scores = tuple([_candidate(workers[i], costs[workers[i].worker_id], ask) for *_, i in best])
-        return Ranking(policy=policy, best=workers[best[0][-1]], scores=scores)
+        policy, prices = self._policies.of(pool).price(view, ask.place, ask.now)
+        seconds, count = prices.seconds, self._config.num_candidates
+        dearest = sorted(seconds)[count - 1] if len(seconds) > count else inf
+        contenders = [(s, workers[i].last_chosen, workers[i].tie_hash, i) for i, s in enumerate(seconds) if s <= dearest and s != inf]
+        contenders.sort()
+        best = [i for *_, i in contenders[:count]]
+        scores = tuple([_candidate(workers[i], float(seconds[i]), self._policies.of(pool).terms(prices, i), ask) for i in best])
+        return Ranking(policy=policy, best=workers[best[0]], scores=scores)
 
     def _total_s(self, ask: _Ask, choice: Choice) -> float:
         """Predicted seconds until the last token, to compare shapes."""
@@ -328,9 +334,8 @@ class Placement:
             cached = cached_tokens.get(worker.worker_id, 0)
             if num_tokens - cached > worker.prompt_room_tokens:
                 continue
-            address = worker.address
-            if worker.queued_prefill_tokens < inbox_steps * address.max_num_batched_tokens or (
-                2 * cached >= num_tokens and worker.booked.num_prefills < address.max_num_seqs
+            if worker.queued_prefill_tokens < inbox_steps * worker.max_num_batched_tokens or (
+                2 * cached >= num_tokens and worker.booked.num_prefills < worker.max_num_seqs
             ):
                 with_room.append(worker)
         return with_room
@@ -342,16 +347,13 @@ class Placement:
             w
             for w in workers
             if not w.num_sequences
-            or (w.num_sequences + num_choices <= overcommit * w.address.max_num_seqs and w.kv_tokens + kv_tokens <= w.kv_capacity_tokens)
+            or (w.num_sequences + num_choices <= overcommit * w.max_num_seqs and w.kv_tokens + kv_tokens <= w.kv_capacity_tokens)
         ]
 
     @staticmethod
     def _is_busy(worker: Worker) -> bool:
         """A decode worker that prefills already, or whose batch is nearly full."""
-        return (
-            worker.queued_prefill_tokens >= worker.address.max_num_batched_tokens
-            or worker.num_sequences > 0.9 * worker.address.max_num_seqs
-        )
+        return worker.queued_prefill_tokens >= worker.max_num_batched_tokens or worker.num_sequences > 0.9 * worker.max_num_seqs
 
     # --- the request ---
 
@@ -393,18 +395,18 @@ def _who_may_decode(pools: Pools) -> tuple[Worker, ...]:
 
 
 def _at_most(tokens: Mapping[WorkerId, int], most: int) -> Mapping[WorkerId, int]:
-    if all(n <= most for n in tokens.values()):
+    if max(tokens.values(), default=0) <= most:
         return tokens
     return {name: min(n, most) for name, n in tokens.items()}
 
 
-def _candidate(worker: Worker, cost: Cost, ask: _Ask) -> CandidateScore:
-    names, seconds = zip(*cost.terms, strict=True) if cost.terms else ((), ())
+def _candidate(worker: Worker, seconds: float, terms: Terms, ask: _Ask) -> CandidateScore:
+    term_names, term_seconds = zip(*terms, strict=True) if terms else ((), ())
     return CandidateScore(
         worker_id=worker.worker_id,
-        seconds=cost.seconds,
+        seconds=seconds,
         cached_tokens=ask.cached_tokens.get(worker.worker_id, 0),
         signal_age_s=min(ask.now - worker.read_at_s, _AGE_MAX_S),
-        term_names=names,
-        term_seconds=seconds,
+        term_names=term_names,
+        term_seconds=term_seconds,
     )

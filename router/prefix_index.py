@@ -19,7 +19,8 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise, repeat
+from itertools import accumulate, filterfalse, pairwise, repeat
+from math import inf
 from operator import and_, or_
 
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
@@ -193,13 +194,12 @@ class PrefixIndex:
         self.catch_up()
         while self._guesses and self._guesses[0][0] <= now:
             _, holdings, hashes = self._guesses.popleft()
-            guesses, device = holdings.guesses, holdings.device
-            for h in hashes:
-                if h in guesses and guesses[h] <= now:
-                    del guesses[h]
-                    self._num_pairs -= 1
-                    if h not in device:
-                        _clear_bit(self._device, h, holdings.bit)
+            ends = map(holdings.guesses.get, hashes, repeat(inf))
+            over = [h for h, end_s in zip(hashes, ends, strict=True) if end_s <= now]
+            for h in over:
+                del holdings.guesses[h]
+            self._num_pairs -= len(over)
+            self._clear_bits(self._device, filterfalse(holdings.device.__contains__, over), holdings.bit)
 
     def forget_guesses(self) -> None:
         """Believe only what workers have told."""
@@ -247,6 +247,11 @@ class PrefixIndex:
     @property
     def num_entries(self) -> int:
         return len(self._device) + len(self._host)
+
+    @property
+    def num_pairs(self) -> int:
+        """Of a worker and a block it is believed to hold."""
+        return self._num_pairs
 
     @property
     def size_bytes(self) -> int:
@@ -335,17 +340,26 @@ class PrefixIndex:
     def _remove(self, holdings: _Holdings, hashes: Iterable[bytes], tier: Tier) -> None:
         masks, held = (self._device, holdings.device) if tier is Tier.DEVICE else (self._host, holdings.host)
         guesses = holdings.guesses if tier is Tier.DEVICE else {}
+        gone = list(filter(held.__contains__, hashes))
+        num_before = len(held)
+        held.difference_update(gone)
+        self._num_pairs -= num_before - len(held)
+        self._clear_bits(masks, filterfalse(guesses.__contains__, gone) if guesses else gone, holdings.bit)
+
+    @staticmethod
+    def _clear_bits(masks: dict[bytes, int], hashes: Iterable[bytes], bit: int) -> None:
+        before, after = bit, 0  # as in `_store`
         for h in hashes:
-            if h in held:
-                held.remove(h)
-                self._num_pairs -= 1
-                if h not in guesses:
-                    _clear_bit(masks, h, holdings.bit)
+            mask = masks.get(h, 0)
+            if mask is not before:
+                before, after = mask, mask & ~bit
+            if after:
+                masks[h] = after
+            elif mask:
+                del masks[h]
 
     def _drop_guesses(self, holdings: _Holdings) -> None:
-        for h in holdings.guesses:
-            if h not in holdings.device:
-                _clear_bit(self._device, h, holdings.bit)
+        self._clear_bits(self._device, filterfalse(holdings.device.__contains__, holdings.guesses), holdings.bit)
         self._num_pairs -= len(holdings.guesses)
         holdings.guesses.clear()
 
@@ -353,11 +367,3 @@ class PrefixIndex:
         self._remove(holdings, list(holdings.device), Tier.DEVICE)
         self._remove(holdings, list(holdings.host), Tier.HOST)
         self._open &= ~holdings.bit
-
-
-def _clear_bit(masks: dict[bytes, int], h: bytes, bit: int) -> None:
-    left = masks.get(h, 0) & ~bit
-    if left:
-        masks[h] = left
-    else:
-        masks.pop(h, None)

@@ -36,8 +36,9 @@ class PullCosts:
         Only workers that are ready, serve the model, and did not fail this request.
         """
         best: Source | None = None
+        beaten = self._min_tokens - 1
         for worker_id, believed in device_tokens.items():
-            if believed < self._min_tokens or (best is not None and believed <= best.num_tokens) or worker_id in place.excluded:
+            if believed <= beaten or worker_id in place.excluded:
                 continue
             worker = self._fleet.get(worker_id)
             if worker is None or worker.state is not WorkerState.READY or worker.address.model_id != place.model_id:
@@ -45,6 +46,7 @@ class PullCosts:
             num_tokens = self._index.confirmed_tokens(worker_id, place.block_hashes, believed)
             if num_tokens and (best is None or num_tokens > best.num_tokens):
                 best = Source(worker=worker, num_tokens=num_tokens)
+                beaten = max(beaten, num_tokens)
         return best
 
     def prices(

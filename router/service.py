@@ -54,7 +54,17 @@ from router.events import (
     WorkerDown,
     WorkerUp,
 )
-from router.policies.api import Cost, PlacementPolicy, PlacementView, PolicyCommand, PolicyEvent, PolicyOverran, Pool
+from router.policies.api import (
+    Cost,
+    PlacementPolicy,
+    PlacementView,
+    PolicyCommand,
+    PolicyEvent,
+    PolicyOverran,
+    Pool,
+    PoolPolicy,
+    PoolPrices,
+)
 
 log = logging.getLogger("baton.router")
 
@@ -272,7 +282,12 @@ def _timed(policy: str, decode_policy: str) -> dict[Pool, TimedPolicy]:
         ConfigError: a text names no policy.
     """
     specs = {Pool.PREFILL: policy} | ({Pool.DECODE: decode_policy} if decode_policy else {})
-    return {pool: TimedPolicy(policies.load(spec)) for pool, spec in specs.items()}
+    return {pool: timed(policies.load(spec)) for pool, spec in specs.items()}
+
+
+def timed(policy: PlacementPolicy) -> TimedPolicy:
+    """With the stopwatch around `price_pool` too, where it has one."""
+    return TimedPoolPolicy(policy, policy) if isinstance(policy, PoolPolicy) else TimedPolicy(policy)
 
 
 class TimedPolicy:
@@ -309,3 +324,18 @@ class TimedPolicy:
 
     def restore(self, state: bytes) -> None:
         self._policy.restore(state)
+
+
+class TimedPoolPolicy(TimedPolicy):
+    """A policy that prices whole pools; asked in that way only."""
+
+    def __init__(self, policy: PlacementPolicy, pool_policy: PoolPolicy) -> None:
+        super().__init__(policy)
+        self._pool_policy = pool_policy
+
+    def price_pool(self, view: PlacementView, request: Place, now: float, rng: Random) -> PoolPrices:
+        start_s = perf_counter()
+        try:
+            return self._pool_policy.price_pool(view, request, now, rng)
+        finally:
+            self._slowest_s = max(self._slowest_s, perf_counter() - start_s)

@@ -13,6 +13,10 @@
     policies.py          `baton bench policies`: placement policies in turns, in one live cluster
     policy_traffic.py    its four workloads and its cluster       policy_run.py       switch, reset, one cell
     policy_rows.py       from cells to rows and verdicts          policy_figure.py    their drawing
+    router.py            `baton bench router`: what a placement costs, from the index to the socket
+    router_run.py        subjects that take turns                 router_rows.py      from turns to rows, targets
+    router_subject.py    our router, answering                    router_load.py      the fleet, its caches, the prompts
+    router_socket.py     gateway, router and workers as processes
     engine_command.py    `baton bench engine` and the table it prints
     engine_run.py        loading, checking, taking turns          engine_rows.py      from samples to rows, targets, verdicts
     workloads.py         which requests, which figures            models.py           random checkpoints, bytes and FLOPs of a token

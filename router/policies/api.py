@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from random import Random
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from protocol.messages import Place
 from protocol.request import AttemptKey
@@ -30,11 +30,14 @@ class Pool(Enum):
     WHOLE = "whole"  # to compute the prompt and decode
 
 
+Terms = tuple[tuple[str, float], ...]
+
+
 class Cost(NamedTuple):
     """Price of placing the request on one worker; `terms` are its parts by name and add up to `seconds`."""
 
     seconds: float
-    terms: tuple[tuple[str, float], ...]
+    terms: Terms
 
 
 class WorkerView(Protocol):
@@ -229,6 +232,26 @@ class PlacementPolicy(Protocol):
         ...
 
     def restore(self, state: bytes) -> None: ...
+
+
+class PoolPrices(Protocol):
+    """Prices of all workers of a view; their parts are made only of those that are asked for."""
+
+    @property
+    def seconds(self) -> Sequence[float]:
+        """Of each of `view.workers`, in their order."""
+        ...
+
+    def terms(self, index: int) -> Terms:
+        """Of the worker at `index`, as of `Cost.terms`. Asked before the view changes."""
+        ...
+
+
+@runtime_checkable
+class PoolPolicy(Protocol):
+    """What a policy may offer beside `score`, and is asked instead where it does: the same prices with less made of each."""
+
+    def price_pool(self, view: PlacementView, request: Place, now: float, rng: Random) -> PoolPrices: ...
 
 
 # The class of a policy. Its attribute `Config` is a frozen dataclass whose fields are its parameters, in files and on the command line.

@@ -11,12 +11,13 @@ A hot prefix spreads by itself once Q of its holders exceeds (1 + beta) * what i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
 from protocol.messages import Place
 from protocol.worker import WorkerId
-from router.policies.api import Cost, PlacementView, Pool, Stateless, WorkerView
+from router.policies.api import Cost, PlacementView, Pool, PoolPrices, Pull, Stateless, Terms, WorkerView
 
 
 class PrefixCost(Stateless):
@@ -31,56 +32,113 @@ class PrefixCost(Stateless):
         self.config = config
 
     def score(self, view: PlacementView, request: Place, now: float, rng: Random) -> dict[WorkerId, Cost]:
-        return self._score_decode(view, request) if view.pool is Pool.DECODE else self._score_prefill(view, request)
+        prices = self.price_pool(view, request, now, rng)
+        return {
+            worker.worker_id: Cost(seconds, prices.terms(i))
+            for i, (worker, seconds) in enumerate(zip(view.workers, prices.seconds, strict=True))
+        }
 
-    def _score_prefill(self, view: PlacementView, request: Place) -> dict[WorkerId, Cost]:
-        num_tokens, cached, whole = request.num_tokens, view.cached_tokens.get, view.pool is Pool.WHOLE
-        pulls, loads_s = view.pulls, view.loads_s
-        priced = []
-        for worker in view.workers:
-            missed = num_tokens - cached(worker.worker_id, 0)
-            compute_s, pull_s = worker.cost.prefill_s(missed, num_tokens), 0.0
-            if pulls and (pull := pulls.get(worker.worker_id)) is not None and pull.pull_s < pull.compute_s:
-                compute_s, pull_s = compute_s - pull.compute_s, pull.pull_s
-            load_s = loads_s.get(worker.worker_id, 0.0) if loads_s else 0.0
-            priced.append((compute_s + pull_s + load_s, pull_s, load_s, missed, worker))
-        least_s = min(priced, key=_seconds)[0]
-        beta, last_name = self.config.beta, "decode" if whole else "transfer"
-        output, kv_tokens, num_choices = view.predicted_output_tokens, view.kv_tokens, request.num_choices
-        costs = {}
-        for own_s, pull_s, load_s, missed, worker in priced:
-            queue_s = worker.queued_prefill_s
-            duplicate_s = beta * (own_s - least_s)
-            evict_s = self._eviction_s(worker, missed) if missed > worker.free_kv_tokens else 0.0
+    def price_pool(self, view: PlacementView, request: Place, now: float, rng: Random) -> PoolPrices:
+        pool = _DecodePrices if view.pool is Pool.DECODE else _PrefillPrices
+        return pool(view, request, self.config)
+
+
+class _PrefillPrices:
+    """Of workers that compute the prompt; in Pool.WHOLE they decode as well."""
+
+    __slots__ = ("_beta", "_evict", "_least_s", "_own_s", "_request", "_view", "seconds")
+
+    def __init__(self, view: PlacementView, request: Place, config: PrefixCost.Config) -> None:
+        self._view = view
+        self._request = request
+        self._beta = beta = config.beta
+        self._evict = evict = config.eviction
+        workers, num_tokens, cached = view.workers, request.num_tokens, view.cached_tokens.get
+        own_s: list[float] = []
+        self._own_s = own_s
+        for worker in workers:
+            missed, cost = num_tokens - cached(worker.worker_id, 0), worker.cost
+            own_s.append(cost.step_s + missed * cost.prefill_token_s + missed * num_tokens * cost.prefill_pair_s)
+        if view.pulls or view.loads_s:
+            self._move(view)
+        self._least_s = least_s = min(own_s)
+        self.seconds: list[float] = []
+        prices = self.seconds
+        last_s, whole = view.transfer_s, view.pool is Pool.WHOLE
+        for worker, own in zip(workers, own_s, strict=True):
+            evict_s = 0.0
+            if evict and num_tokens > worker.free_kv_tokens:  # the cheap half of the question first
+                evict_s = _eviction_s(worker, num_tokens - cached(worker.worker_id, 0))
             if whole:
-                last = worker.cost.decode_step_s(worker.num_sequences + num_choices, worker.kv_tokens + kv_tokens) * output
-            else:
-                last = view.transfer_s
-            rest = (("duplicate", duplicate_s), ("evict", evict_s), (last_name, last))
-            moved = (("pull", pull_s), ("load", load_s)) if pull_s or load_s else ()
-            terms = (("queue", queue_s), ("prefill", own_s - pull_s - load_s), *moved, *rest)
-            costs[worker.worker_id] = Cost(queue_s + own_s + duplicate_s + evict_s + last, terms)
-        return costs
+                last_s = _decode_s(worker, view, request)
+            prices.append(worker.queued_prefill_s + own + beta * (own - least_s) + evict_s + last_s)
 
-    def _score_decode(self, view: PlacementView, request: Place) -> dict[WorkerId, Cost]:
+    def _move(self, view: PlacementView) -> None:
+        """What is pulled from a peer or loaded from host memory, in place of what computing it takes."""
+        pulls, loads_s, own_s = view.pulls, view.loads_s, self._own_s
+        for i, worker in enumerate(view.workers):
+            pull_s, computed_s, load_s = _moved(worker, pulls, loads_s)
+            own_s[i] = own_s[i] - computed_s + pull_s + load_s
+
+    def terms(self, index: int) -> Terms:
+        view, request, worker, own_s = self._view, self._request, self._view.workers[index], self._own_s[index]
+        pull_s, _, load_s = _moved(worker, view.pulls, view.loads_s)
+        missed = request.num_tokens - view.cached_tokens.get(worker.worker_id, 0)
+        whole = view.pool is Pool.WHOLE
+        rest = (
+            ("duplicate", self._beta * (own_s - self._least_s)),
+            ("evict", _eviction_s(worker, missed) if self._evict else 0.0),
+            ("decode", _decode_s(worker, view, request)) if whole else ("transfer", view.transfer_s),
+        )
+        moved = (("pull", pull_s), ("load", load_s)) if pull_s or load_s else ()
+        return (("queue", worker.queued_prefill_s), ("prefill", own_s - pull_s - load_s), *moved, *rest)
+
+
+class _DecodePrices:
+    """Of workers that take the hand-off."""
+
+    __slots__ = ("_evict", "_request", "_transfer_token_s", "_view", "seconds")
+
+    def __init__(self, view: PlacementView, request: Place, config: PrefixCost.Config) -> None:
+        self._view = view
+        self._request = request
+        self._evict = evict = config.eviction
         num_tokens, cached = request.num_tokens, view.cached_tokens.get
-        transfer_token_s = view.transfer_s / max(num_tokens, 1)
+        self._transfer_token_s = token_s = view.transfer_s / max(num_tokens, 1)
         output, kv_tokens, num_choices = view.predicted_output_tokens, view.kv_tokens, request.num_choices
-        costs = {}
+        self.seconds: list[float] = []
+        prices = self.seconds
         for worker in view.workers:
-            missed = num_tokens - cached(worker.worker_id, 0)
-            decode_s = output * worker.cost.decode_step_s(worker.num_sequences + num_choices, worker.kv_tokens + kv_tokens)
-            evict_s = self._eviction_s(worker, missed) if missed > worker.free_kv_tokens else 0.0
-            transfer_s = transfer_token_s * missed
-            terms = (("decode", decode_s), ("evict", evict_s), ("transfer", transfer_s))
-            costs[worker.worker_id] = Cost(decode_s + evict_s + transfer_s, terms)
-        return costs
+            missed, cost = num_tokens - cached(worker.worker_id, 0), worker.cost
+            batch, kv = worker.num_sequences + num_choices, worker.kv_tokens + kv_tokens
+            decode_s = output * (cost.step_s + batch * cost.decode_sequence_s + kv * cost.decode_kv_token_s)
+            evict_s = _eviction_s(worker, missed) if evict and missed > worker.free_kv_tokens else 0.0
+            prices.append(decode_s + evict_s + token_s * missed)
 
-    def _eviction_s(self, worker: WorkerView, missed: int) -> float:
-        """Seconds of prefill that the cached blocks pushed out by this prompt would have saved."""
-        displaced = min(missed - worker.free_kv_tokens, worker.reclaimable_kv_tokens)
-        return worker.hit_rate * displaced * worker.cost.prefill_token_s if self.config.eviction else 0.0
+    def terms(self, index: int) -> Terms:
+        view, request, worker = self._view, self._request, self._view.workers[index]
+        missed = request.num_tokens - view.cached_tokens.get(worker.worker_id, 0)
+        evict_s = _eviction_s(worker, missed) if self._evict else 0.0
+        return (("decode", _decode_s(worker, view, request)), ("evict", evict_s), ("transfer", self._transfer_token_s * missed))
 
 
-def _seconds(priced: tuple[float, float, float, int, WorkerView]) -> float:
-    return priced[0]
+def _moved(worker: WorkerView, pulls: Mapping[WorkerId, Pull], loads_s: Mapping[WorkerId, float]) -> tuple[float, float, float]:
+    """Seconds of the pull, of computing what is pulled, and of loading from host memory."""
+    pull, load_s = pulls.get(worker.worker_id), loads_s.get(worker.worker_id, 0.0)
+    if pull is None or pull.pull_s >= pull.compute_s:
+        return 0.0, 0.0, load_s
+    return pull.pull_s, pull.compute_s, load_s
+
+
+def _decode_s(worker: WorkerView, view: PlacementView, request: Place) -> float:
+    """Of the output, in the batch as it would be."""
+    batch, kv_tokens = worker.num_sequences + request.num_choices, worker.kv_tokens + view.kv_tokens
+    return view.predicted_output_tokens * worker.cost.decode_step_s(batch, kv_tokens)
+
+
+def _eviction_s(worker: WorkerView, missed: int) -> float:
+    """Seconds of prefill that the cached blocks pushed out by this prompt would have saved."""
+    if missed <= worker.free_kv_tokens:
+        return 0.0
+    displaced = min(missed - worker.free_kv_tokens, worker.reclaimable_kv_tokens)
+    return worker.hit_rate * displaced * worker.cost.prefill_token_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from array import array
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -35,13 +35,17 @@ from protocol.messages import (
     RequestPrefix,
     StepOutput,
     Submit,
+    TokenColumns,
     TokenLogprobs,
     TokenRun,
 )
 from protocol.request import FinishReason, Request, SamplingParams, first_attempt, token_buffer
 from protocol.wire import Connection, Identity, Listener, decode, dial, encode
+from protocol.worker import BlocksRemoved
 
 pytestmark = pytest.mark.pure
+
+COLUMNS = ("attempts", "choices", "positions", "token_ids")
 
 
 def make_submit() -> Submit:
@@ -134,6 +138,26 @@ def test_a_field_of_another_type_is_refused_by_name() -> None:
         decode(msgpack.packb([len(MESSAGES), []]))
     with pytest.raises(MalformedFrame):
         decode(b"\xc1")
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "wrong"),
+    [
+        (BlocksRemoved(number=1, hashes=(b"a" * 16, b"b" * 16)), "hashes", [b"a" * 16, "b"]),
+        (BlocksRemoved(number=1, hashes=()), "hashes", [b"a" * 16, None]),
+        (BlocksRemoved(number=1, hashes=()), "hashes", b"ab"),
+        (TokenColumns(request_ids=("a", "b"), **dict.fromkeys(COLUMNS, token_buffer([1, 2]))), "request_ids", ["a", b"b"]),
+    ],
+)
+def test_an_item_of_another_type_is_refused_with_its_field(record: object, field: str, wrong: object) -> None:
+    """Tuples of bytes and of text are checked at once. Seen to fail with the join left out."""
+    from protocol.codec import from_wire, pack, to_wire, unpack
+
+    values = unpack(pack(to_wire(record)))
+    assert from_wire(type(record), values) == record
+    values[[f.name for f in fields(record)].index(field)] = wrong  # type: ignore[arg-type]
+    with pytest.raises(MalformedFrame, match=rf"{type(record).__name__}\.{field}: expected a list"):
+        from_wire(type(record), values)
 
 
 class Pair:

@@ -16,7 +16,19 @@ from protocol.worker import WorkerId
 from router import policies
 from router.config import Disaggregate
 from router.policies import Cost, PlacementView, Stateless
-from router.policies.api import Booked, PolicyCommand, PolicyEvent, PolicyOverran, Pool, Replicate, Tick
+from router.policies.api import (
+    Booked,
+    PolicyCommand,
+    PolicyEvent,
+    PolicyOverran,
+    Pool,
+    PoolPolicy,
+    PoolPrices,
+    Pull,
+    Replicate,
+    Terms,
+    Tick,
+)
 from router.policies.prefix_cost import PrefixCost
 from tests.unit.router.router_world import World, chain, place, pools
 
@@ -219,6 +231,26 @@ class Constant(Stateless):
             raise RuntimeError("not listening")
 
 
+class ConstantPool(Constant):
+    """The same in a column; "raises" only where a worker's parts are asked for."""
+
+    def price_pool(self, view: PlacementView, request: Place, now: float, rng: Random) -> PoolPrices:
+        if self.config.trouble == "few":
+            return Column([1.0])
+        return Column([float("nan") if self.config.trouble == "nan" else self.config.seconds] * len(view.workers), self.config.trouble)
+
+
+@dataclass
+class Column:
+    seconds: list[float]
+    trouble: str = ""
+
+    def terms(self, index: int) -> Terms:
+        if self.trouble == "raises":
+            raise KeyError(index)
+        return (("all", self.seconds[index]),)
+
+
 class Tomorrow(Constant):
     policy_api = 2
 
@@ -236,6 +268,57 @@ def test_a_policy_that_fails_is_replaced_by_least_work_loudly(trouble: str) -> N
     assert world.core.policy.num_fallbacks == 2, "one a pool"
     (note,) = world.core.notes(world.now)
     assert "failed 2 times" in note and "least_work" in note
+
+
+@pytest.mark.parametrize("trouble", ["nan", "few"])
+def test_a_policy_whose_column_is_wrong_is_replaced_by_least_work_loudly(trouble: str) -> None:
+    """Seen to fail with `_complaint_of_pool` left out."""
+    world = World(pools(2, 2), policy=ConstantPool(ConstantConfig(trouble=trouble)))
+    world.report("prefill-0", waiting_tokens=1000)
+    found = world.assign(place(1))
+    assert (found.policy, found.prefill_worker) == ("least_work", "prefill-1")
+    assert "failed 2 times" in world.core.notes(world.now)[0]
+
+
+def test_a_policy_that_cannot_name_its_terms_still_places() -> None:
+    """Seen to fail with `terms` asked of the policy without the guard."""
+    world = World(pools(2, 2), policy=ConstantPool(ConstantConfig(trouble="raises")))
+    found = world.assign(place(1))
+    assert found.policy == "prefix_cost" and found.prefill_scores[0].term_names == ()
+    assert "KeyError in terms" in world.core.notes(world.now)[0]
+
+
+@pytest.mark.parametrize("pool", list(Pool))
+def test_prefix_cost_prices_alike_by_name_and_by_column_and_its_terms_add_up(pool: Pool) -> None:
+    """With pulls, loads, evictions and full caches among the workers. Seen to fail with the pull left out of the terms."""
+    world = World(pools(0, 0, 6))
+    shared = chain("shared", 32)
+    for number, worker in enumerate(world.addresses):
+        world.hold(worker, shared[: 6 * number])
+        world.report(worker, waiting_tokens=200 * number, num_running=number, num_blocks_free=40 - 8 * number, num_blocks_cached=500)
+    for number in range(3):
+        world.assign(place(number))
+    request = place(9, num_tokens=600, block_hashes=shared)
+    workers = list(world.core.fleet)
+    view = PlacementView(
+        pool=pool,
+        workers=workers,
+        cached_tokens=world.core.index.match(shared).total_tokens,
+        device_tokens=world.core.index.match(shared).device_tokens,
+        predicted_output_tokens=64,
+        kv_tokens=664,
+        decode_worker=None,
+        transfer_s=0.01,
+        pulls={"both-1": Pull("both-5", 480, 384, 0.001, 0.02)},
+        loads_s={"both-2": 0.003},
+    )
+    policy = policies.load("prefix_cost")
+    assert isinstance(policy, PoolPolicy)
+    prices, costs = policy.price_pool(view, request, world.now, Random(0)), policy.score(view, request, world.now, Random(0))
+    assert [cost.seconds for cost in costs.values()] == list(prices.seconds) and len(set(prices.seconds)) > 3
+    for index, cost in enumerate(costs.values()):
+        assert cost.terms == prices.terms(index)
+        assert sum(seconds for _, seconds in cost.terms) == pytest.approx(cost.seconds)
 
 
 def test_a_policy_that_cannot_listen_still_places() -> None:
