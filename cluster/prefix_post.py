@@ -9,7 +9,7 @@ from cluster.digesting import when_read
 from engine.core.events import AskPrefix, OfferPrefix, RefusePrefix
 from kvtransfer.endpoint import KVEndpoint
 from protocol.kv import KVHandoff, KVPeer
-from protocol.messages import PrefixOffered, PrefixRefused, RequestPrefix
+from protocol.kv_messages import PrefixOffered, PrefixRefused, RequestPrefix
 
 
 class PrefixPost:

@@ -62,26 +62,9 @@ from kvtransfer.host_tier import HostTierMemory
 from kvtransfer.peers import OnPeerMessage
 from protocol.control import CacheReset, ResetCache
 from protocol.kv import HandoffCompletion, KVHandoff, Outcome
+from protocol.kv_messages import AckHandoff, DropHandoff, PrefixOffered, PrefixRefused, RenewLease, RequestPrefix
 from protocol.links import MembershipWatch
-from protocol.messages import (
-    AckHandoff,
-    Cancel,
-    DropHandoff,
-    KvEvents,
-    OfferCompleted,
-    Offered,
-    Ping,
-    Pong,
-    PrefixOffered,
-    PrefixRefused,
-    Register,
-    RenewLease,
-    RequestPrefix,
-    SnapshotFrame,
-    StepOutput,
-    Submit,
-    Subscribe,
-)
+from protocol.messages import Cancel, KvEvents, OfferCompleted, Offered, Ping, Pong, Register, SnapshotFrame, StepOutput, Submit, Subscribe
 from protocol.wire import Connection, Identity, Listener, encode
 from protocol.worker import KvEvent, WorkerAddress, WorkerSnapshot
 

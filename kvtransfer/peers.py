@@ -15,7 +15,7 @@ from typing import Any
 from kvtransfer.config import TransportConfig
 from protocol.errors import MalformedFrame, WireError
 from protocol.kv import Endpoint, HandoffShard, KVPeer
-from protocol.messages import AckHandoff, DropHandoff, PrefixOffered, PrefixRefused, RenewLease, RequestPrefix
+from protocol.kv_messages import AckHandoff, DropHandoff, PrefixOffered, PrefixRefused, RenewLease, RequestPrefix
 from protocol.wire import Connection, Identity, Listener, dial
 
 PeerMessage = AckHandoff | DropHandoff | RenewLease | RequestPrefix | PrefixOffered | PrefixRefused

@@ -40,8 +40,8 @@ from kvtransfer.transport import Region
 from protocol import wire
 from protocol.errors import HandshakeRefused, MalformedFrame
 from protocol.kv import Endpoint, HandoffShard, TransferError
-from protocol.messages import Pull as PullRequest
-from protocol.messages import PullTrailer
+from protocol.kv_messages import Pull as PullRequest
+from protocol.kv_messages import PullTrailer
 from protocol.wire import Identity
 
 _HEAD = struct.Struct("<QQ")  # ticket, bytes that follow (0: refused, the trailer says why)

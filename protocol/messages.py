@@ -8,7 +8,7 @@
     anyone  -> directory   Register, RegisterService, Watch
     directory -> watcher   Membership
     worker  -> worker      Pull, PullTrailer, AckHandoff, RenewLease, DropHandoff,
-                           RequestPrefix, PrefixOffered, PrefixRefused              (kvtransfer)
+                           RequestPrefix, PrefixOffered, PrefixRefused              (protocol.kv_messages)
     anyone  -> anyone      Ping, Pong, StatusRequest, StatusReply
     operator -> router     UsePolicy      (protocol.control; answered with PolicyInUse)
     operator -> worker     ResetCache     (answered with CacheReset)
@@ -24,6 +24,16 @@ from dataclasses import dataclass
 
 from protocol.control import CacheReset, PolicyInUse, ResetCache, UsePolicy
 from protocol.kv import HandoffCompletion, KVHandoff, KVPeer
+from protocol.kv_messages import (
+    AckHandoff,
+    DropHandoff,
+    PrefixOffered,
+    PrefixRefused,
+    Pull,
+    PullTrailer,
+    RenewLease,
+    RequestPrefix,
+)
 from protocol.lifecycle import AttemptState
 from protocol.request import Attempt, FinishReason
 from protocol.worker import KvEvent, WorkerAddress, WorkerSnapshot
@@ -407,84 +417,6 @@ class ExplainRequest:
     reply_id: int
     name: str
     tenant: str | None  # whose requests may be told of; None: everybody's
-
-
-# --- kvtransfer (worker -> worker) ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RenewLease:
-    handoff_id: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AckHandoff:
-    """The target has verified its copy: the source may reuse the blocks."""
-
-    handoff_id: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DropHandoff:
-    """The target does not want it (any more)."""
-
-    handoff_id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestPrefix:
-    """Offer me the KV of the longest run of whole blocks you hold of these tokens, if it is longer than `num_held_tokens`.
-
-    The source compares the tokens themselves, in the chain that starts at `cache_root`: tenants never meet.
-    """
-
-    pull_id: str  # 32 hex digits
-    requester: KVPeer
-    request_id: str
-    attempt: int
-    cache_root: bytes
-    token_ids: array[int]
-    num_held_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixOffered:
-    """The blocks are leased to the requester: an offer like that of a computed prompt, of kind PREFIX."""
-
-    pull_id: str
-    handoff: KVHandoff
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixRefused:
-    """Nothing to be had here; the requester computes."""
-
-    pull_id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pull:
-    """Send these blocks over the data socket (TCP); shared memory needs no Pull."""
-
-    ticket: int
-    epoch: int
-    region_id: int
-    block_ids: array[int]
-    generations: array[int]
-    clock: int = 0  # once the region's clock is there; 0: now
-    first_layer: int = 0
-    num_layers: int = 0  # from first_layer on; 0: whole blocks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PullTrailer:
-    """After the last byte: the generations seen after the copy was sent."""
-
-    ticket: int
-    generations: array[int]
-    error: str  # "" or a protocol.kv.TransferError value
 
 
 MESSAGES: tuple[type, ...] = (

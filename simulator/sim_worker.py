@@ -38,17 +38,8 @@ from engine.core.events import (
 )
 from engine.core.worker_core import WorkerCore
 from protocol.kv import Endpoint, HandoffCompletion, KVPeer
-from protocol.messages import (
-    AttemptFailed,
-    HandoffDone,
-    OfferCompleted,
-    Offered,
-    PrefixOffered,
-    PrefixRefused,
-    RequestPrefix,
-    StepOutput,
-    TransferFailed,
-)
+from protocol.kv_messages import PrefixOffered, PrefixRefused, RequestPrefix
+from protocol.messages import AttemptFailed, HandoffDone, OfferCompleted, Offered, StepOutput, TransferFailed
 from protocol.worker import KvEvent
 from simulator.loop import VirtualLoop
 from simulator.sim_executor import SimExecutor, SimPool

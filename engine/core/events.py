@@ -12,19 +12,8 @@ from dataclasses import dataclass
 
 from engine.core.executor import BatchPlan, StepResult
 from protocol.kv import KVHandoff, KVPeer, Outcome
-from protocol.messages import (
-    NO_TOKENS,
-    AttemptFailed,
-    HandoffDone,
-    OfferCompleted,
-    PrefixOffered,
-    PrefixRefused,
-    RequestPrefix,
-    Submit,
-    TokenColumns,
-    TokenRun,
-    TransferFailed,
-)
+from protocol.kv_messages import PrefixOffered, PrefixRefused, RequestPrefix
+from protocol.messages import NO_TOKENS, AttemptFailed, HandoffDone, OfferCompleted, Submit, TokenColumns, TokenRun, TransferFailed
 from protocol.worker import KvEvent, Role
 
 # --- events -----------------------------------------------------------------------------------------------------------

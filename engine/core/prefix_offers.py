@@ -16,7 +16,7 @@ from engine.core.landing import Prefix
 from engine.core.offers import Offers
 from engine.core.prefix_cache import PrefixCache
 from protocol.block_hash import block_hashes
-from protocol.messages import RequestPrefix
+from protocol.kv_messages import RequestPrefix
 from protocol.request import AttemptKey
 
 POOL_SHARE = 4  # one block in so many may be leased to peers

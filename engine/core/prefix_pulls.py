@@ -24,7 +24,8 @@ from engine.core.prefix_cache import PrefixCache
 from engine.core.scheduler import Scheduler
 from kvtransfer.handoff import Refusal, TargetHandoff, refuse
 from protocol.kv import HandoffKind, KVHandoff, KVLayout, KVPeer, Outcome, TransferError
-from protocol.messages import PrefixOffered, PrefixPull, PrefixRefused
+from protocol.kv_messages import PrefixOffered, PrefixRefused
+from protocol.messages import PrefixPull
 
 PREFIX_COUNTERS = (
     "prefixes_offered",  # to peers that asked

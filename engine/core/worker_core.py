@@ -58,18 +58,9 @@ from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
 from engine.step_time import FittedStepTime, StepTimeModel
 from protocol.kv import FirstToken, KVLayout
+from protocol.kv_messages import RequestPrefix
 from protocol.lifecycle import SequenceState
-from protocol.messages import (
-    NO_TOKENS,
-    AttemptFailed,
-    KvSnapshot,
-    OfferCompleted,
-    RequestPrefix,
-    Submit,
-    TokenColumns,
-    TokenLogprobs,
-    TokenRun,
-)
+from protocol.messages import NO_TOKENS, AttemptFailed, KvSnapshot, OfferCompleted, Submit, TokenColumns, TokenLogprobs, TokenRun
 from protocol.request import AttemptKey, FinishReason
 from protocol.worker import Role, WorkerSnapshot, WorkerState
 

@@ -40,7 +40,7 @@ from protocol.kv import (
     ShardRectangle,
     TransferError,
 )
-from protocol.messages import AckHandoff, DropHandoff, RenewLease
+from protocol.kv_messages import AckHandoff, DropHandoff, RenewLease
 
 pytestmark = [pytest.mark.conformance, pytest.mark.pure]
 

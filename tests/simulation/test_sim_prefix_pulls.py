@@ -22,8 +22,9 @@ from engine.core.prefix_offers import PrefixOffers
 from engine.core.prefix_pulls import PrefixPulls
 from kvtransfer.handoff import TargetHandoff
 from protocol.kv import Endpoint, KVPeer, Outcome
+from protocol.kv_messages import RequestPrefix
 from protocol.lifecycle import HandoffState, advance
-from protocol.messages import PrefixPull, RequestPrefix
+from protocol.messages import PrefixPull
 from protocol.request import Attempt, Request
 from protocol.worker import BlocksRemoved, BlocksStored, Role
 from simulator.sim_transport import NetworkFaults

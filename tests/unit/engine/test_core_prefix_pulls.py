@@ -30,7 +30,8 @@ from engine.core.events import (
     StartPull,
 )
 from protocol.kv import Endpoint, HandoffKind, KVHandoff, KVPeer, TransferError
-from protocol.messages import PrefixOffered, PrefixPull, PrefixRefused, RequestPrefix
+from protocol.kv_messages import PrefixOffered, PrefixRefused, RequestPrefix
+from protocol.messages import PrefixPull
 from protocol.request import Request
 from tests.core_bench import Bench, done, of, prompt
 from tests.sim_cluster import layout, make_request

@@ -25,7 +25,7 @@ from kvtransfer.transport import KVTransport, Transfer
 from protocol import wire
 from protocol.errors import ConfigError, HandshakeRefused
 from protocol.kv import DigestMode, Endpoint, HandoffShard, KVLayout, LayerGroup, LayerKind, Outcome, ShardRectangle, TransferError
-from protocol.messages import PullTrailer
+from protocol.kv_messages import PullTrailer
 from protocol.wire import Identity
 
 pytestmark = pytest.mark.pure

@@ -25,20 +25,8 @@ from protocol.kv import (
     Lease,
     ShardRectangle,
 )
-from protocol.messages import (
-    Cancel,
-    Ping,
-    Pong,
-    PrefixOffered,
-    PrefixPull,
-    PrefixRefused,
-    RequestPrefix,
-    StepOutput,
-    Submit,
-    TokenColumns,
-    TokenLogprobs,
-    TokenRun,
-)
+from protocol.kv_messages import PrefixOffered, PrefixRefused, RequestPrefix
+from protocol.messages import Cancel, Ping, Pong, PrefixPull, StepOutput, Submit, TokenColumns, TokenLogprobs, TokenRun
 from protocol.request import FinishReason, Request, SamplingParams, first_attempt, token_buffer
 from protocol.wire import Connection, Identity, Listener, decode, dial, encode
 from protocol.worker import BlocksRemoved
