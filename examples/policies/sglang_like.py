@@ -13,6 +13,10 @@ over hash blocks of 16 tokens where theirs is over characters, so that a match i
 coldest leaves beyond `max_blocks` where theirs evicts by time and size of a worker's share. A worker without room is not asked
 here, and ties go to the worker chosen least recently, not to the first in the list. Load here is what waits or runs for the pool
 chosen for; theirs also counts, on a prefill worker, what decodes elsewhere by now.
+
+Of 2,500 decisions each, recorded of sglang-router 0.3.2 and apart from ties, it takes all and all but one where prompts part at the
+ends of blocks (4 and 8 workers), 99.6 % where they part anywhere, and 98.3 % where chance makes them begin alike
+(tests/golden/test_recorded_decisions.py).
 """
 
 from __future__ import annotations

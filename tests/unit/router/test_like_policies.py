@@ -103,19 +103,19 @@ def test_dynamo_gives_less_credit_where_more_waits() -> None:
 def test_dynamo_counts_a_block_that_decoding_requests_share_once() -> None:
     """d decodes two requests over one prefix of 10 blocks, with 2 blocks each of their own: 14 active. e decodes nothing.
 
-    One more of the family, 12 blocks and 5 tokens: 14 + 2 + 1 = 17 on d, 13 on e. When one has ended: 12 + 2 + 1 = 15.
-    Seen to fail with blocks summed over requests.
+    One more of the family, 12 blocks and 5 tokens: 14 + 2 = 16 on d, 12 on e; what fills no block does not count. When one has ended:
+    12 + 2 = 14. Seen to fail with blocks summed over requests.
     """
     policy = like("dynamo_like:DynamoLike")
     requests = [prompt(n, PREFIX, 12) for n in (1, 2)]
     for request in requests:
         book(policy, request, "p", "d")
     request = replace(prompt(3, PREFIX, 12), num_tokens=16 * 12 + 5)
-    assert seconds(policy, view(workers("d", "e"), Pool.DECODE), request) == {"d": 17.0, "e": 13.0}
+    assert seconds(policy, view(workers("d", "e"), Pool.DECODE), request) == {"d": 16.0, "e": 12.0}
     policy.observe(Finished(key=AttemptKey(request_id=requests[0].request_id, attempt=0), num_output_tokens=9), 101.0)
-    assert seconds(policy, view(workers("d", "e"), Pool.DECODE), request) == {"d": 15.0, "e": 13.0}
+    assert seconds(policy, view(workers("d", "e"), Pool.DECODE), request) == {"d": 14.0, "e": 12.0}
     policy.observe(Tick(), 100.0 + 300.0)
-    assert seconds(policy, view(workers("d", "e"), Pool.DECODE), request) == {"d": 13.0, "e": 13.0}, "forgotten after 300 s"
+    assert seconds(policy, view(workers("d", "e"), Pool.DECODE), request) == {"d": 12.0, "e": 12.0}, "forgotten after 300 s"
 
 
 # --- LMetric ----------------------------------------------------------------------------------------------------------
