@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
-from protocol.messages import Place
+from protocol.messages import Assignment, Place
 from protocol.request import AttemptKey
 from protocol.worker import BlocksRemoved, Role
 from router import policies
+from router.config import Disaggregate
 from router.cost_model import StepCost
 from router.policies.api import Booked, Finished, FirstToken, KvChanged, PlacementPolicy, Pool, Replicate, Tick, WorkerJoined, WorkerLeft
 from tests.unit.router.policy_view import PER_TOKEN, Seen, cheapest, scored, seconds, view, workers
-from tests.unit.router.router_world import chain, place
+from tests.unit.router.router_world import World, address, chain, place, pools
 
 pytestmark = pytest.mark.pure
 
@@ -293,3 +296,51 @@ def test_the_tree_is_bounded_and_what_is_forgotten_is_forgotten_everywhere() -> 
     assert len(list(history._tree)) <= 8 and history._tree.num_blocks <= 200
     assert set(history.workers[A].coldest) == set(history.workers[A].keys) == set(history._tree)
     assert cheapest(fed.policy, view([Seen(worker_id=A, cost=PER_TOKEN, free_kv_tokens=0)]), place(1), now=fed.now) == A
+
+
+# --- through the router -----------------------------------------------------------------------------------------------
+
+
+def turn(world: World, number: int, prefix: tuple[bytes, ...], prefill_s: float) -> Assignment:
+    """One request over the prefix, alone, whose first token takes `prefill_s`; its blocks are then told of."""
+    request = place(number, num_tokens=16 * len(prefix) + 40, block_hashes=prefix)
+    found = world.assign(request)
+    world.tick(prefill_s)
+    world.hold(found.prefill_worker, prefix, next_event_number=number + 2)
+    world.prefill_done(request)
+    world.done(request)
+    world.report_all()
+    return found
+
+
+def test_a_hot_prefix_that_slows_down_gets_a_second_home_through_the_router() -> None:
+    """One prefix of 1024 tokens: 8 turns of 0.1 s, half a window later 8 and more of 0.3 s.
+
+    One of the next is then sent to the other worker, which computes it, and later ones go to whichever was given less. Seen to fail with
+    the wish not passed on by `RouterCore`.
+    """
+    policy = policies.load("e2:window_s=64,rebalance_after=1")
+    world = World(pools(2, 1), policy=policy, disaggregate=Disaggregate.ALWAYS)
+    prefix = prompt("hot", 64)
+    first = [turn(world, number, prefix, 0.1) for number in range(8)]
+    world.tick(32.0)
+    world.report_all()
+    slow = [turn(world, number, prefix, 0.3) for number in range(8, 16)]
+    assert len({a.prefill_worker for a in first + slow}) == 1, "it stays where it is cached, whatever that costs"
+    later = [turn(world, number, prefix, 0.3) for number in range(16, 40)]
+    (copied,) = (a for a in later if "replicates" in a.reason)
+    assert copied.prefill_worker != first[0].prefill_worker and copied.cached_tokens == 0
+    after = Counter(a.prefill_worker for a in later[later.index(copied) + 1 :])
+    assert after[copied.prefill_worker] >= 10 and world.core.policy.num_failures == 0, world.core.notes()
+
+
+def test_a_worker_that_joins_gets_what_is_explored() -> None:
+    """Two workers with load, then a third. Seen to fail with a load made up for a worker that was sent nothing."""
+    world = World(pools(2, 1), policy=policies.load("e2"), disaggregate=Disaggregate.ALWAYS)
+    for number in range(6):
+        turn(world, number, prompt(number, 16), 0.05)
+    world.join(address("prefill-9", Role.PREFILL))
+    assert [turn(world, number, prompt(number, 16), 0.05).prefill_worker for number in range(6, 9)] == ["prefill-9"] * 3
+    world.kill("prefill-9")
+    assert turn(world, 9, prompt(6, 16), 0.05).prefill_worker in ("prefill-0", "prefill-1")
+    assert world.core.policy.num_failures == 0, world.core.notes()
