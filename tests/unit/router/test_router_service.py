@@ -34,7 +34,7 @@ from protocol.messages import (
 )
 from protocol.wire import Connection, Identity, Listener, dial
 from protocol.worker import BlocksStored, Role
-from router.config import RouterConfig
+from router.config import Disaggregate, RouterConfig
 from router.policies import Cost, PlacementView, Stateless
 from router.service import RouterService
 from tests.unit.router.router_world import address, chain, place, snapshot
@@ -244,3 +244,18 @@ async def test_a_slow_policy_is_noticed_and_replaced() -> None:
         assert (await gateway.assign(place(2))).policy == "least_work"
         document = await gateway.status()
         assert document["policy"]["overruns"] == 1 and "overran 1 times" in document["notes"][0]
+
+
+async def test_a_slow_policy_of_the_decode_pool_is_replaced_there_alone() -> None:
+    """Seen to fail with the overrun told of the prefill pool's policy."""
+    slow = "tests.unit.router.test_router_service:Slow"
+    config = RouterConfig(
+        policy="round_robin", decode_policy=slow, policy_time_limit_s=0.01, policy_penalty_s=30.0, disaggregate=Disaggregate.ALWAYS
+    )
+    async with cluster([SmallWorker("prefill-0", Role.PREFILL), SmallWorker("decode-0", Role.DECODE)], config) as (_, gateway):
+        await gateway.assign(place(1))
+        await gateway.assign(place(2))
+        document = await gateway.status()
+        assert (document["policy"]["overruns"], document["decode_policy"]["overruns"]) == (0, 1)
+        assert (document["policy"]["fallbacks"], document["decode_policy"]["fallbacks"]) == (0, 1)
+        assert document["notes"][0].startswith("decode policy")
