@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from baton.bench.policy_run import PolicyCluster
 
 SCHEMA = "baton.bench.policies.v1"
-DEFAULT_POLICIES = "prefix_cost,least_work,round_robin"
+DEFAULT_POLICIES = "prefix_cost,e2,least_work,round_robin,examples.policies.sglang_like:SglangLike,examples.policies.dynamo_like:DynamoLike"
 DEFAULT_WORKLOADS = "shared_prefixes,fan_out,unshared,hot_prefix"
 PAUSE_S = 2.0  # guessed for what lies between two cells, until some were measured
 

@@ -448,6 +448,7 @@ class WorkerCore:
         waiting, running = self._scheduler.waiting, self._scheduler.running
         behind = waiting.num_tokens + self._loads.num_tokens
         behind += sum(max(0, s.compute_end - s.num_computed_tokens) for s in running if not s.is_decoding)
+        behind += sum(step.shape.prefill_tokens for step in self._scheduler.inflight)  # planned is not computed
         return WorkerSnapshot(
             worker_id=self._worker_id,
             epoch=self._epoch,

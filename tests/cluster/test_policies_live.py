@@ -34,7 +34,7 @@ CLUSTER = {
     "supervisor": {"router_hang_s": HANG_S},
 }
 PREFIX_TOKENS, OWN_TOKENS, NEW_TOKENS = 512, 32, 6
-SHARING = ["prefix_cost"]  # policies that are to put siblings together
+SHARING = ["prefix_cost", "e2"]  # policies that are to put siblings together
 
 FAILING = """
 import time

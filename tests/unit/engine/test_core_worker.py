@@ -325,13 +325,16 @@ def test_the_executor_is_told_of_every_sequence_that_ended() -> None:
 
 
 def test_snapshot_says_how_it_is() -> None:
+    """Prompt tokens of a step under way are not computed yet. Seen to fail with them left out."""
     bench = Bench(max_num_batched_tokens=16, max_num_seqs=1)
     bench.on(RoleChanged(role=Role.DECODE))
     bench.submit(make_request(1, prompt(40)))
     bench.submit(make_request(2, prompt(30, 100)))
     snapshot = bench.core.snapshot(0.0)
-    assert (snapshot.role, snapshot.num_waiting, snapshot.num_running, snapshot.waiting_tokens) == (Role.DECODE, 1, 1, 24 + 30)
+    assert (snapshot.role, snapshot.num_waiting, snapshot.num_running, snapshot.waiting_tokens) == (Role.DECODE, 1, 1, 16 + 24 + 30)
     assert snapshot.running_kv_tokens == 16 and snapshot.num_blocks_unaccounted == 0
+    bench.finish_step()
+    assert bench.core.snapshot(0.0).waiting_tokens == 24 + 30
     assert tuple(snapshot.counters) == COUNTERS
 
 
