@@ -7,7 +7,6 @@ costs 700 us, a framed message 15. `max_restarts=0`: a restart by Ray would be t
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.actor import ActorHandle
 
+from cluster.event_log import log_events
 from cluster.loop_thread import LoopThread
 from cluster.user_path import import_last_from
 from protocol.errors import BatonError
@@ -58,7 +58,7 @@ class _Host:
     def __init__(self, user_path: str) -> None:
         if user_path:
             import_last_from(user_path)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        log_events()
         self._loop = LoopThread("baton-loop")
         self._ended = threading.Event()
 

@@ -33,6 +33,7 @@ from control.run_files import RunFile, remove_run_file, write_run_file
 from control.sections import DEMO_MODEL
 from control.startup import Notice, Phase, PhaseBegan, PhaseDone, Report, ServerReady, ServerStopping
 from engine.demo import DEMO_MODEL_ABOUT, DEMO_MODEL_DIR
+from gateway.tracing import check_packages
 from protocol.errors import ServiceError
 from router import policies
 
@@ -135,6 +136,7 @@ class Cluster:
         self._port = ReservedPort(http.host, http.port, locks=self._run.root)  # before anything slow is even imported
         for spec in filter(None, (self.config.router.policy, self.config.router.decode_policy)):
             _check_policy(spec)
+        check_packages(self.config.gateway.otlp_traces_endpoint)
         with self._phase(Phase.MODEL, f"looking for {self.config.model.path}") as done, guard():
             from control.compose import compose_worker, pinned
 

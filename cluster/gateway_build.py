@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from control.config import ClusterConfig
 from gateway.app import make_app
 from gateway.service import GatewayService
+from gateway.tracing import open_spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,7 @@ def build_gateway(spec: GatewaySpec) -> Gateway:
     """Tokenizer, limits and routes; `await service.start()` joins the cluster.
 
     Raises:
-        ModelError: the tokenizer is missing or unreadable.
+        ModelError: the tokenizer is missing or unreadable. ConfigError: traces are asked for, without the packages for them.
     """
     config = spec.config.gateway
     service = GatewayService(
@@ -54,5 +55,6 @@ def build_gateway(spec: GatewaySpec) -> Gateway:
         epoch=time.time_ns(),
         name=f"gateway-{os.getpid()}",
         seed=spec.config.workers.seed,
+        spans=open_spans(config.otlp_traces_endpoint),
     )
     return Gateway(service=service, app=make_app(service))

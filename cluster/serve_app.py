@@ -19,6 +19,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cluster.event_log import log_events
 from cluster.loop_thread import LoopThread
 from cluster.port import listen_shared
 
@@ -46,7 +47,7 @@ class GatewayReplica:
         from cluster.gateway_build import build_gateway
 
         _keep_serve_on_loopback()
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        log_events()
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         self._spec = spec
         self._loop = LoopThread("baton-gateway")

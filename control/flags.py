@@ -92,6 +92,7 @@ FLAGS: tuple[Flag, ...] = (
     _row("Endpoint", "--host", "http.host", "Address to listen on."),
     _row("Endpoint", "--port", "http.port", "Port to listen on; 0 takes a free one."),
     _row("Endpoint", "--api-key", "gateway.api_keys", "Ask clients for this key; several are separated by commas.", _api_keys),
+    _row("Endpoint", "--otlp-traces-endpoint", "gateway.otlp_traces_endpoint", "Send spans of requests there, OTLP over HTTP ([tracing])."),
     _row("Workers", "--prefill-workers", "workers.prefill_workers", "Processes that compute prompts."),
     _row("Workers", "--decode-workers", "workers.decode_workers", "Processes that generate."),
     _row("Workers", "--mixed-workers", "workers.mixed_workers", "Processes that do both."),

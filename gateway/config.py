@@ -31,6 +31,7 @@ class GatewayConfig:
 
     # What is told of placements.
     placement_header: bool | None = None  # x-baton-placement; None: where no key is asked for, as GET /status tells anybody the same then
+    otlp_traces_endpoint: str = ""  # spans of requests are sent there over HTTP; empty: none are made
     num_explained: int = 256  # newest placements made without the router, for GET /explain
 
     # What one request may ask for.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from typing import Any
 
 from gateway.events import AttemptEnded
 from gateway.session import Session
 from protocol.errors import RequestError, ServiceError
+from protocol.lifecycle import AttemptState
+
+log = logging.getLogger("baton.gateway")
 
 EXPLAIN_SCHEMA = "baton.explain.v1"
 PLACEMENT_HEADER = b"x-baton-placement"
@@ -76,6 +80,11 @@ def attempt_fields(session: Session, ended: AttemptEnded) -> dict[str, object]:
     if ended.handoff is not None:
         fields |= {"handoff_path": ended.handoff.path, "handoff_s": round(ended.handoff.duration_s, 6)}
     return fields
+
+
+def log_attempt(session: Session, ended: AttemptEnded) -> None:
+    level = logging.INFO if ended.state in (AttemptState.FINISHED, AttemptState.CANCELLED) else logging.WARNING
+    log.log(level, "attempt ended", extra=attempt_fields(session, ended))
 
 
 def request_id_of(name: str) -> str:

@@ -110,6 +110,7 @@ async def _generate(
         service.open(
             request_id=answer_id if i == 0 else secrets.token_hex(16),
             known_as=names if i == 0 else (answer_id, *names),
+            traceparent=exchange.headers.get(b"traceparent", b"").decode("latin-1"),
             prompt_token_ids=prompt,
             sampling=sampling,
             texts=[_choice_text(service, body, sampling, chat=shape.chat) for _ in range(n)],

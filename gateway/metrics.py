@@ -109,12 +109,11 @@ class Metrics:
         if placed.predicted_ttft_s is not None and since_s is not None:
             self._prediction.observe((now - since_s) / max(placed.predicted_ttft_s - placed.waited_s, 1e-6))
 
-    def attempt_ended(self, ended: AttemptEnded) -> None:
+    def attempt_ended(self, ended: AttemptEnded, *, goes_on: bool) -> None:
+        """`goes_on`: a next attempt follows this one."""
         self._attempts.labels(ended.during.value, ended.state.value).inc()
-
-    def migrated(self, ended: AttemptEnded) -> None:
-        """A next attempt follows this one."""
-        self._migrations.labels(ended.during.value).inc()
+        if goes_on:
+            self._migrations.labels(ended.during.value).inc()
 
     def handed_off(self, done: HandoffDone) -> None:
         self._handoff_s.labels(done.path).observe(done.duration_s)

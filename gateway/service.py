@@ -52,7 +52,7 @@ from gateway.events import (
     WorkerLost,
     WorkerSaid,
 )
-from gateway.explain import attempt_fields, explain_document, request_id_of
+from gateway.explain import explain_document, log_attempt, request_id_of
 from gateway.live import ClientLeft, Feed, LiveRequest
 from gateway.metrics import Metrics
 from gateway.model import load_served_model
@@ -61,6 +61,7 @@ from gateway.session import Session
 from gateway.stand_in import StandIn
 from gateway.status import router_status, status_document, worker_status
 from gateway.text import ChoiceText
+from gateway.tracing import RequestSpans
 from gateway.workers import Workers
 from protocol.block_hash import cache_root
 from protocol.errors import BatonError, NoWorker, Overloaded, ServiceError
@@ -103,6 +104,7 @@ class GatewayService:
         epoch: int,
         name: str,
         seed: int | None = None,
+        spans: RequestSpans | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`secret` is the cluster's, `salt` (32 bytes) keys the prefix hashes and never leaves the gateways.
@@ -115,6 +117,7 @@ class GatewayService:
         self.clock = clock
         self._salt = salt
         self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()
+        self._spans = spans  # None: no traces
         self._started = False
         self._draining = False
         self._busy = False  # the inbox is being worked off
@@ -171,6 +174,8 @@ class GatewayService:
         await self.workers.close()
         await self.router.close()
         await self._membership.close()
+        if self._spans is not None:
+            await asyncio.to_thread(self._spans.close)
 
     # --- what the HTTP side uses ---
 
@@ -217,10 +222,11 @@ class GatewayService:
         cache_salt: str,
         session: str = "",
         known_as: tuple[str, ...] = (),
+        traceparent: str = "",
     ) -> LiveRequest:
         """Accept a request: from here on it has exactly one end, told to `feed`.
 
-        session: as the client names the conversation. known_as: other names to explain the request by.
+        session: as the client names the conversation. known_as: other names to explain it by. traceparent: of the client's trace.
         """
         request = Request(
             request_id=request_id,
@@ -235,6 +241,8 @@ class GatewayService:
         )
         live = LiveRequest(Session(request, self.config, known_as=known_as), texts, feed, first_index=first_index)
         self._live[request_id] = live
+        if self._spans is not None:
+            self._spans.begin(live.session, traceparent)
         self._post(live, Start())
         return live
 
@@ -365,15 +373,10 @@ class GatewayService:
         return stopped
 
     def _attempt_ended(self, live: LiveRequest, ended: AttemptEnded) -> None:
-        self.metrics.attempt_ended(ended)
-        if live.session.end is None:
-            self.metrics.migrated(ended)
-        level = logging.INFO if ended.state in (AttemptState.FINISHED, AttemptState.CANCELLED) else logging.WARNING
-        log.log(
-            level,
-            "attempt ended",
-            extra=attempt_fields(live.session, ended),
-        )
+        self.metrics.attempt_ended(ended, goes_on=live.session.end is None)
+        log_attempt(live.session, ended)
+        if self._spans is not None:
+            self._spans.attempt_ended(live.session, ended)
 
     def _end(self, live: LiveRequest, end: End) -> None:
         self._live.pop(live.request_id, None)
@@ -384,6 +387,8 @@ class GatewayService:
         elif isinstance(end, Abandon):
             error, outcome = ClientLeft("the client went away"), "cancelled"
         self.metrics.request_ended(live.session, outcome)
+        if self._spans is not None:
+            self._spans.end(live.session, outcome)
         live.feed.end(error)
 
     async def _tick(self) -> None:

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_WARM = 12
+MAX_TRIES = 5
 # Predictions lean high by 1.25 and are of seconds of work; a crowded machine stretches both.
 FACTOR = 5.0
 
@@ -62,18 +63,20 @@ def test_a_request_is_explained_by_its_answers_id(serving: Serving) -> None:
     text = "def " + " ".join(f"value_{n}" for n in range(150)) + uuid.uuid4().hex
     for n in range(NUM_WARM):
         complete(serving, f"{n}{text}")
-    complete(serving, text)
-    time.sleep(0.3)  # its KV events have arrived
-    client_id = f"job-{uuid.uuid4().hex}"
-    answer_id = complete(serving, text, **{"X-Request-Id": client_id})
-    attempt = explained(serving, answer_id)
-    placed, outcome = attempt["assignment"], attempt["outcome"]
+    for _ in range(MAX_TRIES):  # until it is placed where it lies: another worker may be idle and pull it
+        time.sleep(0.3)  # KV events arrive
+        client_id = f"job-{uuid.uuid4().hex}"
+        answer_id = complete(serving, text, **{"X-Request-Id": client_id})
+        attempt = explained(serving, answer_id)
+        placed, outcome = attempt["assignment"], attempt["outcome"]
+        if placed["cached_tokens"]:
+            break
     print(f"first token predicted after {placed['predicted_ttft_s']:.4f} s, came after {outcome['ttft_s']:.4f} s")
     assert {placed["prefill_worker"][:7], placed["decode_worker"][:6]} == {"prefill", "decode"}
     assert {"queue", "prefill", "transfer"} <= placed["prefill_scores"][0]["terms"].keys()
     assert placed["predicted_ttft_s"] / FACTOR < outcome["ttft_s"] < placed["predicted_ttft_s"] * FACTOR
     assert placed["cached_tokens"] == placed["confirmed_tokens"] > 64 and outcome["found_tokens"] >= placed["cached_tokens"]
-    assert (outcome["state"], outcome["output_tokens"]) == ("finished", 8) and outcome["handoff_s"] > 0.0
+    assert (outcome["state"], outcome["output_tokens"]) == ("finished", 8) and outcome["handoff_path"] in ("shm", "tcp")
     assert explained(serving, client_id)["request_id"] == attempt["request_id"]
 
     shown = baton(serving, "explain", answer_id)
