@@ -74,6 +74,7 @@ from protocol.messages import (
     Offered,
     PlaceAck,
     PrefillDone,
+    Reassigned,
     Refused,
     RegisterService,
     ServiceAddress,
@@ -424,7 +425,7 @@ class GatewayService:
             self._post(live, RouterLost())
 
     def _on_router_message(self, message: Any) -> None:
-        if isinstance(message, (PlaceAck, Refused)):
+        if isinstance(message, (PlaceAck, Refused, Reassigned)):
             live = self._live.get(message.request_id)
             if live is not None:
                 self._post(live, message)

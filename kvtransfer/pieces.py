@@ -38,10 +38,10 @@ from kvtransfer.region import first_stale
 from kvtransfer.session import Announcement, Pause, PeerServer, RegionCard, Session
 from kvtransfer.transport import Region
 from protocol import wire
+from protocol.bulk import Pull as PullRequest
+from protocol.bulk import PullTrailer
 from protocol.errors import HandshakeRefused, MalformedFrame
 from protocol.kv import Endpoint, HandoffShard, TransferError
-from protocol.messages import Pull as PullRequest
-from protocol.messages import PullTrailer
 from protocol.wire import Identity
 
 _HEAD = struct.Struct("<QQ")  # ticket, bytes that follow (0: refused, the trailer says why)

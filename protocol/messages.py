@@ -3,7 +3,7 @@
     gateway -> worker      Submit, Cancel
     worker  -> gateway     StepOutput (one a step), Offered, HandoffDone, TransferFailed, AttemptFailed, SnapshotFrame
     gateway -> router      Place, PrefillDone, Done, ExplainRequest
-    router  -> gateway     PlaceAck, Assigned, Refused
+    router  -> gateway     PlaceAck, Assigned, Reassigned, Refused
     worker  -> router      SnapshotFrame, KvEvents, KvSnapshot        (gateway and router dial and send Subscribe)
     anyone  -> directory   Register, RegisterService, Watch
     directory -> watcher   Membership
@@ -22,6 +22,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from protocol.bulk import Pull, PullTrailer
 from protocol.control import CacheReset, PolicyInUse, ResetCache, UsePolicy
 from protocol.kv import HandoffCompletion, KVHandoff, KVPeer
 from protocol.lifecycle import AttemptState
@@ -302,6 +303,16 @@ class Assigned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reassigned:
+    """Another worker is to decode an attempt whose prompt is still being computed. Too late once its Submit to the first one is out."""
+
+    request_id: str
+    attempt: int
+    decode_worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
     """No place: `status` is the HTTP status to answer with."""
 
@@ -319,6 +330,7 @@ class PrefillDone:
     request_id: str
     attempt: int
     num_cached_tokens: int | None = None  # as its worker found them; None: not placed by the router, so no answer to what it expected
+    decode_worker: str | None = None  # who decodes, after any Reassigned; None: as it was assigned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -464,33 +476,10 @@ class PrefixRefused:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pull:
-    """Send these blocks over the data socket (TCP); shared memory needs no Pull."""
-
-    ticket: int
-    epoch: int
-    region_id: int
-    block_ids: array[int]
-    generations: array[int]
-    clock: int = 0  # once the region's clock is there; 0: now
-    first_layer: int = 0
-    num_layers: int = 0  # from first_layer on; 0: whole blocks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PullTrailer:
-    """After the last byte: the generations seen after the copy was sent."""
-
-    ticket: int
-    generations: array[int]
-    error: str  # "" or a protocol.kv.TransferError value
-
-
 MESSAGES: tuple[type, ...] = (
     Submit, Cancel, StepOutput, Offered, OfferCompleted, HandoffDone, TransferFailed, AttemptFailed,
     SnapshotFrame, Subscribe, KvEvents, KvSnapshot,
-    Place, PlaceAck, Assigned, Refused, PrefillDone, Done,
+    Place, PlaceAck, Assigned, Reassigned, Refused, PrefillDone, Done,
     Register, RegisterService, Watch, Membership,
     Ping, Pong, StatusRequest, StatusReply, ExplainRequest,
     RenewLease, AckHandoff, DropHandoff, Pull, PullTrailer,

@@ -23,6 +23,7 @@ from protocol.messages import (
     Place,
     PlaceAck,
     PrefillDone,
+    Reassigned,
     Refused,
 )
 from protocol.request import AttemptKey
@@ -59,6 +60,7 @@ from router.policies.api import (
 from router.policies.api import Tick as PolicyTick
 from router.prefix_index import PrefixIndex
 from router.queue import FairQueue, Waiting
+from router.reassignment import Reassignments
 from router.worker_reports import WorkerReports
 
 
@@ -90,6 +92,7 @@ class RouterCore:
         self.overlap = OverlapWatch()
         self.counters: dict[str, int] = dict.fromkeys(status.COUNTERS, 0)
         self._placement = Placement(config, fleet=self.fleet, index=self.index, policies=self.policies)
+        reassignments = Reassignments(fleet=self.fleet, bookings=self.bookings, placement=self._placement, on_moved=self._moved)
         self.reports = WorkerReports(
             config,
             fleet=self.fleet,
@@ -98,6 +101,7 @@ class RouterCore:
             policies=self.policies,
             rng=rng,
             prior=prior if prior is not None else StepCost(),
+            reassignments=reassignments,
             say=lambda command: self._commands.append(command),
             on_ready=self._worker_is_ready,
         )
@@ -252,7 +256,7 @@ class RouterCore:
         key, found_tokens = AttemptKey(request_id=message.request_id, attempt=message.attempt), message.num_cached_tokens
         booking = self.bookings.get(key)
         is_first_word = booking is not None and Phase.PREFILL in booking.holds
-        booking = self.bookings.end_prefill(key, now)
+        booking = self.bookings.end_prefill(key, message.decode_worker, now)
         if booking is None:
             return
         if is_first_word and found_tokens is not None:
@@ -443,6 +447,19 @@ class RouterCore:
             decode_cost=decode.cost,
         )
         self.policies.observe(booked, now)
+
+    def _moved(self, booking: Booking) -> None:
+        """Another worker is to decode it: tell its gateway, and whoever asks why."""
+        assignment = booking.assignment
+        self.counters["reassigned"] += 1
+        self.explanations.reassigned(booking.key, assignment)
+        message = Reassigned(
+            request_id=assignment.request_id,
+            attempt=assignment.attempt,
+            decode_worker=assignment.decode_worker,
+            reason=assignment.reason,
+        )
+        self._commands.append(ToGateway(gateway=booking.gateway, message=message))
 
     # --- saying ---
 

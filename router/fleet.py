@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from protocol.messages import Membership
 from protocol.request import AttemptKey
@@ -96,7 +97,7 @@ class Worker:
         self.fresh = Tally()  # booked, and not in the snapshot yet
         self.holds: dict[HoldKey, Hold] = {}
         self._settling: OrderedDict[HoldKey, float] = OrderedDict()  # in `fresh` since, oldest first
-        self._pending: set[HoldKey] = set()  # in `fresh` until the prefill elsewhere is done
+        self._pending: OrderedDict[HoldKey, None] = OrderedDict()  # in `fresh` until the prefill elsewhere is done, oldest first
 
         # The sheet
         self.queued_prefill_tokens = 0  # given to this worker and not computed yet
@@ -176,7 +177,7 @@ class Worker:
         self.fresh.add(hold)
         self._changed = True
         if pending:
-            self._pending.add(key)
+            self._pending[key] = None
         else:
             self._settling[key] = now
 
@@ -188,15 +189,19 @@ class Worker:
         self._changed = True
         if key in self._pending or key in self._settling:
             self.fresh.add(hold, -1)
-            self._pending.discard(key)
+            self._pending.pop(key, None)
             self._settling.pop(key, None)
 
     def start_settling(self, hold: Hold, now: float) -> None:
         """The prefill elsewhere is done: the request is on its way here and will show in a later snapshot."""
         key = (hold.key, hold.phase)
         if key in self._pending:
-            self._pending.remove(key)
+            del self._pending[key]
             self._settling[key] = now
+
+    def pending_holds(self, most: int) -> list[Hold]:
+        """The oldest of those whose prefill is under way elsewhere."""
+        return [self.holds[key] for key in islice(self._pending, most)] if self._pending else []
 
     def note_booked(self, num_tokens: int, cached_tokens: int) -> None:
         self.hit_rate += _HIT_RATE_EWMA * (cached_tokens / max(num_tokens, 1) - self.hit_rate)
@@ -218,7 +223,8 @@ class Worker:
                 fresh.add(hold)
         assert booked == self.booked, f"{self.worker_id}: booked {self.booked}, holds sum to {booked}"
         assert fresh == self.fresh, f"{self.worker_id}: fresh {self.fresh}, holds sum to {fresh}"
-        assert not self._pending & self._settling.keys() and self._pending | self._settling.keys() <= self.holds.keys()
+        pending, settling = self._pending.keys(), self._settling.keys()
+        assert not pending & settling and pending | settling <= self.holds.keys()
 
     # --- what the worker says ---
 

@@ -14,7 +14,7 @@ it placement of an instance pair) from the cost model alone, so that it is the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -24,6 +24,7 @@ from protocol.worker import WorkerId
 from router.config import Disaggregate, RouterConfig
 from router.fleet import Fleet, Pools, Worker
 from router.guarded_policy import PoolPolicies
+from router.holds import Hold
 from router.policies.api import Cost, PlacementView, Pool, Pull, Replicate
 from router.prefix_index import PrefixIndex
 from router.pull_cost import PullCosts, Source
@@ -144,6 +145,15 @@ class Placement:
         if isinstance(split, Blocked):
             return whole
         return whole if self._total_s(ask, whole) <= self._total_s(ask, split) else split
+
+    def another_decoder(
+        self, place: Place, hold: Hold, now: float, *, predicted_output_tokens: int, suits: Callable[[Worker], bool]
+    ) -> Ranking | None:
+        """The decode workers that suit and have room for `hold`, as the policy ranks them; None: there is none."""
+        pools = self._fleet.pools(place.model_id).fit_for(place.num_tokens + 1, place.excluded)
+        self._fleet.refresh(pools, now)
+        workers = [w for w in self._with_room(pools.decode + pools.both, hold.num_sequences, hold.kv_tokens) if suits(w)]
+        return self._rank(self._ask(place, now, predicted_output_tokens), Pool.DECODE, workers) if workers else None
 
     def cached_tokens(self, place: Place) -> Mapping[WorkerId, int]:
         """Leading tokens of the prompt each worker holds; the last token is always computed."""
@@ -337,12 +347,15 @@ class Placement:
 
     def _decoders(self, ask: _Ask, workers: Sequence[Worker]) -> list[Worker]:
         """Those whose batch has slots and whose pool holds the expected growth of all that was booked; an idle worker takes anything."""
-        num_choices, kv_tokens, overcommit = ask.place.num_choices, ask.kv_tokens, self._config.decode_overcommit
+        return self._with_room(workers, ask.place.num_choices, ask.kv_tokens)
+
+    def _with_room(self, workers: Sequence[Worker], num_sequences: int, kv_tokens: int) -> list[Worker]:
+        overcommit = self._config.decode_overcommit
         return [
             w
             for w in workers
             if not w.num_sequences
-            or (w.num_sequences + num_choices <= overcommit * w.address.max_num_seqs and w.kv_tokens + kv_tokens <= w.kv_capacity_tokens)
+            or (w.num_sequences + num_sequences <= overcommit * w.address.max_num_seqs and w.kv_tokens + kv_tokens <= w.kv_capacity_tokens)
         ]
 
     @staticmethod

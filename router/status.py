@@ -19,6 +19,7 @@ COUNTERS = (
     "splits",
     "locals",
     "prefix_pulls",
+    "reassigned",
     "refused_413",
     "refused_429",
     "refused_503",

@@ -23,6 +23,7 @@ from router.guarded_policy import PoolPolicies
 from router.link_cost import link_to
 from router.policies.api import KvChanged, WorkerJoined, WorkerLeft
 from router.prefix_index import PrefixIndex
+from router.reassignment import Reassignments
 
 
 class WorkerReports:
@@ -38,6 +39,7 @@ class WorkerReports:
         policies: PoolPolicies,
         rng: Random,
         prior: StepCost,
+        reassignments: Reassignments,
         say: Callable[[Command], None],
         on_ready: Callable[[str, float], None],
     ) -> None:
@@ -49,6 +51,7 @@ class WorkerReports:
         self._policies = policies
         self._tie_seed = rng.getrandbits(64)
         self._prior = prior
+        self._reassignments = reassignments
         self._say = say
         self._on_ready = on_ready
         self._resync_asked_s: dict[WorkerId, float] = {}
@@ -118,7 +121,8 @@ class WorkerReports:
             worker.forget(self._unlearned(), link_to(worker.address, self._config))
 
     def tick(self, now: float) -> None:
-        """Ask again where an answer is owed."""
+        """Ask again where an answer is owed, and find workers for those that lost theirs."""
+        self._reassignments.tick(now)
         for worker_id in list(self._resync_asked_s):
             self._ask_resync(worker_id, now)
 
@@ -136,6 +140,7 @@ class WorkerReports:
             self._fleet.changed()
         if self._index.missed_tail(worker.worker_id, snapshot.last_event_number):
             self._ask_resync(worker.worker_id, now)
+        self._reassignments.recheck(worker, now)
         if worker.state is WorkerState.READY:
             self._on_ready(worker.address.model_id, now)
 
@@ -157,11 +162,13 @@ class WorkerReports:
         worker = self._fleet.remove(worker_id)
         if worker is None:
             return
-        self._bookings.drop_worker(worker)
+        orphans = self._bookings.drop_worker(worker)
         self._index.leave(worker_id)
         self._resync_asked_s.pop(worker_id, None)
         self.num_left += 1
         self._policies.observe(WorkerLeft(worker_id=worker_id), now)
+        if orphans:
+            self._reassignments.lost(orphans, now)
 
 
 def _all_of(told: KvSnapshot) -> KvChanged:

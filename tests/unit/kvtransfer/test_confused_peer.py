@@ -23,9 +23,9 @@ from kvtransfer.shm import ShmTransport
 from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import KVTransport, Transfer
 from protocol import wire
+from protocol.bulk import PullTrailer
 from protocol.errors import ConfigError, HandshakeRefused
 from protocol.kv import DigestMode, Endpoint, HandoffShard, KVLayout, LayerGroup, LayerKind, Outcome, ShardRectangle, TransferError
-from protocol.messages import PullTrailer
 from protocol.wire import Identity
 
 pytestmark = pytest.mark.pure
