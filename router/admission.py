@@ -45,14 +45,14 @@ def refusal_by_slo(place: Place, pools: Pools, cached_tokens: Mapping[WorkerId, 
         return None
     if place.slo_ttft_s is not None:
         workers = pools.prefill + pools.both or pools.decode
-        if workers and all(w.model.is_fitted for w in workers):
+        if workers and all(w.is_predictable for w in workers):
             least_s = queue_s + min(_ttft_s(w, place, cached_tokens) for w in workers)
             if least_s > place.slo_ttft_s:
                 text = f"predicted time to first token {least_s:.3f} s exceeds the objective {place.slo_ttft_s:.3f} s on every worker"
                 return _refused(place, 429, text + "; retry later", least_s - place.slo_ttft_s)
     if place.slo_tpot_s is not None:
         workers = pools.decode + pools.both or pools.prefill
-        if workers and all(w.model.is_fitted for w in workers):
+        if workers and all(w.is_predictable for w in workers):
             least_s = min(_tpot_s(w, place, kv_tokens) for w in workers)
             if least_s > place.slo_tpot_s:
                 text = f"predicted time per token {least_s:.4f} s exceeds the objective {place.slo_tpot_s:.4f} s on every worker"

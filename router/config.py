@@ -61,6 +61,7 @@ class RouterConfig:
 
     # Estimates
     estimate_bias: float = _bounded(1.25, 1.0)  # estimates lean high: half the true cost hurts far more than twice
+    estimate_error_max: float = _bounded(0.5, 0.01)  # mean relative error of a pool's estimates; beyond it requests are counted instead
     refit_interval_s: float = _bounded(1.0, 0.0)
     transfer_s_base: float = _bounded(2e-3, 0.0)
     transfer_s_per_token: float = _bounded(2e-6, 0.0)

@@ -29,6 +29,14 @@ CONTEXT_TOKENS = 512.0  # of a prompt, before any was seen
 _NEVER = float("-inf")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestPrice:
+    """What any request is worth in a pool whose estimates are not believed (estimate_trust.py)."""
+
+    prefill_s: float  # of one prompt that waits
+    cost: StepCost  # one for the whole pool
+
+
 class Worker:
     """One incarnation of a worker whose link is up. Policies see it through the read-only `policies.api.WorkerView`.
 
@@ -40,6 +48,7 @@ class Worker:
         "_changed",
         "_drained_at_s",
         "_pending",
+        "_price",
         "_refit_at_s",
         "_settle_s",
         "_settling",
@@ -113,6 +122,7 @@ class Worker:
         self._stale_at_s = _NEVER
         self._drained_at_s = _NEVER  # when what the snapshot saw waiting is computed
         self._young_s = 0.0  # prefill seconds that come on top
+        self._price: RequestPrice | None = None  # None: estimates are believed
         self._refit_at_s = _NEVER
 
     def signal_age_s(self, now: float) -> float:
@@ -130,6 +140,10 @@ class Worker:
         """Make the sheet true at `now`."""
         if self._changed or now > self._stale_at_s:
             self._write_sheet(now)
+            if self._price is not None:
+                self.cost = self._price.cost
+                self._drained_at_s = _NEVER
+                self._young_s = self.booked.num_prefills * self._price.prefill_s
         left_s = self._drained_at_s - now
         self.queued_prefill_s = self._young_s + left_s if left_s > 0.0 else self._young_s
 
@@ -209,7 +223,7 @@ class Worker:
 
     def forget(self, model: CostModel, link: LinkCost) -> None:
         """What was learned here and whose turn it was; load, bookings and last word stay."""
-        self.model, self.link = model, link
+        self.model, self.link, self._price = model, link, None
         self.hit_rate, self.context_mean, self.last_chosen = 0.0, CONTEXT_TOKENS, 0
         self._refit_at_s = _NEVER
         self._changed = True
@@ -231,6 +245,16 @@ class Worker:
     def borrow_cost(self, cost: StepCost) -> None:
         self.model.borrow(cost)
         self._changed = True
+
+    def count_requests(self, price: RequestPrice | None) -> None:
+        """Price queue and batch by how many requests there are, not by the work in them; None: by the work again."""
+        self._changed = self._changed or price is not self._price
+        self._price = price
+
+    @property
+    def is_predictable(self) -> bool:
+        """Reports have confirmed the estimates, so that a promise may be made, or refused, on them."""
+        return self.model.is_fitted and self._price is None
 
     def take_snapshot(self, snapshot: WorkerSnapshot, now: float, *, refit_interval_s: float) -> bool:
         """True when the cost model was fitted anew."""
@@ -357,6 +381,11 @@ class Fleet:
         if worker is not None:
             self.changed()
         return worker
+
+    def alike(self, worker: Worker) -> list[Worker]:
+        """The workers of its model and role, itself included."""
+        model_id, role = worker.address.model_id, worker.role
+        return [w for w in self._workers.values() if w.role is role and w.address.model_id == model_id]
 
     @staticmethod
     def refresh(pools: Pools, now: float) -> None:

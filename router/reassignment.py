@@ -111,7 +111,7 @@ def _is_overbooked(worker: Worker) -> bool:
 def _breaks_slo(worker: Worker, booking: Booking, hold: Hold, *, is_there: bool) -> bool:
     """Is the request's time per token there predicted above its objective? `is_there`: the load of `worker` includes it."""
     slo_tpot_s = booking.place.slo_tpot_s
-    if slo_tpot_s is None or not worker.model.is_fitted:
+    if slo_tpot_s is None or not worker.is_predictable:
         return False
     sequences, kv_tokens = (0, 0) if is_there else (hold.num_sequences, hold.kv_tokens)
     return worker.model.fitted.decode_step_s(worker.num_sequences + sequences, worker.kv_tokens + kv_tokens) > slo_tpot_s

@@ -17,6 +17,7 @@ from protocol.worker import AllBlocksCleared, BlocksStored, Tier, WorkerId, Work
 from router.bookings import Bookings
 from router.config import RouterConfig
 from router.cost_model import CostModel, StepCost
+from router.estimate_trust import EstimateTrust
 from router.events import Command, FromWorker, ToWorker, WorkerDown, WorkerUp
 from router.fleet import Fleet, Worker
 from router.guarded_policy import PoolPolicies
@@ -54,6 +55,7 @@ class WorkerReports:
         self._reassignments = reassignments
         self._say = say
         self._on_ready = on_ready
+        self.trust = EstimateTrust(error_max=config.estimate_error_max)
         self._resync_asked_s: dict[WorkerId, float] = {}
         self.num_left = 0
         self.num_resyncs = 0
@@ -117,6 +119,7 @@ class WorkerReports:
     def forget(self) -> None:
         """What was learned of workers and links, and guesses at caches; what workers said last stays."""
         self._index.forget_guesses()
+        self.trust = EstimateTrust(error_max=self._config.estimate_error_max)
         for worker in self._fleet:
             worker.forget(self._unlearned(), link_to(worker.address, self._config))
 
@@ -136,6 +139,7 @@ class WorkerReports:
         before = (worker.role, worker.state)
         if worker.take_snapshot(snapshot, now, refit_interval_s=self._config.refit_interval_s):
             self._fleet.lend_cost(worker)
+            self.trust.judge(self._fleet.alike(worker))
         if (worker.role, worker.state) != before:
             self._fleet.changed()
         if self._index.missed_tail(worker.worker_id, snapshot.last_event_number):
@@ -162,6 +166,8 @@ class WorkerReports:
         worker = self._fleet.remove(worker_id)
         if worker is None:
             return
+        if not self._fleet.alike(worker):
+            self.trust.forget(worker.address.model_id, worker.role)
         orphans = self._bookings.drop_worker(worker)
         self._index.leave(worker_id)
         self._resync_asked_s.pop(worker_id, None)
