@@ -1,4 +1,4 @@
-"""What a router is asked for an attempt, and where to send it when none answers: least_work over the last snapshots. Pure.
+"""What a router is asked, what its refusal means, and where an attempt goes when none answers: least_work over the last snapshots. Pure.
 
 `least_work` is a coarse stand-in for router/policies/least_work.py, which knows prefixes, bookings of all gateways and measured times: here
 work is counted in tokens, as the workers last told it plus what this gateway has sent since.
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from protocol.block_hash import block_hashes
-from protocol.messages import Assignment, CandidateScore, Place
+from protocol.errors import BatonError, InvalidRequest, NoWorker, Overloaded, ServiceError
+from protocol.messages import Assignment, CandidateScore, Place, Refused
 from protocol.request import Attempt
 from protocol.worker import WorkerSnapshot, WorkerState
 
@@ -42,6 +43,17 @@ def place_for(attempt: Attempt, *, excluded: tuple[str, ...], known_as: tuple[st
         session=request.session,
         known_as=known_as,
     )
+
+
+def error_of(refused: Refused) -> BatonError:
+    """What the client is told when the router finds no place."""
+    if refused.status == 429:
+        return Overloaded(refused.message, retry_after_s=refused.retry_after_s or 1.0)
+    if refused.status == 503:
+        return NoWorker(refused.message, retry_after_s=refused.retry_after_s)
+    if 400 <= refused.status < 500:
+        return InvalidRequest(refused.message)
+    return ServiceError(refused.message, retry_after_s=refused.retry_after_s)
 
 
 def least_work(place: Place, snapshots: Sequence[WorkerSnapshot], booked_tokens: Mapping[str, int]) -> Assignment | None:

@@ -43,14 +43,11 @@ from gateway.events import (
     WorkerLost,
     WorkerSaid,
 )
-from gateway.placement import place_for
+from gateway.placement import error_of, place_for
 from protocol.errors import (
     AttemptsExhausted,
-    BatonError,
     DeadlineExceeded,
-    InvalidRequest,
     NoWorker,
-    Overloaded,
     ServiceError,
 )
 from protocol.lifecycle import AttemptState, advance, is_final
@@ -239,7 +236,7 @@ class Session:
 
     def _on_refused(self, refused: Refused, now: float) -> None:
         if self.attempt.number == 0 or refused.status not in (429, 503):
-            self._stop(Fail(error=_refusal(refused)), _A.REJECTED, refused.message, now)
+            self._stop(Fail(error=error_of(refused)), _A.REJECTED, refused.message, now)
             return
         # Accepted once, so it is not turned away now: it asks again until placement_wait_s is over.
         self._avoided_workers = ()
@@ -494,13 +491,3 @@ class Session:
             self._place_at_s, self._answer_by_s = now + pause_s, NEVER_S
         else:
             self._place(now)
-
-
-def _refusal(refused: Refused) -> BatonError:
-    if refused.status == 429:
-        return Overloaded(refused.message, retry_after_s=refused.retry_after_s or 1.0)
-    if refused.status == 503:
-        return NoWorker(refused.message, retry_after_s=refused.retry_after_s)
-    if 400 <= refused.status < 500:
-        return InvalidRequest(refused.message)
-    return ServiceError(refused.message, retry_after_s=refused.retry_after_s)
