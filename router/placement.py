@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import ceil
 
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.messages import CandidateScore, Place, PrefixSource
@@ -219,7 +220,9 @@ class Placement:
         )
 
     def _better_local(self, ask: _Ask, decoders: list[Worker], decode: Ranking, prefill: Worker) -> Choice | None:
-        """A decode worker that holds enough of the prompt to finish it sooner than the best prefill worker, without undue harm."""
+        """A decode worker that holds so much of the prompt that computing the rest there costs it and those that decode there less, in
+        all, than the way through the best prefill worker costs it.
+        """
         holders = [w for w in decoders if w.worker_id in ask.cached_tokens]
         most_cached = max(holders, key=ask.cached, default=decode.best)
         config, num_tokens = self._config, ask.place.num_tokens
@@ -230,8 +233,7 @@ class Placement:
                 continue
             if self._is_busy(worker) or not self._prefillers(ask, [worker]):
                 continue
-            alone_s = worker.queued_prefill_s + self._prefill_s(ask, worker)
-            local_s = alone_s * config.local_prefill_interference
+            local_s = self._beside_s(ask, worker) + self._stall_s(ask, worker)
             if local_s < split_s:
                 return self._local(
                     ask,
@@ -289,14 +291,30 @@ class Placement:
     def _total_s(self, ask: _Ask, choice: Choice) -> float:
         """Predicted seconds until the last token, to compare shapes."""
         prefill, decode = choice.prefill, choice.decode
-        seconds = prefill.queued_prefill_s + self._prefill_s(ask, prefill)
         num_sequences = decode.num_sequences + ask.place.num_choices
         token_s = decode.cost.decode_step_s(num_sequences, decode.kv_tokens + ask.kv_tokens)
         if choice.is_split:
-            seconds += self._transfer_s(ask)
+            seconds = prefill.queued_prefill_s + self._prefill_s(ask, prefill) + self._transfer_s(ask)
         else:
-            seconds *= self._config.local_prefill_interference
+            seconds = self._beside_s(ask, prefill) + self._stall_s(ask, prefill)
         return seconds + ask.predicted_output_tokens * token_s
+
+    def _beside_s(self, ask: _Ask, worker: Worker) -> float:
+        """Until the prompt's first token where it decodes: its steps carry the batch that decodes there too."""
+        cost, num_steps = worker.cost, ceil(ask.missed(worker) / worker.address.max_num_batched_tokens)
+        batch_s = cost.decode_step_s(worker.num_sequences, worker.kv_tokens) - cost.step_s
+        return worker.queued_prefill_s + self._prefill_s(ask, worker) + num_steps * batch_s
+
+    def _stall_s(self, ask: _Ask, worker: Worker) -> float:
+        """What those that decode on `worker` lose while it computes the prompt, all together, at its price.
+
+        A step beside a prompt takes longer by the prompt's tokens, and each sequence waits for all of it (interference, Sec. 2.3 of
+        DistServe, OSDI'24). Loading and pulling go on beside the steps and stall nobody.
+        """
+        pull = self._pull(ask, worker)
+        computed = ask.missed(worker) - (pull.pulled_tokens if pull is not None else 0)
+        prompt_s = worker.cost.prefill_s(computed, ask.place.num_tokens) - worker.cost.step_s
+        return self._config.local_prefill_interference * worker.num_sequences * prompt_s
 
     def _prefill_s(self, ask: _Ask, worker: Worker) -> float:
         """Until the prompt is computed there, alone, with what is pulled."""
