@@ -31,6 +31,7 @@ from router import admission, policies, status
 from router.bookings import Booking, Bookings
 from router.config import RouterConfig
 from router.cost_model import StepCost
+from router.early_rejection import EarlyRejection
 from router.events import (
     Command,
     Event,
@@ -92,6 +93,7 @@ class RouterCore:
         self.overlap = OverlapWatch()
         self.counters: dict[str, int] = dict.fromkeys(status.COUNTERS, 0)
         self._placement = Placement(config, fleet=self.fleet, index=self.index, policies=self.policies)
+        self._early_rejection = EarlyRejection(self._placement)
         reassignments = Reassignments(fleet=self.fleet, bookings=self.bookings, placement=self._placement, on_moved=self._moved)
         self.reports = WorkerReports(
             config,
@@ -241,15 +243,8 @@ class RouterCore:
             place, num_waiting=len(self._queued), max_queue=self.config.max_queue, drain_s=drain_s
         )
         if refusal is None and self.config.refuse_by_slo and (place.slo_ttft_s is not None or place.slo_tpot_s is not None):
-            self.fleet.refresh(pools, now)
             output = queue.predicted_output_tokens(place) if queue is not None else place.expected_output_tokens
-            refusal = admission.refusal_by_slo(
-                place,
-                pools,
-                self._placement.cached_tokens(place),
-                queue_s=drain_s,
-                kv_tokens=place.num_tokens + place.num_choices * output,
-            )
+            refusal = self._early_rejection.refusal(place, pools, now, queue_s=drain_s, predicted_output_tokens=output)
         return refusal
 
     def _prefill_done(self, message: PrefillDone, now: float) -> None:
@@ -418,6 +413,8 @@ class RouterCore:
             worker_id=decode.worker_id,
             num_sequences=place.num_choices,
             kv_tokens=choice.kv_tokens,
+            output_tokens=predicted_output_tokens,
+            lands_s=now + choice.prefill_s,
         )
         self.bookings.add(
             Booking(

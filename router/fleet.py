@@ -10,7 +10,7 @@ So a booking weighs on the next choice from the moment it is made, and weighs on
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,6 +18,7 @@ from protocol.messages import Membership
 from protocol.request import AttemptKey
 from protocol.worker import Role, WorkerAddress, WorkerId, WorkerSnapshot, WorkerState
 from router.cost_model import CostModel, StepCost, Work
+from router.decode_outlook import BatchLoad, DecodeOutlook
 from router.holds import Hold, Phase, Tally
 from router.link_cost import LinkCost
 
@@ -27,6 +28,7 @@ _HIT_RATE_EWMA = 0.05
 _CONTEXT_EWMA = 0.1
 CONTEXT_TOKENS = 512.0  # of a prompt, before any was seen
 _NEVER = float("-inf")
+_FOREVER = float("inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,9 @@ class Worker:
 
     __slots__ = (
         "_changed",
+        "_decoding_from",
         "_drained_at_s",
+        "_outlook",
         "_pending",
         "_price",
         "_refit_at_s",
@@ -105,6 +109,8 @@ class Worker:
         self.booked = Tally()
         self.fresh = Tally()  # booked, and not in the snapshot yet
         self.holds: dict[HoldKey, Hold] = {}
+        self._decoding_from: dict[HoldKey, int] = {}  # step at which its prompt was computed
+        self._outlook: DecodeOutlook | None = None  # of these holds; None: they are others than when it was made
         self._settling: OrderedDict[HoldKey, float] = OrderedDict()  # in `fresh` since, oldest first
         self._pending: OrderedDict[HoldKey, None] = OrderedDict()  # in `fresh` until the prefill elsewhere is done, oldest first
 
@@ -152,7 +158,7 @@ class Worker:
         self._changed = False
         self.cost = cost = self.model.cost
         if snapshot is None or now > self.read_at_s + self._stale_s:
-            self._stale_at_s = float("inf")
+            self._stale_at_s = _FOREVER
             self._drained_at_s = _NEVER
             self._young_s = _prefill_s(booked, cost)
             self.queued_prefill_tokens = booked.prefill_tokens
@@ -189,7 +195,7 @@ class Worker:
         self.holds[key] = hold
         self.booked.add(hold)
         self.fresh.add(hold)
-        self._changed = True
+        self._changed, self._outlook = True, None
         if pending:
             self._pending[key] = None
         else:
@@ -200,15 +206,19 @@ class Worker:
         if self.holds.pop(key, None) is None:
             return
         self.booked.add(hold, -1)
-        self._changed = True
+        self._changed, self._outlook = True, None
+        self._decoding_from.pop(key, None)
         if key in self._pending or key in self._settling:
             self.fresh.add(hold, -1)
             self._pending.pop(key, None)
             self._settling.pop(key, None)
 
     def start_settling(self, hold: Hold, now: float) -> None:
-        """The prefill elsewhere is done: the request is on its way here and will show in a later snapshot."""
+        """Its prompt is computed: here, or elsewhere, and then it is on its way and will show in a later snapshot."""
         key = (hold.key, hold.phase)
+        if key in self.holds and key not in self._decoding_from:
+            self._decoding_from[key] = self.snapshot.step_count if self.snapshot is not None else 0
+            self._outlook = None
         if key in self._pending:
             del self._pending[key]
             self._settling[key] = now
@@ -216,6 +226,38 @@ class Worker:
     def pending_holds(self, most: int) -> list[Hold]:
         """The oldest of those whose prefill is under way elsewhere."""
         return [self.holds[key] for key in islice(self._pending, most)] if self._pending else []
+
+    # --- what the batch will be ---
+
+    def decode_load_at(self, at_s: float) -> BatchLoad:
+        """The load of the sheet, less what is expected to have ended by then, less what will not have come. Leans high: with no report
+        that is fresh, nothing ends.
+        """
+        load = BatchLoad(self.num_sequences, self.kv_tokens).less(self.outlook.landing_after(at_s))
+        if self.snapshot is None or self._stale_at_s == _FOREVER:
+            return load
+        num_steps = int((at_s - self.read_at_s) / self._step_s)
+        return load.less(self.outlook.ending(self.snapshot.step_count, self.snapshot.step_count + num_steps))
+
+    def time_until(self, now: float, suffices: Callable[[BatchLoad], bool]) -> float | None:
+        """Seconds until what has ended suffices; None: it will not, as far as is known."""
+        if self.snapshot is None:
+            return None
+        end_step = self.outlook.first_end(self.snapshot.step_count, suffices)
+        return None if end_step is None else max(0.0, self.read_at_s + (end_step - self.snapshot.step_count) * self._step_s - now)
+
+    @property
+    def outlook(self) -> DecodeOutlook:
+        """Made when it is asked for: only a request with an objective does."""
+        if self._outlook is None:
+            decoding = ((self.holds[key], step) for key, step in self._decoding_from.items())
+            self._outlook = DecodeOutlook(decoding, (self.holds[key] for key in self._pending))
+        return self._outlook
+
+    @property
+    def _step_s(self) -> float:
+        """Of the batch as it is, leaning high."""
+        return self.cost.decode_step_s(self.num_sequences, self.kv_tokens)
 
     def note_booked(self, num_tokens: int, cached_tokens: int) -> None:
         self.hit_rate += _HIT_RATE_EWMA * (cached_tokens / max(num_tokens, 1) - self.hit_rate)
@@ -238,6 +280,7 @@ class Worker:
         assert booked == self.booked, f"{self.worker_id}: booked {self.booked}, holds sum to {booked}"
         assert fresh == self.fresh, f"{self.worker_id}: fresh {self.fresh}, holds sum to {fresh}"
         pending, settling = self._pending.keys(), self._settling.keys()
+        assert self._decoding_from.keys() <= self.holds.keys()
         assert not pending & settling and pending | settling <= self.holds.keys()
 
     # --- what the worker says ---

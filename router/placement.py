@@ -18,10 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import ceil
+from typing import NamedTuple
 
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.messages import CandidateScore, Place, PrefixSource
-from protocol.worker import WorkerId
+from protocol.worker import Role, WorkerId
 from router.config import Disaggregate, RouterConfig
 from router.fleet import Fleet, Pools, Worker
 from router.guarded_policy import PoolPolicies
@@ -80,6 +81,13 @@ class Choice:
             return None
         pull = self.pull
         return PrefixSource(worker_id=pull.source, num_tokens=pull.num_tokens, pull_s=pull.pull_s, compute_s=pull.compute_s)
+
+
+class FirstToken(NamedTuple):
+    """When a request that comes now would have its first token, at best: expected, not leaning high."""
+
+    least_s: float
+    least_idle_s: float  # with nothing waiting before it on any worker
 
 
 @dataclass(slots=True, kw_only=True)
@@ -156,9 +164,21 @@ class Placement:
         workers = [w for w in self._with_room(pools.decode + pools.both, hold.num_sequences, hold.kv_tokens) if suits(w)]
         return self._rank(self._ask(place, now, predicted_output_tokens), Pool.DECODE, workers) if workers else None
 
-    def cached_tokens(self, place: Place) -> Mapping[WorkerId, int]:
-        """Leading tokens of the prompt each worker holds; the last token is always computed."""
-        return _at_most(self._index.match(place.block_hashes).total_tokens, place.num_tokens - 1)
+    def first_token(self, place: Place, now: float, *, predicted_output_tokens: int) -> FirstToken | None:
+        """Of workers that may be given the prompt now. None: of some nobody can say, or there is none. Their loads must be fresh."""
+        pools, config = self._fleet.pools(place.model_id).fit_for(place.num_tokens + 1, place.excluded), self._config
+        ask = self._ask(place, now, predicted_output_tokens)
+        if place.local_only or config.disaggregate is Disaggregate.NEVER:
+            workers = _who_may_decode(pools)
+        else:
+            workers = pools.prefill + pools.both or pools.decode
+            if config.disaggregate is Disaggregate.AUTO and pools.prefill:
+                workers += tuple(w for w in pools.decode if w.worker_id in ask.cached_tokens and self._may_stay(ask, w))
+        if not workers or not all(w.is_predictable for w in workers):
+            return None
+        alone_s = [(w.queued_prefill_s, self._alone_s(ask, w)) for w in workers]
+        least_s, least_idle_s = min(queue_s + s for queue_s, s in alone_s), min(s for _, s in alone_s)
+        return FirstToken(least_s=least_s / config.estimate_bias, least_idle_s=least_idle_s / config.estimate_bias)
 
     def forget_replications(self) -> None:
         self._replications.clear()
@@ -225,13 +245,9 @@ class Placement:
         """
         holders = [w for w in decoders if w.worker_id in ask.cached_tokens]
         most_cached = max(holders, key=ask.cached, default=decode.best)
-        config, num_tokens = self._config, ask.place.num_tokens
         split_s = prefill.queued_prefill_s + self._prefill_s(ask, prefill) + self._transfer_s(ask)
         for worker in (decode.best, most_cached):
-            missed = ask.missed(worker)
-            if missed > config.local_prefill_predicted_max_tokens or missed > config.local_prefill_max_missed_ratio * num_tokens:
-                continue
-            if self._is_busy(worker) or not self._prefillers(ask, [worker]):
+            if not self._may_stay(ask, worker) or not self._prefillers(ask, [worker]):
                 continue
             local_s = self._beside_s(ask, worker) + self._stall_s(ask, worker)
             if local_s < split_s:
@@ -239,10 +255,17 @@ class Placement:
                     ask,
                     worker,
                     decode,
-                    f"{missed} of {num_tokens} tokens are missing on {worker.worker_id}: {local_s:.4f} s there, "
+                    f"{ask.missed(worker)} of {ask.place.num_tokens} tokens are missing on {worker.worker_id}: {local_s:.4f} s there, "
                     f"{split_s:.4f} s through {prefill.worker_id}",
                 )
         return None
+
+    def _may_stay(self, ask: _Ask, worker: Worker) -> bool:
+        """Is so little missing on a decode worker, and that so free, that it may compute the prompt?"""
+        missed, config = ask.missed(worker), self._config
+        if missed > config.local_prefill_predicted_max_tokens or missed > config.local_prefill_max_missed_ratio * ask.place.num_tokens:
+            return False
+        return not self._is_busy(worker)
 
     def _local(
         self, ask: _Ask, worker: Worker, ranking: Ranking, reason: str, *, prefill_scores: tuple[CandidateScore, ...] = ()
@@ -301,9 +324,15 @@ class Placement:
 
     def _beside_s(self, ask: _Ask, worker: Worker) -> float:
         """Until the prompt's first token where it decodes: its steps carry the batch that decodes there too."""
+        return worker.queued_prefill_s + self._alone_s(ask, worker)
+
+    def _alone_s(self, ask: _Ask, worker: Worker) -> float:
+        """The same with nothing waiting before it. A prefill worker has no batch that decodes."""
+        prefill_s = self._prefill_s(ask, worker)
+        if worker.role is Role.PREFILL:
+            return prefill_s
         cost, num_steps = worker.cost, ceil(ask.missed(worker) / worker.address.max_num_batched_tokens)
-        batch_s = cost.decode_step_s(worker.num_sequences, worker.kv_tokens) - cost.step_s
-        return worker.queued_prefill_s + self._prefill_s(ask, worker) + num_steps * batch_s
+        return prefill_s + num_steps * (cost.decode_step_s(worker.num_sequences, worker.kv_tokens) - cost.step_s)
 
     def _stall_s(self, ask: _Ask, worker: Worker) -> float:
         """What those that decode on `worker` lose while it computes the prompt, all together, at its price.
