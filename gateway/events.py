@@ -24,6 +24,7 @@ from protocol.messages import (
     PlaceAck,
     PrefillDone,
     PrefixSource,
+    Reassigned,
     Refused,
     Submit,
     TokenLogprobs,
@@ -104,6 +105,7 @@ Event = (
     Start
     | PlaceAck
     | Assigned
+    | Reassigned
     | Refused
     | NoPlace
     | RouterAway

@@ -1,6 +1,6 @@
-"""Where to send an attempt when the router does not answer: least_work over the last snapshots. Pure.
+"""What a router is asked, what its refusal means, and where an attempt goes when none answers: least_work over the last snapshots. Pure.
 
-A coarse stand-in for router/policies/least_work.py, which knows prefixes, bookings of all gateways and measured times: here
+`least_work` is a coarse stand-in for router/policies/least_work.py, which knows prefixes, bookings of all gateways and measured times: here
 work is counted in tokens, as the workers last told it plus what this gateway has sent since.
 """
 
@@ -8,11 +8,52 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from protocol.messages import Assignment, CandidateScore, Place
+from protocol.block_hash import block_hashes
+from protocol.errors import BatonError, InvalidRequest, NoWorker, Overloaded, ServiceError
+from protocol.messages import Assignment, CandidateScore, Place, Refused
+from protocol.request import Attempt
 from protocol.worker import WorkerSnapshot, WorkerState
 
 POLICY_NAME = "least_work@gateway"
 MAX_SCORES = 8
+
+
+def place_for(attempt: Attempt, *, excluded: tuple[str, ...], known_as: tuple[str, ...]) -> Place:
+    """Counts and hashes of what is left to compute; `excluded`: workers that failed the request."""
+    request, live = attempt.request, attempt.live_choices
+    texts = {attempt.delivered[c].tobytes() for c in live}
+    longest = max((attempt.delivered[c] for c in live), key=len)
+    fewest = min(len(attempt.delivered[c]) for c in live)
+    # Choices that already differ share only the prompt.
+    shared = request.prompt_token_ids + longest if len(texts) == 1 else request.prompt_token_ids
+    return Place(
+        request_id=request.request_id,
+        attempt=attempt.number,
+        model_id=request.model_id,
+        num_tokens=request.num_prompt_tokens + len(longest),
+        expected_output_tokens=request.sampling.max_tokens - fewest,
+        num_choices=len(live),
+        block_hashes=tuple(block_hashes(request.cache_root, shared)),
+        tenant=request.tenant,
+        priority=request.priority,
+        slo_ttft_s=request.slo.ttft_s,
+        slo_tpot_s=request.slo.tpot_s,
+        excluded=excluded,
+        local_only=len(texts) > 1,
+        session=request.session,
+        known_as=known_as,
+    )
+
+
+def error_of(refused: Refused) -> BatonError:
+    """What the client is told when the router finds no place."""
+    if refused.status == 429:
+        return Overloaded(refused.message, retry_after_s=refused.retry_after_s or 1.0)
+    if refused.status == 503:
+        return NoWorker(refused.message, retry_after_s=refused.retry_after_s)
+    if 400 <= refused.status < 500:
+        return InvalidRequest(refused.message)
+    return ServiceError(refused.message, retry_after_s=refused.retry_after_s)
 
 
 def least_work(place: Place, snapshots: Sequence[WorkerSnapshot], booked_tokens: Mapping[str, int]) -> Assignment | None:

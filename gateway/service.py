@@ -75,6 +75,7 @@ from protocol.messages import (
     Offered,
     PlaceAck,
     PrefillDone,
+    Reassigned,
     Refused,
     RegisterService,
     ServiceAddress,
@@ -429,7 +430,7 @@ class GatewayService:
             self._post(live, RouterLost())
 
     def _on_router_message(self, message: Any) -> None:
-        if isinstance(message, (PlaceAck, Refused)):
+        if isinstance(message, (PlaceAck, Refused, Reassigned)):
             live = self._live.get(message.request_id)
             if live is not None:
                 self._post(live, message)

@@ -43,14 +43,11 @@ from gateway.events import (
     WorkerLost,
     WorkerSaid,
 )
-from protocol.block_hash import block_hashes
+from gateway.placement import error_of, place_for
 from protocol.errors import (
     AttemptsExhausted,
-    BatonError,
     DeadlineExceeded,
-    InvalidRequest,
     NoWorker,
-    Overloaded,
     ServiceError,
 )
 from protocol.lifecycle import AttemptState, advance, is_final
@@ -66,6 +63,7 @@ from protocol.messages import (
     Place,
     PlaceAck,
     PrefillDone,
+    Reassigned,
     Refused,
     Submit,
     TokenRun,
@@ -115,6 +113,8 @@ class Session:
         self._place_at_s = NEVER_S
         self._answer_by_s = NEVER_S
         self._place_by_s = NEVER_S
+        # While PREFILLING, once the decode worker was lost before its turn: the router names another by then, or the attempt is lost.
+        self._reassign_by_s = NEVER_S
         self._out: list[Command] = []
 
     # --- what others read ---
@@ -143,7 +143,7 @@ class Session:
     @property
     def wake_s(self) -> float:
         """When the next Tick is due."""
-        return min(self._deadline_s, self._place_at_s, self._answer_by_s, self._place_by_s)
+        return min(self._deadline_s, self._place_at_s, self._answer_by_s, self._place_by_s, self._reassign_by_s)
 
     # --- what happens ---
 
@@ -176,9 +176,11 @@ class Session:
                 self._answer_by_s = now + self._config.router_ack_s
             case RouterUp() if self.state is _A.QUEUED and self._place_at_s == NEVER_S:
                 self._place(now)
+            case Reassigned(attempt=number, decode_worker=worker_id) if number == self.attempt.number:
+                self._reassign(worker_id)
             case WorkerLost(worker_id=worker_id):
                 if worker_id in self.workers:
-                    self._retry(worker_id, _A.LOST, f"worker {worker_id} was lost", now)
+                    self._on_lost(worker_id, now)
             case ClientGone():
                 self._stop(Abandon(), _A.CANCELLED, "the client went away", now)
             case Abort(error=error):
@@ -190,6 +192,8 @@ class Session:
             limit_s = self._config.request_timeout_s
             error = DeadlineExceeded(f"the request took longer than its limit of {limit_s:g} s; raise it or ask for fewer tokens")
             self._stop(Fail(error=error), _A.FAILED, "deadline", now)
+        elif now >= self._reassign_by_s:
+            self._lose_decoder(now)
         elif self.state is not _A.QUEUED:
             pass
         elif now >= self._place_by_s:
@@ -209,37 +213,15 @@ class Session:
     def _place(self, now: float) -> None:
         self._place_at_s = NEVER_S
         self._answer_by_s = now + self._config.router_ack_s
-        self._out.append(SendPlace(place=self._place_message()))
+        self._out.append(SendPlace(place=self._wanted()))
 
     def _place_without_router(self) -> None:
         self._place_at_s = NEVER_S
         self._answer_by_s = NEVER_S
-        self._out.append(PlaceWithoutRouter(place=self._place_message()))
+        self._out.append(PlaceWithoutRouter(place=self._wanted()))
 
-    def _place_message(self) -> Place:
-        request, live = self.request, self.attempt.live_choices
-        texts = {self.attempt.delivered[c].tobytes() for c in live}
-        longest = max((self.attempt.delivered[c] for c in live), key=len)
-        fewest = min(len(self.attempt.delivered[c]) for c in live)
-        # Choices that already differ share only the prompt.
-        shared = request.prompt_token_ids + longest if len(texts) == 1 else request.prompt_token_ids
-        return Place(
-            request_id=request.request_id,
-            attempt=self.attempt.number,
-            model_id=request.model_id,
-            num_tokens=request.num_prompt_tokens + len(longest),
-            expected_output_tokens=request.sampling.max_tokens - fewest,
-            num_choices=len(live),
-            block_hashes=tuple(block_hashes(request.cache_root, shared)),
-            tenant=request.tenant,
-            priority=request.priority,
-            slo_ttft_s=request.slo.ttft_s,
-            slo_tpot_s=request.slo.tpot_s,
-            excluded=self._lost_workers + self._avoided_workers,
-            local_only=len(texts) > 1,
-            session=request.session,
-            known_as=self.known_as,
-        )
+    def _wanted(self) -> Place:
+        return place_for(self.attempt, excluded=self._lost_workers + self._avoided_workers, known_as=self.known_as)
 
     def _begin(self, assignment: Assignment, now: float) -> None:
         self._place_at_s = self._answer_by_s = self._place_by_s = NEVER_S
@@ -254,7 +236,7 @@ class Session:
 
     def _on_refused(self, refused: Refused, now: float) -> None:
         if self.attempt.number == 0 or refused.status not in (429, 503):
-            self._stop(Fail(error=_refusal(refused)), _A.REJECTED, refused.message, now)
+            self._stop(Fail(error=error_of(refused)), _A.REJECTED, refused.message, now)
             return
         # Accepted once, so it is not turned away now: it asks again until placement_wait_s is over.
         self._avoided_workers = ()
@@ -268,6 +250,34 @@ class Session:
         else:
             self._avoided_workers = ()
             self._place_at_s, self._answer_by_s = now + REPLACE_PAUSE_S, NEVER_S
+
+    # --- another decode worker ---
+
+    def _waits_for_decoder(self) -> Assignment | None:
+        """The assignment, while its prompt is computed and its decode worker has not been asked for anything."""
+        assignment = self.assignment
+        if assignment is None or self.state is not _A.PREFILLING or self._handoff is not None:
+            return None
+        return assignment if assignment.prefill_worker != assignment.decode_worker else None
+
+    def _reassign(self, worker_id: str) -> None:
+        assignment = self._waits_for_decoder()
+        if assignment is not None and worker_id != assignment.prefill_worker and worker_id not in self._lost_workers:
+            self.assignments[-1] = replace(assignment, decode_worker=worker_id)
+            self._reassign_by_s = NEVER_S
+
+    def _on_lost(self, worker_id: str, now: float) -> None:
+        assignment = self._waits_for_decoder()
+        if assignment is None or worker_id != assignment.decode_worker:
+            self._retry(worker_id, _A.LOST, f"worker {worker_id} was lost", now)
+        elif self._reassign_by_s == NEVER_S:
+            self._lost_workers += (worker_id,)
+            self._reassign_by_s = now + self._config.router_ack_s
+
+    def _lose_decoder(self, now: float) -> None:
+        """It was lost, and no other was named in time."""
+        _, worker_id = self.workers
+        self._retry(worker_id, _A.LOST, f"worker {worker_id} was lost", now)
 
     # --- work ---
 
@@ -345,6 +355,9 @@ class Session:
         )
 
     def _on_offer(self, offered: Offered, assignment: Assignment, now: float) -> None:
+        if self._reassign_by_s != NEVER_S:
+            self._lose_decoder(now)
+            return
         self._handoff = offered
         if offered.handoff.is_complete:
             self._hand_on(now)
@@ -366,7 +379,9 @@ class Session:
         for timeline in self.timelines:
             if timeline.prefill_end_s is None:
                 timeline.prefill_end_s = now
-        done = PrefillDone(request_id=self.request.request_id, attempt=self.attempt.number, num_cached_tokens=self.found_tokens)
+        assert self.assignment is not None
+        number, found, decode = self.attempt.number, self.found_tokens, self.assignment.decode_worker
+        done = PrefillDone(request_id=self.request.request_id, attempt=number, num_cached_tokens=found, decode_worker=decode)
         self._out.append(TellRouter(message=done))
 
     def _on_stop(self, stop: ChoiceStopped, now: float) -> None:
@@ -397,7 +412,7 @@ class Session:
         if state is not _A.FINISHED or self._cancel_at_end or is_ahead:
             self._cancel_work(except_at="")
         self._end_attempt(state, reason)
-        self._place_at_s = self._answer_by_s = self._place_by_s = self._deadline_s = NEVER_S
+        self._place_at_s = self._answer_by_s = self._place_by_s = self._deadline_s = self._reassign_by_s = NEVER_S
         self.end = end
         for timeline in self.timelines:
             timeline.end_s = now
@@ -413,7 +428,7 @@ class Session:
         self._cancel_work(except_at=worker_id if state is _A.LOST else "")
         self._end_attempt(state, reason)
         if state is _A.LOST:
-            self._lost_workers += (worker_id,)
+            self._lost_workers += (worker_id,) if worker_id not in self._lost_workers else ()
         elif worker_id:
             self._avoided_workers += (worker_id,)
         self._next_attempt(now, pause_s=0.0)
@@ -467,6 +482,7 @@ class Session:
         self._transfer_error = ""
         self._is_offered = False
         self._cancel_at_end = False
+        self._reassign_by_s = NEVER_S
         for early in self._early:
             early.clear()
         if self._place_by_s == NEVER_S:
@@ -475,13 +491,3 @@ class Session:
             self._place_at_s, self._answer_by_s = now + pause_s, NEVER_S
         else:
             self._place(now)
-
-
-def _refusal(refused: Refused) -> BatonError:
-    if refused.status == 429:
-        return Overloaded(refused.message, retry_after_s=refused.retry_after_s or 1.0)
-    if refused.status == 503:
-        return NoWorker(refused.message, retry_after_s=refused.retry_after_s)
-    if 400 <= refused.status < 500:
-        return InvalidRequest(refused.message)
-    return ServiceError(refused.message, retry_after_s=refused.retry_after_s)

@@ -3,7 +3,7 @@
     gateway -> worker      Submit, Cancel
     worker  -> gateway     StepOutput (one a step), Offered, HandoffDone, TransferFailed, AttemptFailed, SnapshotFrame
     gateway -> router      Place, PrefillDone, Done, ExplainRequest
-    router  -> gateway     PlaceAck, Assigned, Refused
+    router  -> gateway     PlaceAck, Assigned, Reassigned, Refused
     worker  -> router      SnapshotFrame, KvEvents, KvSnapshot        (gateway and router dial and send Subscribe)
     anyone  -> directory   Register, RegisterService, Watch
     directory -> watcher   Membership
@@ -312,6 +312,16 @@ class Assigned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reassigned:
+    """Another worker is to decode an attempt whose prompt is still being computed. Too late once its Submit to the first one is out."""
+
+    request_id: str
+    attempt: int
+    decode_worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
     """No place: `status` is the HTTP status to answer with."""
 
@@ -329,6 +339,7 @@ class PrefillDone:
     request_id: str
     attempt: int
     num_cached_tokens: int | None = None  # as its worker found them; None: not placed by the router, so no answer to what it expected
+    decode_worker: str | None = None  # who decodes, after any Reassigned; None: as it was assigned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -422,7 +433,7 @@ class ExplainRequest:
 MESSAGES: tuple[type, ...] = (
     Submit, Cancel, StepOutput, Offered, OfferCompleted, HandoffDone, TransferFailed, AttemptFailed,
     SnapshotFrame, Subscribe, KvEvents, KvSnapshot,
-    Place, PlaceAck, Assigned, Refused, PrefillDone, Done,
+    Place, PlaceAck, Assigned, Reassigned, Refused, PrefillDone, Done,
     Register, RegisterService, Watch, Membership,
     Ping, Pong, StatusRequest, StatusReply, ExplainRequest,
     RenewLease, AckHandoff, DropHandoff, Pull, PullTrailer,

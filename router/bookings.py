@@ -3,7 +3,7 @@
 A booking is made in the same turn as the choice. It has one hold on each worker it uses:
 
     booked ──► prefill hold on P      freed by PrefillDone, Done, the TTL, or P leaving
-          └──► decode hold on D       freed by Done, the TTL, or D leaving
+          └──► decode hold on D       freed by Done, the TTL, or D leaving; moved to another worker while P computes (reassignment.py)
 
 Everything is fenced by (request, attempt), and each hold is freed once, whatever arrives twice or out of order.
 """
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from protocol.messages import Assignment, Place
 from protocol.request import AttemptKey
+from protocol.worker import WorkerId
 from router.fleet import Fleet, Worker
 from router.holds import Hold, Phase
 
@@ -33,6 +34,7 @@ class Booking:
     predicted_output_tokens: int  # of one choice, as charged to the tenant
     booked_s: float
     holds: dict[Phase, Hold]
+    num_moves: int = 0  # of its decode hold
 
 
 class Bookings:
@@ -70,17 +72,38 @@ class Bookings:
         number = self._live_attempt.get(request_id)
         return None if number is None else self._by_key.get(AttemptKey(request_id=request_id, attempt=number))
 
-    def end_prefill(self, key: AttemptKey, now: float) -> Booking | None:
-        """Prefill is over: its hold is freed, and the request is on its way to the decode worker. None: no such booking."""
+    def end_prefill(self, key: AttemptKey, decode_worker: WorkerId | None, now: float) -> Booking | None:
+        """Prefill is over: its hold is freed, and the request is on its way to the decode worker. None: no such booking.
+
+        decode_worker: who that is by its gateway, which may have heard of a move too late; None: whoever is booked.
+        """
         booking = self._by_key.get(key)
         if booking is None:
             return None
+        hold = booking.holds.get(Phase.DECODE)
+        is_split = hold is not None and hold.worker_id != booking.assignment.prefill_worker
+        if hold is not None and is_split and decode_worker is not None and decode_worker != hold.worker_id:
+            self.move_decode(booking, replace(hold, worker_id=decode_worker), now)
+            booking.assignment = replace(booking.assignment, decode_worker=decode_worker)
         self._release(booking, Phase.PREFILL)
         hold = booking.holds.get(Phase.DECODE)
         worker = self._fleet.get(hold.worker_id) if hold is not None else None
         if hold is not None and worker is not None:
             worker.start_settling(hold, now)
         return booking
+
+    def move_decode(self, booking: Booking, hold: Hold, now: float) -> None:
+        """The booking's decode hold is `hold` from now on, and stands on no other worker; nowhere when that one is not in the fleet."""
+        assert Phase.PREFILL in booking.holds or Phase.DECODE in booking.holds, "the booking is over"
+        worker, earlier = self._fleet.get(hold.worker_id), booking.holds.get(Phase.DECODE)
+        if worker is None:
+            self._release(booking, Phase.DECODE)
+            return
+        earlier_worker = self._fleet.get(earlier.worker_id) if earlier is not None else None
+        if earlier is not None and earlier_worker is not None:
+            earlier_worker.remove_hold(earlier)
+        booking.holds[Phase.DECODE] = hold
+        worker.add_hold(hold, now, pending=True)
 
     def end(self, key: AttemptKey) -> Booking | None:
         """The attempt is over: free what it holds, and remember that it ended, so that a Place that comes late is ignored."""
@@ -98,12 +121,19 @@ class Bookings:
                 self._release(booking, phase)
         return booking
 
-    def drop_worker(self, worker: Worker) -> None:
-        """The worker has left the fleet: what it held is gone; what else its requests hold ends with their Done."""
-        for key, phase in list(worker.holds):
+    def drop_worker(self, worker: Worker) -> list[Hold]:
+        """The worker has left the fleet: what it held is gone; what else its requests hold ends with their Done.
+
+        Returns the decode holds it had of bookings whose prefill goes on elsewhere, oldest first.
+        """
+        orphans = []
+        for (key, phase), hold in list(worker.holds.items()):
             booking = self._by_key.get(key)
             if booking is not None:
                 self._release(booking, phase)
+                if phase is Phase.DECODE and Phase.PREFILL in booking.holds and hold.worker_id != booking.assignment.prefill_worker:
+                    orphans.append(hold)
+        return orphans
 
     def has_ended(self, key: AttemptKey) -> bool:
         """True when a Done came for this attempt, perhaps before its Place."""
@@ -122,6 +152,9 @@ class Bookings:
         held = {(b.key, phase) for b in self for phase in b.holds}
         on_workers = {key for worker in self._fleet for key in worker.holds}
         assert on_workers == held, f"holds without a booking: {on_workers - held}; lost holds: {held - on_workers}"
+        for booking in self:
+            hold = booking.holds.get(Phase.DECODE)
+            assert hold is None or hold.worker_id == booking.assignment.decode_worker, f"{booking.key} holds where it does not decode"
 
     def _release(self, booking: Booking, phase: Phase) -> None:
         """Take one hold away; the booking ends with its last one."""

@@ -47,7 +47,7 @@ class RouterConfig:
     local_prefill_max_tokens: int = _bounded(32, 0)  # so few missing tokens are never sent away
     local_prefill_predicted_max_tokens: int = _bounded(2048, 0)  # more missing tokens are never kept, whatever is predicted
     local_prefill_max_missed_ratio: float = _bounded(0.7, 0.0, 1.0)
-    local_prefill_interference: float = _bounded(1.5, 1.0)  # what a second of prefill costs in a decode batch
+    local_prefill_interference: float = _bounded(1.0, 0.0)  # price of a second a decoding sequence stalls, in seconds a prompt waits
 
     # Belief
     snapshot_stale_s: float = _bounded(0.2, 0.0)  # an older snapshot is not believed: own bookings instead
@@ -61,6 +61,7 @@ class RouterConfig:
 
     # Estimates
     estimate_bias: float = _bounded(1.25, 1.0)  # estimates lean high: half the true cost hurts far more than twice
+    estimate_error_max: float = _bounded(0.5, 0.01)  # mean relative error of a pool's estimates; beyond it requests are counted instead
     refit_interval_s: float = _bounded(1.0, 0.0)
     transfer_s_base: float = _bounded(2e-3, 0.0)
     transfer_s_per_token: float = _bounded(2e-6, 0.0)

@@ -23,6 +23,7 @@ from protocol.messages import (
     Place,
     PlaceAck,
     PrefillDone,
+    Reassigned,
     Refused,
 )
 from protocol.request import AttemptKey
@@ -30,6 +31,7 @@ from router import admission, policies, status
 from router.bookings import Booking, Bookings
 from router.config import RouterConfig
 from router.cost_model import StepCost
+from router.early_rejection import EarlyRejection
 from router.events import (
     Command,
     Event,
@@ -59,6 +61,7 @@ from router.policies.api import (
 from router.policies.api import Tick as PolicyTick
 from router.prefix_index import PrefixIndex
 from router.queue import FairQueue, Waiting
+from router.reassignment import Reassignments
 from router.worker_reports import WorkerReports
 
 
@@ -90,6 +93,8 @@ class RouterCore:
         self.overlap = OverlapWatch()
         self.counters: dict[str, int] = dict.fromkeys(status.COUNTERS, 0)
         self._placement = Placement(config, fleet=self.fleet, index=self.index, policies=self.policies)
+        self._early_rejection = EarlyRejection(self._placement)
+        reassignments = Reassignments(fleet=self.fleet, bookings=self.bookings, placement=self._placement, on_moved=self._moved)
         self.reports = WorkerReports(
             config,
             fleet=self.fleet,
@@ -98,6 +103,7 @@ class RouterCore:
             policies=self.policies,
             rng=rng,
             prior=prior if prior is not None else StepCost(),
+            reassignments=reassignments,
             say=lambda command: self._commands.append(command),
             on_ready=self._worker_is_ready,
         )
@@ -237,22 +243,15 @@ class RouterCore:
             place, num_waiting=len(self._queued), max_queue=self.config.max_queue, drain_s=drain_s
         )
         if refusal is None and self.config.refuse_by_slo and (place.slo_ttft_s is not None or place.slo_tpot_s is not None):
-            self.fleet.refresh(pools, now)
             output = queue.predicted_output_tokens(place) if queue is not None else place.expected_output_tokens
-            refusal = admission.refusal_by_slo(
-                place,
-                pools,
-                self._placement.cached_tokens(place),
-                queue_s=drain_s,
-                kv_tokens=place.num_tokens + place.num_choices * output,
-            )
+            refusal = self._early_rejection.refusal(place, pools, now, queue_s=drain_s, predicted_output_tokens=output)
         return refusal
 
     def _prefill_done(self, message: PrefillDone, now: float) -> None:
         key, found_tokens = AttemptKey(request_id=message.request_id, attempt=message.attempt), message.num_cached_tokens
         booking = self.bookings.get(key)
         is_first_word = booking is not None and Phase.PREFILL in booking.holds
-        booking = self.bookings.end_prefill(key, now)
+        booking = self.bookings.end_prefill(key, message.decode_worker, now)
         if booking is None:
             return
         if is_first_word and found_tokens is not None:
@@ -414,6 +413,8 @@ class RouterCore:
             worker_id=decode.worker_id,
             num_sequences=place.num_choices,
             kv_tokens=choice.kv_tokens,
+            output_tokens=predicted_output_tokens,
+            lands_s=now + choice.prefill_s,
         )
         self.bookings.add(
             Booking(
@@ -443,6 +444,19 @@ class RouterCore:
             decode_cost=decode.cost,
         )
         self.policies.observe(booked, now)
+
+    def _moved(self, booking: Booking) -> None:
+        """Another worker is to decode it: tell its gateway, and whoever asks why."""
+        assignment = booking.assignment
+        self.counters["reassigned"] += 1
+        self.explanations.reassigned(booking.key, assignment)
+        message = Reassigned(
+            request_id=assignment.request_id,
+            attempt=assignment.attempt,
+            decode_worker=assignment.decode_worker,
+            reason=assignment.reason,
+        )
+        self._commands.append(ToGateway(gateway=booking.gateway, message=message))
 
     # --- saying ---
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 NUM_TERMS = 5
 MIN_SAMPLES = 8  # before that the fit is a guess and nobody is refused by it
 _DECAY = 0.98  # a sample counts half after 34 more
+_DECAY_DRIFTING = 0.85  # after 4 more, while reports differ from predictions to one side: the worker has changed its pace
+_DRIFT = 0.15
 _RIDGE = 0.02  # pull of each coefficient towards the common scale
 _LEAST_RATIO = 0.02  # of the common scale: no coefficient becomes zero or negative
 
@@ -66,7 +68,8 @@ class CostModel:
     """Decayed least squares of `busy_s` on the five terms of work.
 
     Terms are measured in seconds of the prior, so the unknowns are five ratios; each is pulled towards their common scale. A
-    machine 50 times slower than the prior is known after one report, the balance of its terms after some dozens.
+    machine 50 times slower than the prior is known after one report, the balance of its terms after some dozens. One that changes its pace
+    is known again after 40 reports, two fits: what was seen before is forgotten sooner while predictions err to one side.
     """
 
     def __init__(self, prior: StepCost, *, bias: float) -> None:
@@ -78,6 +81,7 @@ class CostModel:
         self._prior_s = 0.0
         self._ratios = [1.0] * NUM_TERMS
         self.num_samples = 0
+        self._drift = 0.0  # the same with its sign
         self.relative_error = 0.0  # running mean of |predicted - seen| / seen, before each sample was learned
         self.fitted = prior
         self.cost = prior.scaled([bias] * NUM_TERMS)
@@ -109,16 +113,19 @@ class CostModel:
         )
         predicted = sum(r * v for r, v in zip(self._ratios, z, strict=True))
         weight = max(0.1, 1.0 / (1 + self.num_samples))
-        self.relative_error += weight * (abs(predicted - work.busy_s) / work.busy_s - self.relative_error)
+        error = (predicted - work.busy_s) / work.busy_s
+        self.relative_error += weight * (abs(error) - self.relative_error)
+        self._drift += weight * (error - self._drift)
+        decay = _DECAY if abs(self._drift) < _DRIFT or not self.is_fitted else _DECAY_DRIFTING
         # Weighted by 1/busy_s: a report of many steps says as much as one of few.
         scale = 1.0 / work.busy_s
         for i in range(NUM_TERMS):
             row, zi = self._gram[i], z[i] * scale
             for j in range(NUM_TERMS):
-                row[j] = _DECAY * row[j] + zi * z[j] * scale
-            self._moment[i] = _DECAY * self._moment[i] + zi
-        self._seen_s = _DECAY * self._seen_s + 1.0
-        self._prior_s = _DECAY * self._prior_s + sum(z) * scale
+                row[j] = decay * row[j] + zi * z[j] * scale
+            self._moment[i] = decay * self._moment[i] + zi
+        self._seen_s = decay * self._seen_s + 1.0
+        self._prior_s = decay * self._prior_s + sum(z) * scale
         self.num_samples += 1
 
     def refit(self) -> StepCost:

@@ -16,6 +16,7 @@ from protocol.messages import (
     Place,
     PlaceAck,
     PrefillDone,
+    Reassigned,
     Refused,
     SnapshotFrame,
     Subscribe,
@@ -86,7 +87,7 @@ Event = FromGateway | GatewayUp | GatewayDown | MembershipChanged | WorkerUp | W
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToGateway:
     gateway: str
-    message: PlaceAck | Assigned | Refused
+    message: PlaceAck | Assigned | Reassigned | Refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,6 +70,12 @@ class Explanations:
     def refused(self, place: Place, refusal: Refused, now: float) -> None:
         self._add(place, refusal, now)
 
+    def reassigned(self, key: AttemptKey, assignment: Assignment) -> None:
+        """Another worker is to decode it: `assignment` stands for the one before, whose reason it repeats."""
+        record = self._by_key.get(key)
+        if record is not None and record.assignment is not None and record.state is None:
+            record.decision = assignment
+
     def first_token(self, key: AttemptKey, now: float, *, found_tokens: int | None) -> None:
         """`found_tokens`: what its worker found cached of the prompt; None: not told. Only the first word counts."""
         record = self._by_key.get(key)

@@ -10,13 +10,15 @@ So a booking weighs on the next choice from the moment it is made, and weighs on
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from protocol.messages import Membership
 from protocol.request import AttemptKey
 from protocol.worker import Role, WorkerAddress, WorkerId, WorkerSnapshot, WorkerState
 from router.cost_model import CostModel, StepCost, Work
+from router.decode_outlook import BatchLoad, DecodeOutlook
 from router.holds import Hold, Phase, Tally
 from router.link_cost import LinkCost
 
@@ -26,6 +28,15 @@ _HIT_RATE_EWMA = 0.05
 _CONTEXT_EWMA = 0.1
 CONTEXT_TOKENS = 512.0  # of a prompt, before any was seen
 _NEVER = float("-inf")
+_FOREVER = float("inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestPrice:
+    """What any request is worth in a pool whose estimates are not believed (estimate_trust.py)."""
+
+    prefill_s: float  # of one prompt that waits
+    cost: StepCost  # one for the whole pool
 
 
 class Worker:
@@ -37,8 +48,11 @@ class Worker:
 
     __slots__ = (
         "_changed",
+        "_decoding_from",
         "_drained_at_s",
+        "_outlook",
         "_pending",
+        "_price",
         "_refit_at_s",
         "_settle_s",
         "_settling",
@@ -99,8 +113,10 @@ class Worker:
         self.booked = Tally()
         self.fresh = Tally()  # booked, and not in the snapshot yet
         self.holds: dict[HoldKey, Hold] = {}
+        self._decoding_from: dict[HoldKey, int] = {}  # step at which its prompt was computed
+        self._outlook: DecodeOutlook | None = None  # of these holds; None: they are others than when it was made
         self._settling: OrderedDict[HoldKey, float] = OrderedDict()  # in `fresh` since, oldest first
-        self._pending: set[HoldKey] = set()  # in `fresh` until the prefill elsewhere is done
+        self._pending: OrderedDict[HoldKey, None] = OrderedDict()  # in `fresh` until the prefill elsewhere is done, oldest first
 
         # The sheet
         self.queued_prefill_tokens = 0  # given to this worker and not computed yet
@@ -116,6 +132,7 @@ class Worker:
         self._stale_at_s = _NEVER
         self._drained_at_s = _NEVER  # when what the snapshot saw waiting is computed
         self._young_s = 0.0  # prefill seconds that come on top
+        self._price: RequestPrice | None = None  # None: estimates are believed
         self._refit_at_s = _NEVER
 
     def signal_age_s(self, now: float) -> float:
@@ -137,11 +154,18 @@ class Worker:
         self.queued_prefill_s = self._young_s + left_s if left_s > 0.0 else self._young_s
 
     def _write_sheet(self, now: float) -> None:
+        self._write_work(now)
+        if self._price is not None:
+            self.cost = self._price.cost
+            self._drained_at_s = _NEVER
+            self._young_s = self.booked.num_prefills * self._price.prefill_s
+
+    def _write_work(self, now: float) -> None:
         snapshot, booked, fresh = self.snapshot, self.booked, self.fresh
         self._changed = False
         self.cost = cost = self.model.cost
         if snapshot is None or now > self.read_at_s + self._stale_s:
-            self._stale_at_s = float("inf")
+            self._stale_at_s = _FOREVER
             self._drained_at_s = _NEVER
             self._young_s = _prefill_s(booked, cost)
             self.queued_prefill_tokens = booked.prefill_tokens
@@ -178,9 +202,9 @@ class Worker:
         self.holds[key] = hold
         self.booked.add(hold)
         self.fresh.add(hold)
-        self._changed = True
+        self._changed, self._outlook = True, None
         if pending:
-            self._pending.add(key)
+            self._pending[key] = None
         else:
             self._settling[key] = now
 
@@ -189,18 +213,58 @@ class Worker:
         if self.holds.pop(key, None) is None:
             return
         self.booked.add(hold, -1)
-        self._changed = True
+        self._changed, self._outlook = True, None
+        self._decoding_from.pop(key, None)
         if key in self._pending or key in self._settling:
             self.fresh.add(hold, -1)
-            self._pending.discard(key)
+            self._pending.pop(key, None)
             self._settling.pop(key, None)
 
     def start_settling(self, hold: Hold, now: float) -> None:
-        """The prefill elsewhere is done: the request is on its way here and will show in a later snapshot."""
+        """Its prompt is computed: here, or elsewhere, and then it is on its way and will show in a later snapshot."""
         key = (hold.key, hold.phase)
+        if key in self.holds and key not in self._decoding_from:
+            self._decoding_from[key] = self.snapshot.step_count if self.snapshot is not None else 0
+            self._outlook = None
         if key in self._pending:
-            self._pending.remove(key)
+            del self._pending[key]
             self._settling[key] = now
+
+    def pending_holds(self, most: int) -> list[Hold]:
+        """The oldest of those whose prefill is under way elsewhere."""
+        return [self.holds[key] for key in islice(self._pending, most)] if self._pending else []
+
+    # --- what the batch will be ---
+
+    def decode_load_at(self, at_s: float) -> BatchLoad:
+        """The load of the sheet, less what is expected to have ended by then, less what will not have come. Leans high: with no report
+        that is fresh, nothing ends.
+        """
+        load = BatchLoad(self.num_sequences, self.kv_tokens).less(self.outlook.landing_after(at_s))
+        if self.snapshot is None or self._stale_at_s == _FOREVER:
+            return load
+        num_steps = int((at_s - self.read_at_s) / self._step_s)
+        return load.less(self.outlook.ending(self.snapshot.step_count, self.snapshot.step_count + num_steps))
+
+    def time_until(self, now: float, suffices: Callable[[BatchLoad], bool]) -> float | None:
+        """Seconds until what has ended suffices; None: it will not, as far as is known."""
+        if self.snapshot is None:
+            return None
+        end_step = self.outlook.first_end(self.snapshot.step_count, suffices)
+        return None if end_step is None else max(0.0, self.read_at_s + (end_step - self.snapshot.step_count) * self._step_s - now)
+
+    @property
+    def outlook(self) -> DecodeOutlook:
+        """Made when it is asked for: only a request with an objective does."""
+        if self._outlook is None:
+            decoding = ((self.holds[key], step) for key, step in self._decoding_from.items())
+            self._outlook = DecodeOutlook(decoding, (self.holds[key] for key in self._pending))
+        return self._outlook
+
+    @property
+    def _step_s(self) -> float:
+        """Of the batch as it is, leaning high."""
+        return self.cost.decode_step_s(self.num_sequences, self.kv_tokens)
 
     def note_booked(self, num_tokens: int, cached_tokens: int) -> None:
         self.hit_rate += _HIT_RATE_EWMA * (cached_tokens / max(num_tokens, 1) - self.hit_rate)
@@ -208,7 +272,7 @@ class Worker:
 
     def forget(self, model: CostModel, link: LinkCost) -> None:
         """What was learned here and whose turn it was; load, bookings and last word stay."""
-        self.model, self.link = model, link
+        self.model, self.link, self._price = model, link, None
         self.hit_rate, self.context_mean, self.last_chosen = 0.0, CONTEXT_TOKENS, 0
         self._refit_at_s = _NEVER
         self._changed = True
@@ -222,13 +286,25 @@ class Worker:
                 fresh.add(hold)
         assert booked == self.booked, f"{self.worker_id}: booked {self.booked}, holds sum to {booked}"
         assert fresh == self.fresh, f"{self.worker_id}: fresh {self.fresh}, holds sum to {fresh}"
-        assert not self._pending & self._settling.keys() and self._pending | self._settling.keys() <= self.holds.keys()
+        pending, settling = self._pending.keys(), self._settling.keys()
+        assert self._decoding_from.keys() <= self.holds.keys()
+        assert not pending & settling and pending | settling <= self.holds.keys()
 
     # --- what the worker says ---
 
     def borrow_cost(self, cost: StepCost) -> None:
         self.model.borrow(cost)
         self._changed = True
+
+    def count_requests(self, price: RequestPrice | None) -> None:
+        """Price queue and batch by how many requests there are, not by the work in them; None: by the work again."""
+        self._changed = self._changed or price is not self._price
+        self._price = price
+
+    @property
+    def is_predictable(self) -> bool:
+        """Reports have confirmed the estimates, so that a promise may be made, or refused, on them."""
+        return self.model.is_fitted and self._price is None
 
     def take_snapshot(self, snapshot: WorkerSnapshot, now: float, *, refit_interval_s: float) -> bool:
         """True when the cost model was fitted anew."""
@@ -355,6 +431,11 @@ class Fleet:
         if worker is not None:
             self.changed()
         return worker
+
+    def alike(self, worker: Worker) -> list[Worker]:
+        """The workers of its model and role, itself included."""
+        model_id, role = worker.address.model_id, worker.role
+        return [w for w in self._workers.values() if w.role is role and w.address.model_id == model_id]
 
     @staticmethod
     def refresh(pools: Pools, now: float) -> None:

@@ -16,7 +16,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hold:
-    """What one phase of one attempt will take from one worker. All integers, so that sums come back to exactly zero."""
+    """What one phase of one attempt will take from one worker. What is summed is integers, so that sums come back to exactly zero."""
 
     key: AttemptKey
     phase: Phase
@@ -25,6 +25,8 @@ class Hold:
     prefill_pairs: int = 0  # missed * context
     num_sequences: int = 0
     kv_tokens: int = 0  # at the expected end of the output, all choices
+    output_tokens: int = 0  # of one choice, as predicted
+    lands_s: float = 0.0  # when its prompt is expected to be computed, on the router's clock
 
 
 @dataclass(slots=True)

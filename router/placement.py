@@ -14,17 +14,19 @@ it placement of an instance pair) from the cost model alone, so that it is the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from math import inf
+from math import ceil, inf
+from typing import NamedTuple
 
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.messages import CandidateScore, Place, PrefixSource
-from protocol.worker import WorkerId
+from protocol.worker import Role, WorkerId
 from router.config import Disaggregate, RouterConfig
 from router.fleet import Fleet, Pools, Worker
 from router.guarded_policy import PoolPolicies
+from router.holds import Hold
 from router.policies.api import Parts, PlacementView, Pool, Pull, Replicate
 from router.prefix_index import PrefixIndex
 from router.pull_cost import PullCosts, Source
@@ -79,6 +81,13 @@ class Choice:
             return None
         pull = self.pull
         return PrefixSource(worker_id=pull.source, num_tokens=pull.num_tokens, pull_s=pull.pull_s, compute_s=pull.compute_s)
+
+
+class FirstToken(NamedTuple):
+    """When a request that comes now would have its first token, at best: expected, not leaning high."""
+
+    least_s: float
+    least_idle_s: float  # with nothing waiting before it on any worker
 
 
 @dataclass(slots=True, kw_only=True)
@@ -146,9 +155,30 @@ class Placement:
             return whole
         return whole if self._total_s(ask, whole) <= self._total_s(ask, split) else split
 
-    def cached_tokens(self, place: Place) -> Mapping[WorkerId, int]:
-        """Leading tokens of the prompt each worker holds; the last token is always computed."""
-        return _at_most(self._index.match(place.block_hashes).total_tokens, place.num_tokens - 1)
+    def another_decoder(
+        self, place: Place, hold: Hold, now: float, *, predicted_output_tokens: int, suits: Callable[[Worker], bool]
+    ) -> Ranking | None:
+        """The decode workers that suit and have room for `hold`, as the policy ranks them; None: there is none."""
+        pools = self._fleet.pools(place.model_id).fit_for(place.num_tokens + 1, place.excluded)
+        self._fleet.refresh(pools, now)
+        workers = [w for w in self._with_room(pools.decode + pools.both, hold.num_sequences, hold.kv_tokens) if suits(w)]
+        return self._rank(self._ask(place, now, predicted_output_tokens), Pool.DECODE, workers) if workers else None
+
+    def first_token(self, place: Place, now: float, *, predicted_output_tokens: int) -> FirstToken | None:
+        """Of workers that may be given the prompt now. None: of some nobody can say, or there is none. Their loads must be fresh."""
+        pools, config = self._fleet.pools(place.model_id).fit_for(place.num_tokens + 1, place.excluded), self._config
+        ask = self._ask(place, now, predicted_output_tokens)
+        if place.local_only or config.disaggregate is Disaggregate.NEVER:
+            workers = _who_may_decode(pools)
+        else:
+            workers = pools.prefill + pools.both or pools.decode
+            if config.disaggregate is Disaggregate.AUTO and pools.prefill:
+                workers += tuple(w for w in pools.decode if w.worker_id in ask.cached_tokens and self._may_stay(ask, w))
+        if not workers or not all(w.is_predictable for w in workers):
+            return None
+        alone_s = [(w.queued_prefill_s, self._alone_s(ask, w)) for w in workers]
+        least_s, least_idle_s = min(queue_s + s for queue_s, s in alone_s), min(s for _, s in alone_s)
+        return FirstToken(least_s=least_s / config.estimate_bias, least_idle_s=least_idle_s / config.estimate_bias)
 
     def forget_replications(self) -> None:
         self._replications.clear()
@@ -210,30 +240,34 @@ class Placement:
         )
 
     def _better_local(self, ask: _Ask, decoders: list[Worker], decode: Ranking, prefill: Worker) -> Choice | None:
-        """A decode worker that holds enough of the prompt to finish it sooner than the best prefill worker, without undue harm."""
+        """A decode worker that holds so much of the prompt that computing the rest there costs it and those that decode there less, in
+        all, than the way through the best prefill worker costs it.
+        """
         cached_tokens = ask.cached_tokens
         cached = [cached_tokens.get(w.worker_id, 0) for w in decoders] if cached_tokens else [0]
         most = max(cached)
         most_cached = decoders[cached.index(most)] if most else decode.best
-        config, num_tokens = self._config, ask.place.num_tokens
         split_s = prefill.queued_prefill_s + self._prefill_s(ask, prefill) + self._transfer_s(ask)
         for worker in (decode.best, most_cached):
-            missed = ask.missed(worker)
-            if missed > config.local_prefill_predicted_max_tokens or missed > config.local_prefill_max_missed_ratio * num_tokens:
+            if not self._may_stay(ask, worker) or not self._prefillers(ask, [worker]):
                 continue
-            if self._is_busy(worker) or not self._prefillers(ask, [worker]):
-                continue
-            alone_s = worker.queued_prefill_s + self._prefill_s(ask, worker)
-            local_s = alone_s * config.local_prefill_interference
+            local_s = self._beside_s(ask, worker) + self._stall_s(ask, worker)
             if local_s < split_s:
                 return self._local(
                     ask,
                     worker,
                     decode,
-                    f"{missed} of {num_tokens} tokens are missing on {worker.worker_id}: {local_s:.4f} s there, "
+                    f"{ask.missed(worker)} of {ask.place.num_tokens} tokens are missing on {worker.worker_id}: {local_s:.4f} s there, "
                     f"{split_s:.4f} s through {prefill.worker_id}",
                 )
         return None
+
+    def _may_stay(self, ask: _Ask, worker: Worker) -> bool:
+        """Is so little missing on a decode worker, and that so free, that it may compute the prompt?"""
+        missed, config = ask.missed(worker), self._config
+        if missed > config.local_prefill_predicted_max_tokens or missed > config.local_prefill_max_missed_ratio * ask.place.num_tokens:
+            return False
+        return not self._is_busy(worker)
 
     def _local(
         self, ask: _Ask, worker: Worker, ranking: Ranking, reason: str, *, prefill_scores: tuple[CandidateScore, ...] = ()
@@ -286,14 +320,36 @@ class Placement:
     def _total_s(self, ask: _Ask, choice: Choice) -> float:
         """Predicted seconds until the last token, to compare shapes."""
         prefill, decode = choice.prefill, choice.decode
-        seconds = prefill.queued_prefill_s + self._prefill_s(ask, prefill)
         num_sequences = decode.num_sequences + ask.place.num_choices
         token_s = decode.cost.decode_step_s(num_sequences, decode.kv_tokens + ask.kv_tokens)
         if choice.is_split:
-            seconds += self._transfer_s(ask)
+            seconds = prefill.queued_prefill_s + self._prefill_s(ask, prefill) + self._transfer_s(ask)
         else:
-            seconds *= self._config.local_prefill_interference
+            seconds = self._beside_s(ask, prefill) + self._stall_s(ask, prefill)
         return seconds + ask.predicted_output_tokens * token_s
+
+    def _beside_s(self, ask: _Ask, worker: Worker) -> float:
+        """Until the prompt's first token where it decodes: its steps carry the batch that decodes there too."""
+        return worker.queued_prefill_s + self._alone_s(ask, worker)
+
+    def _alone_s(self, ask: _Ask, worker: Worker) -> float:
+        """The same with nothing waiting before it. A prefill worker has no batch that decodes."""
+        prefill_s = self._prefill_s(ask, worker)
+        if worker.role is Role.PREFILL:
+            return prefill_s
+        cost, num_steps = worker.cost, ceil(ask.missed(worker) / worker.address.max_num_batched_tokens)
+        return prefill_s + num_steps * (cost.decode_step_s(worker.num_sequences, worker.kv_tokens) - cost.step_s)
+
+    def _stall_s(self, ask: _Ask, worker: Worker) -> float:
+        """What those that decode on `worker` lose while it computes the prompt, all together, at its price.
+
+        A step beside a prompt takes longer by the prompt's tokens, and each sequence waits for all of it (interference, Sec. 2.3 of
+        DistServe, OSDI'24). Loading and pulling go on beside the steps and stall nobody.
+        """
+        pull = self._pull(ask, worker)
+        computed = ask.missed(worker) - (pull.pulled_tokens if pull is not None else 0)
+        prompt_s = worker.cost.prefill_s(computed, ask.place.num_tokens) - worker.cost.step_s
+        return self._config.local_prefill_interference * worker.num_sequences * prompt_s
 
     def _prefill_s(self, ask: _Ask, worker: Worker) -> float:
         """Until the prompt is computed there, alone, with what is pulled."""
@@ -343,12 +399,15 @@ class Placement:
 
     def _decoders(self, ask: _Ask, workers: Sequence[Worker]) -> list[Worker]:
         """Those whose batch has slots and whose pool holds the expected growth of all that was booked; an idle worker takes anything."""
-        num_choices, kv_tokens, overcommit = ask.place.num_choices, ask.kv_tokens, self._config.decode_overcommit
+        return self._with_room(workers, ask.place.num_choices, ask.kv_tokens)
+
+    def _with_room(self, workers: Sequence[Worker], num_sequences: int, kv_tokens: int) -> list[Worker]:
+        overcommit = self._config.decode_overcommit
         return [
             w
             for w in workers
             if not w.num_sequences
-            or (w.num_sequences + num_choices <= overcommit * w.max_num_seqs and w.kv_tokens + kv_tokens <= w.kv_capacity_tokens)
+            or (w.num_sequences + num_sequences <= overcommit * w.max_num_seqs and w.kv_tokens + kv_tokens <= w.kv_capacity_tokens)
         ]
 
     @staticmethod

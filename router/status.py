@@ -19,6 +19,7 @@ COUNTERS = (
     "splits",
     "locals",
     "prefix_pulls",
+    "reassigned",
     "refused_413",
     "refused_429",
     "refused_503",
@@ -59,6 +60,12 @@ def document(core: RouterCore, now: float) -> dict[str, object]:
 def notes(core: RouterCore, now: float) -> list[str]:
     """What is not as it should be, one line each: fallbacks in force, an index that is full or untrue."""
     lines = core.policies.notes
+    for pool in core.reports.trust.counted:
+        limit = core.config.estimate_error_max
+        lines.append(
+            f"counting requests on {pool.role.value} workers of {pool.model_id}: their estimates are off by {pool.relative_error:.0%}, "
+            f"more than router.estimate_error_max ({limit:.0%}) bears"
+        )
     if core.index.num_dropped:
         limit = core.config.index_max_bytes
         lines.append(f"prefix index is full: {core.index.num_dropped} entries not taken; raise router.index_max_bytes ({limit})")

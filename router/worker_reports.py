@@ -17,12 +17,14 @@ from protocol.worker import AllBlocksCleared, BlocksStored, Tier, WorkerId, Work
 from router.bookings import Bookings
 from router.config import RouterConfig
 from router.cost_model import CostModel, StepCost
+from router.estimate_trust import EstimateTrust
 from router.events import Command, FromWorker, ToWorker, WorkerDown, WorkerUp
 from router.fleet import Fleet, Worker
 from router.guarded_policy import PoolPolicies
 from router.link_cost import link_to
 from router.policies.api import KvChanged, WorkerJoined, WorkerLeft
 from router.prefix_index import PrefixIndex
+from router.reassignment import Reassignments
 
 
 class WorkerReports:
@@ -38,6 +40,7 @@ class WorkerReports:
         policies: PoolPolicies,
         rng: Random,
         prior: StepCost,
+        reassignments: Reassignments,
         say: Callable[[Command], None],
         on_ready: Callable[[str, float], None],
     ) -> None:
@@ -49,8 +52,10 @@ class WorkerReports:
         self._policies = policies
         self._tie_seed = rng.getrandbits(64)
         self._prior = prior
+        self._reassignments = reassignments
         self._say = say
         self._on_ready = on_ready
+        self.trust = EstimateTrust(error_max=config.estimate_error_max)
         self._resync_asked_s: dict[WorkerId, float] = {}
         self.num_left = 0
         self.num_resyncs = 0
@@ -114,11 +119,13 @@ class WorkerReports:
     def forget(self) -> None:
         """What was learned of workers and links, and guesses at caches; what workers said last stays."""
         self._index.forget_guesses()
+        self.trust = EstimateTrust(error_max=self._config.estimate_error_max)
         for worker in self._fleet:
             worker.forget(self._unlearned(), link_to(worker.address, self._config))
 
     def tick(self, now: float) -> None:
-        """Ask again where an answer is owed."""
+        """Ask again where an answer is owed, and find workers for those that lost theirs."""
+        self._reassignments.tick(now)
         for worker_id in list(self._resync_asked_s):
             self._ask_resync(worker_id, now)
 
@@ -132,10 +139,12 @@ class WorkerReports:
         before = (worker.role, worker.state)
         if worker.take_snapshot(snapshot, now, refit_interval_s=self._config.refit_interval_s):
             self._fleet.lend_cost(worker)
+            self.trust.judge(self._fleet.alike(worker))
         if (worker.role, worker.state) != before:
             self._fleet.changed()
         if self._index.missed_tail(worker.worker_id, snapshot.last_event_number):
             self._ask_resync(worker.worker_id, now)
+        self._reassignments.recheck(worker, now)
         if worker.state is WorkerState.READY:
             self._on_ready(worker.address.model_id, now)
 
@@ -157,11 +166,15 @@ class WorkerReports:
         worker = self._fleet.remove(worker_id)
         if worker is None:
             return
-        self._bookings.drop_worker(worker)
+        if not self._fleet.alike(worker):
+            self.trust.forget(worker.address.model_id, worker.role)
+        orphans = self._bookings.drop_worker(worker)
         self._index.leave(worker_id)
         self._resync_asked_s.pop(worker_id, None)
         self.num_left += 1
         self._policies.observe(WorkerLeft(worker_id=worker_id), now)
+        if orphans:
+            self._reassignments.lost(orphans, now)
 
 
 def _all_of(told: KvSnapshot) -> KvChanged:

@@ -69,6 +69,7 @@ from protocol.messages import (
     Offered,
     Place,
     PlaceAck,
+    Reassigned,
     Refused,
     Submit,
     TokenRun,
@@ -282,6 +283,12 @@ class World:
         if self.rng.random() < 0.7:
             self.start_worker(role)
 
+    def reassign(self) -> Reassigned:
+        """Timely or late, to whoever is there, or just left."""
+        decode = [w for w, role in self.workers.items() if role == "decode"] or ["decode-0"]
+        number = self.session.attempt.number - (self.rng.random() < 0.2)
+        return Reassigned(request_id="r", attempt=number, decode_worker=self.rng.choice(decode), reason="")
+
     def step(self) -> None:
         self.now += self.rng.choice((0.0, 0.01, 0.3))
         chance = self.rng.random()
@@ -293,7 +300,9 @@ class World:
                 self.start_worker(self.rng.choice(("prefill", "decode")))
         elif chance < 0.80:
             self.say(self.rng.choice((RouterLost(), RouterUp())))
-        elif chance < 0.805:
+        elif chance < 0.85:
+            self.say(self.reassign())
+        elif chance < 0.855:
             self.say(ClientGone())
         if self.now >= self.session.wake_s:
             self.say(Tick())

@@ -59,6 +59,7 @@ from protocol.messages import (
     Offered,
     PlaceAck,
     PrefillDone,
+    Reassigned,
     Refused,
     TokenRun,
     TransferFailed,
@@ -124,7 +125,7 @@ def test_whole_life_of_a_disaggregated_request() -> None:
     (first,) = play(session, run(0, 5, by="p0"), now=0.2)
     assert (first.position, list(first.token_ids)) == (0, [5]) and session.num_cached_tokens == 7
     told, submit = play(session, offered(), now=0.3)
-    assert told.message == PrefillDone(request_id="r", attempt=0, num_cached_tokens=7)
+    assert told.message == PrefillDone(request_id="r", attempt=0, num_cached_tokens=7, decode_worker="d0")
     assert submit.worker_id == "d0" and submit.submit.handoff is not None
     assert session.state is AttemptState.WAITING_KV
     assert play(session, DONE, now=0.4) == [] and session.state is AttemptState.DECODING
@@ -150,12 +151,15 @@ def test_router_hears_of_an_attempt_what_its_own_worker_found_and_how_it_ended()
     session = make()
     moves = (Start(), assigned(0), run(0, 5, by="p0"), offered(), FAILED, WorkerLost(worker_id="d0"))
     first = [c.message for c in only(play(session, *moves), TellRouter)]
-    assert first[0] == PrefillDone(request_id="r", attempt=0, num_cached_tokens=7)
+    assert first[0] == PrefillDone(request_id="r", attempt=0, num_cached_tokens=7, decode_worker="d0")
     assert first[1] == Done(request_id="r", attempt=0, num_output_tokens=1, state=AttemptState.LOST, transfer_error="peer_lost")
     later = run(1, 6, number=1, by="p1", reason=FinishReason.STOP)
     later = replace(later, fact=replace(later.fact, num_cached_tokens=32))
     second = [c.message for c in only(play(session, assigned(1, "p1", "d1"), later), TellRouter)]
-    assert second == [PrefillDone(request_id="r", attempt=1, num_cached_tokens=32), Done(request_id="r", attempt=1, num_output_tokens=2)]
+    assert second == [
+        PrefillDone(request_id="r", attempt=1, num_cached_tokens=32, decode_worker="d1"),
+        Done(request_id="r", attempt=1, num_output_tokens=2),
+    ]
 
 
 def test_attempt_that_delivered_nothing_tells_the_router_of_no_first_token() -> None:
@@ -192,7 +196,6 @@ def test_choice_that_ends_on_its_first_token_is_not_computed_again() -> None:
 
 @pytest.mark.parametrize(("moves", "lost", "survivors"), [
     ((), "p0", []),  # prefilling: the prefill worker
-    ((), "d0", ["p0"]),  # prefilling elsewhere: the decode worker
     ((run(0, 5, by="p0"), offered()), "d0", ["p0"]),  # waiting for KV
     ((run(0, 5, by="p0"), offered(), DONE), "d0", ["p0"]),  # decoding
 ])  # fmt: skip
@@ -206,6 +209,55 @@ def test_loss_in_each_phase_starts_a_new_attempt_without_the_lost_worker(moves: 
     (place,) = only(commands, SendPlace)
     assert place.place.attempt == 1 and place.place.excluded == (lost,)
     assert [list(d) for d in session.attempt.delivered] == [[5] if moves else []]
+
+
+def reassigned(worker_id: str, number: int = 0) -> Reassigned:
+    return Reassigned(request_id="r", attempt=number, decode_worker=worker_id, reason="d0 was lost")
+
+
+def test_a_decode_worker_lost_before_its_turn_is_replaced_while_prefill_goes_on() -> None:
+    """Whoever hears of the loss first, gateway or router. Seen to fail with `_reassign` not setting `_reassign_by_s` back."""
+    for events in ((WorkerLost(worker_id="d0"), reassigned("d1")), (reassigned("d1"), WorkerLost(worker_id="d0"))):
+        session = make()
+        play(session, Start(), assigned(0), now=0.0)
+        assert play(session, *events, now=0.1) == [] and session.workers == ("p0", "d1")
+        assert play(session, Tick(), now=0.5) == []
+        told, submit = play(session, offered(), now=0.6)
+        assert submit.worker_id == "d1" and session.attempt.number == 0
+        assert told.message == PrefillDone(request_id="r", attempt=0, decode_worker="d1")
+        play(session, run(0, 5, 6, reason=FinishReason.STOP, by="d1"))
+        assert isinstance(session.end, Finish)
+
+
+@pytest.mark.parametrize("ends_waiting", ["time", "the offer", "the prefill worker is lost too"])
+def test_a_lost_decode_worker_that_nobody_replaces_in_time_ends_the_attempt(ends_waiting: str) -> None:
+    """Seen to fail (the offer) with `_on_offer` submitting to the lost worker."""
+    session = make()
+    play(session, Start(), assigned(0), WorkerLost(worker_id="d0"), now=1.0)
+    assert play(session, reassigned("d0"), reassigned("p0"), reassigned("d1", number=1), now=1.0) == []
+    assert session.wake_s == pytest.approx(1.2) and play(session, Tick(), WorkerLost(worker_id="d0"), now=1.1) == []
+    event = {"time": Tick(), "the offer": offered()}.get(ends_waiting, WorkerLost(worker_id="p0"))
+    commands = play(session, event, now=1.2 if ends_waiting == "time" else 1.15)
+    (ended,) = only(commands, AttemptEnded)
+    assert ended.state is AttemptState.LOST
+    lost = ("d0", "p0") if ends_waiting.startswith("the prefill") else ("d0",)
+    assert only(commands, SendPlace)[0].place.excluded == lost
+    assert [c.worker_id for c in only(commands, CancelAt)] == ([] if "p0" in lost else ["p0"])
+    assert session.wake_s == pytest.approx(1.4 if ends_waiting == "time" else 1.35), "asks the router, and waits for nothing else"
+
+
+@pytest.mark.parametrize("offer_is_early", [True, False])
+def test_another_decode_worker_is_too_late_once_the_first_has_its_submit(offer_is_early: bool) -> None:
+    """PrefillDone says who really decodes. Seen to fail with `_handoff` not looked at: CompleteAt then went to d1."""
+    session = make()
+    offer = early() if offer_is_early else offered()
+    commands = play(session, Start(), assigned(0), offer, reassigned("d1"))
+    if offer_is_early:
+        commands += play(session, COMPLETED)
+        assert only(commands, CompleteAt)[0].worker_id == "d0"
+    assert [c.worker_id for c in only(commands, SubmitTo)] == ["p0", "d0"]
+    (told,) = only(commands, TellRouter)
+    assert told.message == PrefillDone(request_id="r", attempt=0, decode_worker="d0")
 
 
 def test_facts_of_an_older_attempt_are_ignored() -> None:

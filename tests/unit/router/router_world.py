@@ -181,8 +181,10 @@ class World:
         assert isinstance(found, Assignment), found
         return found
 
-    def prefill_done(self, request: Place, *, found_tokens: int | None = 0) -> list[Command]:
-        message = PrefillDone(request_id=request.request_id, attempt=request.attempt, num_cached_tokens=found_tokens)
+    def prefill_done(self, request: Place, *, found_tokens: int | None = 0, decode_worker: str | None = None) -> list[Command]:
+        message = PrefillDone(
+            request_id=request.request_id, attempt=request.attempt, num_cached_tokens=found_tokens, decode_worker=decode_worker
+        )
         return self.on(FromGateway(gateway="gateway-0", message=message))
 
     def done(self, request: Place, num_output_tokens: int = 64) -> list[Command]:
