@@ -43,6 +43,8 @@ from router.policies.api import (
 from router.policies.e2_history import History, PromptNode, decode_s, prefill_s
 from router.policies.loads import token_s
 
+MAX_MOVES = 256  # of one rebalancing, which may not hold up the router; what is left waits for the next
+
 
 class E2:
     """Preble's global scheduler. The key portion of a prompt is its deepest node with more tokens than all nodes before it."""
@@ -50,9 +52,8 @@ class E2:
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
         window_s: float = 180.0
-        imbal_r: float = (
-            1.5  # explored prompts go to a worker that decodes this much more of its time than the fleet; no value in the paper
-        )
+        # What is explored goes to a worker that decodes this many times the fleet's share. The paper gives no value.
+        imbal_r: float = 1.5
         rebalance: bool = True
         th_bal: float = 1.5  # of the released code; the paper says "from profiling"
         rebalance_after: int = 50  # requests a worker before loads are compared
@@ -70,6 +71,7 @@ class E2:
         self._history = History(window_s=config.window_s, max_blocks=config.max_blocks, max_nodes=config.max_nodes)
         self._has_cause = False  # a request came since the last rebalancing that may have upset the balance
         self._rebalance_at_s = 0.0  # not before
+        self._moves_left = 0
         self._wishes: tuple[Replicate, ...] = ()
 
     # --- the choice ---
@@ -82,8 +84,7 @@ class E2:
         exploit = request.num_tokens - most < most
         candidates = self._exploited(view, request, most) if exploit else view.workers
         loads = [self._load_s(view, worker, now) for worker in candidates]
-        decoder = None if exploit else self._busiest_decoder(loads)
-        chosen = range(len(candidates)) if decoder is None else [decoder]
+        chosen = range(len(candidates)) if exploit else self._explored(loads)
         return {candidates[i].worker_id: self._cost(view, request, candidates[i], sum(loads[i]), now) for i in chosen}
 
     def _exploited(self, view: PlacementView, request: Place, most: int) -> Sequence[WorkerView]:
@@ -91,14 +92,16 @@ class E2:
         allocated = [worker for worker in view.workers if worker.worker_id in allocation]
         return allocated or [worker for worker in view.workers if view.cached_tokens.get(worker.worker_id, 0) == most]
 
-    def _busiest_decoder(self, loads: Sequence[tuple[float, float]]) -> int | None:
-        """Index of the greatest share of decoding in a load, if that is `imbal_r` times the fleet's; None: no such."""
+    def _explored(self, loads: Sequence[tuple[float, float]]) -> Sequence[int]:
+        """Indices of those with the greatest share of decoding in their load, if that is `imbal_r` times the fleet's; else of all."""
         fleet_prefill_s, fleet_decode_s = (sum(seconds) for seconds in zip(*loads, strict=True))
         if not fleet_decode_s:
-            return None
+            return range(len(loads))
         shares = [decode / (prefill + decode) if decode else 0.0 for prefill, decode in loads]
-        greatest = max(range(len(shares)), key=shares.__getitem__)
-        return greatest if shares[greatest] > self.config.imbal_r * fleet_decode_s / (fleet_prefill_s + fleet_decode_s) else None
+        greatest = max(shares)
+        if greatest <= self.config.imbal_r * fleet_decode_s / (fleet_prefill_s + fleet_decode_s):
+            return range(len(loads))
+        return [i for i, share in enumerate(shares) if share == greatest]
 
     def _load_s(self, view: PlacementView, worker: WorkerView, now: float) -> tuple[float, float]:
         """L in its two parts, prefill and decode."""
@@ -184,7 +187,8 @@ class E2:
     def _rebalance(self, pool: list[WorkerId], now: float) -> None:
         """The busiest gives to the idlest, then the next busiest, until two are as even as `th_bal` asks."""
         loads_s = {worker_id: self._sent_s(self._history.load(worker_id, now), worker_id, now) for worker_id in pool}
-        while len(pool) > 1:
+        self._moves_left = MAX_MOVES
+        while len(pool) > 1 and self._moves_left:
             heavy, light = max(pool, key=loads_s.__getitem__), min(pool, key=loads_s.__getitem__)
             if not self._is_uneven(loads_s, heavy, light):
                 return
@@ -203,6 +207,10 @@ class E2:
         for index, (seconds, node) in enumerate(priced):
             if not self._is_uneven(loads_s, heavy, light) or loads_s[heavy] - seconds < loads_s[light] + seconds:
                 return [node for _, node in priced[index:]]
+            if not self._moves_left:
+                self._has_cause = True
+                return []
+            self._moves_left -= 1
             self._history.move(node, heavy, light, now)
             loads_s[heavy] -= seconds
             loads_s[light] += seconds
@@ -222,4 +230,6 @@ class E2:
 
     def _sent_s(self, load: Sequence[int], worker_id: WorkerId, now: float) -> float:
         cost = self._history.workers[worker_id].cost
+        if cost is None:
+            return 0.0
         return prefill_s(load, cost) + decode_s(load, cost, self._history.output_tokens(worker_id, now, 0.0))

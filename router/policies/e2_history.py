@@ -21,7 +21,7 @@ from router.policies.prefix_tree import Node, PrefixTree
 from router.policies.sliding_sums import NUM_STEPS, SlidingSums
 
 MAX_IN_FLIGHT = 65_536
-MAX_KEYS = 512  # key portions of one worker that rebalancing looks at: the latest used
+MAX_KEYS = 128  # key portions of one worker that rebalancing looks at: the latest used
 _LOAD_WIDTH = 5  # prompts, their missed tokens, those times context, sequences decoded, their context
 _TIMES_WIDTH = 2  # count, sum
 
@@ -63,7 +63,7 @@ class Record:
 
     role: Role
     model_id: str
-    cost: StepCost = field(default_factory=StepCost)  # when it was last chosen
+    cost: StepCost | None = None  # when it was last chosen; None: nothing was sent there
     load: SlidingSums = field(default_factory=lambda: SlidingSums(_LOAD_WIDTH))
     outputs: SlidingSums = field(default_factory=lambda: SlidingSums(_TIMES_WIDTH))
     coldest: OrderedDict[PromptNode, None] = field(default_factory=OrderedDict)  # what it holds, as an LRU cache would evict it
@@ -231,19 +231,20 @@ class History:
 
     def move(self, node: PromptNode, source: WorkerId, target: WorkerId, now: float) -> None:
         """`node`'s requests, past and to come, belong to `target`."""
-        for below in [n for n in self.allocated if n is not node and node in n.up()]:
-            del self.allocated[below]
         self.allocate(node, (target,))
         step, load = self.step(now), node.record.load.pop(source)
-        theirs, ours = self.workers[source].load, self.workers[target].load
+        giver, taker = self.workers[source], self.workers[target]
+        theirs, ours = giver.load, taker.load
         at_target = _sums(node.record.load, target, _LOAD_WIDTH)
         for sums in (load, theirs, ours, at_target):
             sums.expire(step)
         theirs.absorb(load, -1)
         ours.absorb(load)
         at_target.absorb(load)
+        if taker.cost is None:
+            taker.cost = giver.cost
         node.record.first_token_us.pop(source, None)
-        del self.workers[source].keys[node]
+        del giver.keys[node]
         self._use_key(target, node)
 
     # --- to another process ---
@@ -252,7 +253,14 @@ class History:
         """Of JSON values."""
         workers = [
             (
-                (name, record.role.value, record.model_id, record.cost.coefficients, record.load.state(), record.outputs.state()),
+                (
+                    name,
+                    record.role.value,
+                    record.model_id,
+                    record.cost and record.cost.coefficients,
+                    record.load.state(),
+                    record.outputs.state(),
+                ),
                 [node.name.hex() for node in record.coldest],
                 [node.name.hex() for node in record.keys],
             )
@@ -272,7 +280,7 @@ class History:
             self.workers[name] = Record(
                 role=Role(role),
                 model_id=model_id,
-                cost=StepCost.of_coefficients(cost),
+                cost=StepCost.of_coefficients(cost) if cost is not None else None,
                 load=SlidingSums.of_state(_LOAD_WIDTH, load),
                 outputs=SlidingSums.of_state(_TIMES_WIDTH, outputs),
                 coldest=OrderedDict.fromkeys(node_of[n] for n in coldest),
