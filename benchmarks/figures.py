@@ -13,6 +13,7 @@ from typing import Any
 from baton.bench.disagg import SCHEMA as DISAGG
 from baton.bench.engine_rows import SCHEMA as ENGINE
 from baton.bench.peers import OURS
+from baton.bench.router_rows import SCHEMA as ROUTER
 from baton.bench.start import SCHEMA as START
 from baton.bench.transfer import digest_words
 from baton.bench.transfer_rows import SCHEMA as TRANSFER
@@ -85,6 +86,7 @@ def all_figures(documents: Sequence[Document]) -> str:
     parts = [_engine_part(document) for document in documents if document["schema"] == ENGINE]
     parts += [_disagg_part(document) for document in documents if document["schema"] == DISAGG]
     parts += [_start_part(document) for document in documents if document["schema"] == START]
+    parts += [_router_part(document) for document in documents if document["schema"] == ROUTER]
     parts += [_transfer_part(document) for document in documents if document["schema"] == TRANSFER]
     return "\n\n".join(parts)
 
@@ -180,6 +182,32 @@ def _start_part(document: Document) -> str:
     return f"{_heading(document)}\n\n{_table(lines)}"
 
 
+# --- placement --------------------------------------------------------------------------------------------------------
+
+
+def _router_part(document: Document) -> str:
+    """A line a figure, ours and then others'; what belongs to the thread alone stands beside."""
+    rows = _by_name(document)
+    others = sorted({name for told in document["subjects"].values() for name in told} - {OURS})
+    lines = [["", "Baton", "thread CPU time", *others, "asked for"]]
+    for name, row in rows.items():
+        figure, _, subject = name.rpartition("/")
+        if subject in others:
+            continue
+        figure = figure if subject == OURS else name
+        cpu = next((f"{row[key]:,.4g}" for key in ("cpu_us", "cpu_ratio", "by_cpu_time") if key in row), "")
+        value = str(row["reason"]) if row["value"] is None else _value(row)
+        theirs = [rows.get(f"{figure}/{other}") for other in others]
+        said = ["" if their is None else str(their["reason"]) if their["value"] is None else _value(their) for their in theirs]
+        lines.append([figure.replace("/", ": ", 1).replace("/", ", ").replace("_", " "), value, cpu, *said, _asked(row)])
+    who = "; ".join(sorted({told["subject"] for of_stage in document["subjects"].values() for told in of_stage.values()}))
+    about = (
+        f"{who}; {document['num_workers']} workers, an index of {document['num_blocks']:,} blocks, "
+        f"a larger window of {document['num_live']:,} requests, medians of {document['rounds']} rounds."
+    )
+    return f"{_heading(document)}\n\n{about}\n\n{_table(lines)}"
+
+
 # --- transfers ---------------------------------------------------------------------------------------------------------
 
 
@@ -267,10 +295,10 @@ def _by_name(document: Document) -> Rows:
 
 def _heading(document: Document) -> str:
     machine = document["machine"]
-    titles = {ENGINE: "The engine", DISAGG: "Prefill and decode apart", START: "Starting", TRANSFER: "KV transfer"}
+    titles = {ENGINE: "The engine", DISAGG: "Prefill and decode apart", START: "Starting", TRANSFER: "KV transfer", ROUTER: "Placement"}
     titles |= {CORRUPTION: "Damaged blocks", ABORTS: "Aborts and kills"}
     title = titles[document["schema"]]
-    named = {ENGINE: "engines", TRANSFER: "chunks", CORRUPTION: "backends"}.get(document["schema"])
+    named = {ENGINE: "engines", TRANSFER: "chunks", CORRUPTION: "backends", ROUTER: "stages"}.get(document["schema"])
     what = document.get("model", "hand-offs") if named is None else ", ".join(document[named])
     chosen = ", ".join(machine["instructions"])
     host = f"{machine['cpu']} ({machine['num_cores']} cores, {chosen}, {machine['memory_gib']:g} GiB)"

@@ -63,6 +63,29 @@ TRANSFER: dict[str, Any] = {
 }  # fmt: skip
 
 
+ROUTER: dict[str, Any] = {
+    "schema": figures.ROUTER,
+    "machine": ENGINE["machine"],
+    "commit": ENGINE["commit"],
+    "rounds": 5,
+    "stages": ["index", "decide"],
+    "num_workers": 64,
+    "num_blocks": 1_000_000,
+    "num_live": 100_000,
+    "subjects": {
+        "index": {"baton": {"subject": "baton 1"}, "dynamo": {"subject": "dynamo 2"}},
+        "decide": {"baton": {"subject": "baton 1"}},
+    },
+    "rows": [
+        row("hash/4k/baton", 20.5, "us", "<= 40", True, cpu_us=21.0),
+        row("hash/4k/dynamo", 36.0, "us"),
+        row("decide/4k/p50/baton", 120.0, "us", "<= 100", False, cpu_us=119.0),
+        row("decide/4k/p50/dynamo", None, "us", reason="it fell over"),
+        row("growth/1k_to_100k", 1.1, "ratio", "<= 1.3", True, cpu_ratio=1.05),
+    ],
+}  # fmt: skip
+
+
 COPIED = [kind for kind in figures.DAMAGE if kind not in ("stale_generation", "late_writer")]
 CORRUPTION = {
     "schema": figures.CORRUPTION,
@@ -102,7 +125,7 @@ def test_pages_say_what_the_results_say() -> None:
 
 def test_results_name_a_clean_commit_and_their_machine() -> None:
     for document in figures.read_results():
-        known = (figures.ENGINE, figures.DISAGG, figures.START, figures.TRANSFER, figures.CORRUPTION, figures.ABORTS)
+        known = (figures.ENGINE, figures.DISAGG, figures.START, figures.TRANSFER, figures.ROUTER, figures.CORRUPTION, figures.ABORTS)
         assert document["schema"] in known
         assert len(document["commit"]) == 40, "measured in a tree as it was committed"
         assert document["machine"]["cpu"] and document["machine"]["num_cores"]
@@ -129,3 +152,14 @@ def test_a_transfer_has_its_ratio_its_target_and_what_digests_cost_beside_it() -
     assert "| 4MiB | 16KiB | 10 GB/s | 8.5 GB/s |  |" in text
     assert "| 125m: control | 1024 | 1.5 ms | 1.25 .. 2 | <= 1: missed |" in text
     assert "### KV transfer: 16KiB" in text and "without nixl (no environment)" in text
+
+
+def test_a_placement_has_what_it_costs_others_in_its_line() -> None:
+    """Seen to fail with a peer's row made a line of its own, and with a lost one left empty."""
+    text = figures.all_figures([ROUTER])
+    assert "|  | Baton | thread CPU time | dynamo | asked for |" in text
+    assert "| hash: 4k | 20.5 us | 21 | 36 us | <= 40: met |" in text
+    assert "| decide: 4k, p50 | 120 us | 119 | it fell over | <= 100: missed |" in text
+    assert text.count("36 us") == 1, "no line of its own"
+    assert "| growth: 1k to 100k | 1.1 ratio | 1.05 |  | <= 1.3: met |" in text
+    assert "### Placement: index, decide" in text and "baton 1; dynamo 2; 64 workers, an index of 1,000,000 blocks" in text
