@@ -77,7 +77,7 @@ def test_stages_and_environments_are_known_or_refused() -> None:
 
 @pytest.mark.slow
 def test_the_command_measures_every_stage(tmp_path: Path) -> None:
-    """At a size that says nothing, its gateway, router and workers in processes included. Seen to fail with the gateway's answers left untold."""
+    """At a size that says nothing, its processes included. Seen to fail with the gateway's answers left untold."""
     output = tmp_path / "router.json"
     command = [sys.executable, "-P", "-m", "baton", "bench", "router", "--workers", "4", "--blocks", "10000", "--window", "1000"]
     environment = os.environ | {"PYTHONPATH": str(TREE)}
