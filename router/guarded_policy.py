@@ -9,6 +9,7 @@ from protocol.messages import Place
 from protocol.worker import WorkerId
 from router.policies.api import (
     Cost,
+    Parts,
     PlacementPolicy,
     PlacementView,
     PolicyCommand,
@@ -17,7 +18,6 @@ from router.policies.api import (
     Pool,
     PoolPolicy,
     PoolPrices,
-    Terms,
 )
 from router.policies.least_work import LeastWork
 
@@ -60,13 +60,13 @@ class GuardedPolicy:
         self.num_fallbacks += 1
         return FALLBACK, _ByName(self._fallback.score(view, request, now, self._rng), view)
 
-    def terms(self, prices: PoolPrices, index: int) -> Terms:
-        """Parts of one of those prices; none where the policy fails to name them."""
+    def parts(self, prices: PoolPrices, index: int) -> Parts:
+        """Of one of those prices; none where the policy fails to name them."""
         try:
-            return prices.terms(index)
+            return prices.parts(index)
         except Exception as error:  # as in price
-            self._failed(f"{type(error).__name__} in terms: {error}")
-            return ()
+            self._failed(f"{type(error).__name__} in parts: {error}")
+            return (), ()
 
     def observe(self, event: PolicyEvent, now: float) -> None:
         if isinstance(event, PolicyOverran):
@@ -156,8 +156,12 @@ class _ByName:
         self._view = view
         self.seconds = [costs[w.worker_id][0] if w.worker_id in costs else inf for w in view.workers]
 
-    def terms(self, index: int) -> Terms:
-        return self._costs[self._view.workers[index].worker_id].terms
+    def parts(self, index: int) -> Parts:
+        terms = self._costs[self._view.workers[index].worker_id].terms
+        if not terms:
+            return (), ()
+        names, seconds = zip(*terms, strict=True)
+        return names, seconds
 
 
 def _complaint_of_pool(prices: PoolPrices, view: PlacementView) -> str | None:

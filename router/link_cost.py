@@ -22,12 +22,12 @@ class LinkCost:
 
     def __init__(self, *, base_s: float, token_s: float) -> None:
         self.scale = 1.0
-        self._base_s = base_s
-        self._token_s = token_s
+        self.base_s = base_s
+        self.token_s = token_s
         self._seen_at_s: float | None = None
 
     def seconds(self, num_tokens: int) -> float:
-        return self.scale * (self._base_s + num_tokens * self._token_s)
+        return self.scale * (self.base_s + num_tokens * self.token_s)
 
     def observe(self, before: WorkerSnapshot, after: WorkerSnapshot, now: float) -> None:
         """Learn from what the worker counted between two of its snapshots."""
@@ -41,7 +41,7 @@ class LinkCost:
         num_done, num_failed = grown("prefix_pulls"), grown("prefix_pull_failures")
         if not num_done + num_failed:
             return
-        predicted_s = (num_done + num_failed) * self._base_s + grown("prefix_pull_tokens") * self._token_s
+        predicted_s = (num_done + num_failed) * self.base_s + grown("prefix_pull_tokens") * self.token_s
         ratio = grown("prefix_pull_us") * 1e-6 / max(predicted_s, 1e-9)
         if not num_done:
             ratio = max(ratio, 1.0)  # a quick refusal says nothing good of the link

@@ -25,7 +25,7 @@ from protocol.worker import WorkerId
 from router.config import Disaggregate, RouterConfig
 from router.fleet import Fleet, Pools, Worker
 from router.guarded_policy import PoolPolicies
-from router.policies.api import PlacementView, Pool, Pull, Replicate, Terms
+from router.policies.api import Parts, PlacementView, Pool, Pull, Replicate
 from router.prefix_index import PrefixIndex
 from router.pull_cost import PullCosts, Source
 
@@ -273,13 +273,14 @@ class Placement:
             else {},
             loads_s=self._loads_s(ask, workers) if ask.has_host_tokens and pool is not Pool.DECODE else {},
         )
-        policy, prices = self._policies.of(pool).price(view, ask.place, ask.now)
+        guarded = self._policies.of(pool)
+        policy, prices = guarded.price(view, ask.place, ask.now)
         seconds, count = prices.seconds, self._config.num_candidates
         dearest = sorted(seconds)[count - 1] if len(seconds) > count else inf
         contenders = [(s, workers[i].last_chosen, workers[i].tie_hash, i) for i, s in enumerate(seconds) if s <= dearest and s != inf]
         contenders.sort()
         best = [i for *_, i in contenders[:count]]
-        scores = tuple([_candidate(workers[i], float(seconds[i]), self._policies.of(pool).terms(prices, i), ask) for i in best])
+        scores = tuple([_candidate(workers[i], seconds[i], guarded.parts(prices, i), ask) for i in best])
         return Ranking(policy=policy, best=workers[best[0]], scores=scores)
 
     def _total_s(self, ask: _Ask, choice: Choice) -> float:
@@ -313,7 +314,7 @@ class Placement:
 
     def _pull(self, ask: _Ask, worker: Worker) -> Pull | None:
         """What the worker had better pull than compute."""
-        if ask.source is None:
+        if ask.source is None or ask.source.num_tokens - ask.cached(worker) < self._config.prefix_pull_min_tokens:
             return None
         return self._pulls.prices(ask.source, [worker], ask.cached_tokens, ask.place.num_tokens).get(worker.worker_id)
 
@@ -400,13 +401,13 @@ def _at_most(tokens: Mapping[WorkerId, int], most: int) -> Mapping[WorkerId, int
     return {name: min(n, most) for name, n in tokens.items()}
 
 
-def _candidate(worker: Worker, seconds: float, terms: Terms, ask: _Ask) -> CandidateScore:
-    term_names, term_seconds = zip(*terms, strict=True) if terms else ((), ())
+def _candidate(worker: Worker, seconds: float, parts: Parts, ask: _Ask) -> CandidateScore:
+    worker_id, age_s = worker.worker_id, ask.now - worker.read_at_s
     return CandidateScore(
-        worker_id=worker.worker_id,
-        seconds=seconds,
-        cached_tokens=ask.cached_tokens.get(worker.worker_id, 0),
-        signal_age_s=min(ask.now - worker.read_at_s, _AGE_MAX_S),
-        term_names=term_names,
-        term_seconds=term_seconds,
+        worker_id=worker_id,
+        seconds=float(seconds),  # a policy may compute in other numbers
+        cached_tokens=ask.cached_tokens.get(worker_id, 0),
+        signal_age_s=age_s if age_s < _AGE_MAX_S else _AGE_MAX_S,
+        term_names=parts[0],
+        term_seconds=parts[1],
     )

@@ -63,7 +63,8 @@ class PullCosts:
             assert worker is not source.worker, "a worker lacks nothing that it holds"
             cost = worker.cost
             compute_s = pulled * (cost.prefill_token_s + num_tokens * cost.prefill_pair_s)
-            pull_s = bias * worker.link.seconds(pulled)
+            link = worker.link
+            pull_s = bias * (link.scale * (link.base_s + pulled * link.token_s))  # link.seconds(pulled), of a whole pool
             if pull_s < compute_s:
                 pulls[worker.worker_id] = Pull(giver, held, pulled, pull_s, compute_s)
         return pulls

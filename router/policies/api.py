@@ -31,6 +31,7 @@ class Pool(Enum):
 
 
 Terms = tuple[tuple[str, float], ...]
+Parts = tuple[tuple[str, ...], tuple[float, ...]]  # the same in two columns
 
 
 class Cost(NamedTuple):
@@ -242,8 +243,8 @@ class PoolPrices(Protocol):
         """Of each of `view.workers`, in their order."""
         ...
 
-    def terms(self, index: int) -> Terms:
-        """Of the worker at `index`, as of `Cost.terms`. Asked before the view changes."""
+    def parts(self, index: int) -> Parts:
+        """Of the worker at `index`: names, and seconds that add up to its price. Asked before the view changes."""
         ...
 
 

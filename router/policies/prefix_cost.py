@@ -17,7 +17,13 @@ from random import Random
 
 from protocol.messages import Place
 from protocol.worker import WorkerId
-from router.policies.api import Cost, PlacementView, Pool, PoolPrices, Pull, Stateless, Terms, WorkerView
+from router.policies.api import Cost, Parts, PlacementView, Pool, PoolPrices, Pull, Stateless, WorkerView
+
+_PREFILL = ("queue", "prefill", "duplicate", "evict", "transfer")
+_WHOLE = ("queue", "prefill", "duplicate", "evict", "decode")
+_MOVED = ("queue", "prefill", "pull", "load", "duplicate", "evict", "transfer")
+_WHOLE_MOVED = ("queue", "prefill", "pull", "load", "duplicate", "evict", "decode")
+_DECODE = ("decode", "evict", "transfer")
 
 
 class PrefixCost(Stateless):
@@ -34,7 +40,7 @@ class PrefixCost(Stateless):
     def score(self, view: PlacementView, request: Place, now: float, rng: Random) -> dict[WorkerId, Cost]:
         prices = self.price_pool(view, request, now, rng)
         return {
-            worker.worker_id: Cost(seconds, prices.terms(i))
+            worker.worker_id: Cost(seconds, tuple(zip(*prices.parts(i), strict=True)))
             for i, (worker, seconds) in enumerate(zip(view.workers, prices.seconds, strict=True))
         }
 
@@ -80,18 +86,18 @@ class _PrefillPrices:
             pull_s, computed_s, load_s = _moved(worker, pulls, loads_s)
             own_s[i] = own_s[i] - computed_s + pull_s + load_s
 
-    def terms(self, index: int) -> Terms:
+    def parts(self, index: int) -> Parts:
         view, request, worker, own_s = self._view, self._request, self._view.workers[index], self._own_s[index]
-        pull_s, _, load_s = _moved(worker, view.pulls, view.loads_s)
+        duplicate_s = self._beta * (own_s - self._least_s)
         missed = request.num_tokens - view.cached_tokens.get(worker.worker_id, 0)
+        evict_s = _eviction_s(worker, missed) if self._evict else 0.0
         whole = view.pool is Pool.WHOLE
-        rest = (
-            ("duplicate", self._beta * (own_s - self._least_s)),
-            ("evict", _eviction_s(worker, missed) if self._evict else 0.0),
-            ("decode", _decode_s(worker, view, request)) if whole else ("transfer", view.transfer_s),
-        )
-        moved = (("pull", pull_s), ("load", load_s)) if pull_s or load_s else ()
-        return (("queue", worker.queued_prefill_s), ("prefill", own_s - pull_s - load_s), *moved, *rest)
+        last_s = _decode_s(worker, view, request) if whole else view.transfer_s
+        pull_s, _, load_s = _moved(worker, view.pulls, view.loads_s)
+        if pull_s or load_s:
+            prefill_s = own_s - pull_s - load_s
+            return _WHOLE_MOVED if whole else _MOVED, (worker.queued_prefill_s, prefill_s, pull_s, load_s, duplicate_s, evict_s, last_s)
+        return _WHOLE if whole else _PREFILL, (worker.queued_prefill_s, own_s, duplicate_s, evict_s, last_s)
 
 
 class _DecodePrices:
@@ -115,11 +121,11 @@ class _DecodePrices:
             evict_s = _eviction_s(worker, missed) if evict and missed > worker.free_kv_tokens else 0.0
             prices.append(decode_s + evict_s + token_s * missed)
 
-    def terms(self, index: int) -> Terms:
+    def parts(self, index: int) -> Parts:
         view, request, worker = self._view, self._request, self._view.workers[index]
         missed = request.num_tokens - view.cached_tokens.get(worker.worker_id, 0)
         evict_s = _eviction_s(worker, missed) if self._evict else 0.0
-        return (("decode", _decode_s(worker, view, request)), ("evict", evict_s), ("transfer", self._transfer_token_s * missed))
+        return _DECODE, (_decode_s(worker, view, request), evict_s, self._transfer_token_s * missed)
 
 
 def _moved(worker: WorkerView, pulls: Mapping[WorkerId, Pull], loads_s: Mapping[WorkerId, float]) -> tuple[float, float, float]:

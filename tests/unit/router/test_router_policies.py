@@ -18,6 +18,7 @@ from router.config import Disaggregate
 from router.policies import Cost, PlacementView, Stateless
 from router.policies.api import (
     Booked,
+    Parts,
     PolicyCommand,
     PolicyEvent,
     PolicyOverran,
@@ -26,7 +27,6 @@ from router.policies.api import (
     PoolPrices,
     Pull,
     Replicate,
-    Terms,
     Tick,
 )
 from router.policies.prefix_cost import PrefixCost
@@ -245,10 +245,10 @@ class Column:
     seconds: list[float]
     trouble: str = ""
 
-    def terms(self, index: int) -> Terms:
+    def parts(self, index: int) -> Parts:
         if self.trouble == "raises":
             raise KeyError(index)
-        return (("all", self.seconds[index]),)
+        return ("all",), (self.seconds[index],)
 
 
 class Tomorrow(Constant):
@@ -280,12 +280,12 @@ def test_a_policy_whose_column_is_wrong_is_replaced_by_least_work_loudly(trouble
     assert "failed 2 times" in world.core.notes(world.now)[0]
 
 
-def test_a_policy_that_cannot_name_its_terms_still_places() -> None:
-    """Seen to fail with `terms` asked of the policy without the guard."""
+def test_a_policy_that_cannot_name_its_parts_still_places() -> None:
+    """Seen to fail with `parts` asked of the policy without the guard."""
     world = World(pools(2, 2), policy=ConstantPool(ConstantConfig(trouble="raises")))
     found = world.assign(place(1))
     assert found.policy == "prefix_cost" and found.prefill_scores[0].term_names == ()
-    assert "KeyError in terms" in world.core.notes(world.now)[0]
+    assert "KeyError in parts" in world.core.notes(world.now)[0]
 
 
 @pytest.mark.parametrize("pool", list(Pool))
@@ -317,7 +317,7 @@ def test_prefix_cost_prices_alike_by_name_and_by_column_and_its_terms_add_up(poo
     prices, costs = policy.price_pool(view, request, world.now, Random(0)), policy.score(view, request, world.now, Random(0))
     assert [cost.seconds for cost in costs.values()] == list(prices.seconds) and len(set(prices.seconds)) > 3
     for index, cost in enumerate(costs.values()):
-        assert cost.terms == prices.terms(index)
+        assert cost.terms == tuple(zip(*prices.parts(index), strict=True))
         assert sum(seconds for _, seconds in cost.terms) == pytest.approx(cost.seconds)
 
 
