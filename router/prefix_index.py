@@ -227,6 +227,8 @@ class PrefixIndex:
             return 0
         device, num_blocks = holdings.device, num_tokens // HASH_BLOCK_SIZE_TOKENS
         if self._prefix_closed and not self._open & holdings.bit:  # what it told of is a beginning
+            if num_blocks and hashes[num_blocks - 1] in device:
+                return num_blocks * HASH_BLOCK_SIZE_TOKENS
             return bisect_left(range(num_blocks), True, key=lambda index: hashes[index] not in device) * HASH_BLOCK_SIZE_TOKENS
         return next((i for i in range(num_blocks) if hashes[i] not in device), num_blocks) * HASH_BLOCK_SIZE_TOKENS
 

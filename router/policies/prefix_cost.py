@@ -11,13 +11,12 @@ A hot prefix spreads by itself once Q of its holders exceeds (1 + beta) * what i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
 from protocol.messages import Place
 from protocol.worker import WorkerId
-from router.policies.api import Cost, Parts, PlacementView, Pool, PoolPrices, Pull, Stateless, WorkerView
+from router.policies.api import Cost, Parts, PlacementView, Pool, PoolPrices, Stateless, WorkerView
 
 _PREFILL = ("queue", "prefill", "duplicate", "evict", "transfer")
 _WHOLE = ("queue", "prefill", "duplicate", "evict", "decode")
@@ -83,8 +82,11 @@ class _PrefillPrices:
         """What is pulled from a peer or loaded from host memory, in place of what computing it takes."""
         pulls, loads_s, own_s = view.pulls, view.loads_s, self._own_s
         for i, worker in enumerate(view.workers):
-            pull_s, computed_s, load_s = _moved(worker, pulls, loads_s)
-            own_s[i] = own_s[i] - computed_s + pull_s + load_s
+            pull = pulls.get(worker.worker_id)
+            if pull is not None and pull.pull_s < pull.compute_s:
+                own_s[i] = own_s[i] - pull.compute_s + pull.pull_s
+            if loads_s:
+                own_s[i] += loads_s.get(worker.worker_id, 0.0)
 
     def parts(self, index: int) -> Parts:
         view, request, worker, own_s = self._view, self._request, self._view.workers[index], self._own_s[index]
@@ -93,7 +95,8 @@ class _PrefillPrices:
         evict_s = _eviction_s(worker, missed) if self._evict else 0.0
         whole = view.pool is Pool.WHOLE
         last_s = _decode_s(worker, view, request) if whole else view.transfer_s
-        pull_s, _, load_s = _moved(worker, view.pulls, view.loads_s)
+        pull, load_s = view.pulls.get(worker.worker_id), view.loads_s.get(worker.worker_id, 0.0)
+        pull_s = pull.pull_s if pull is not None and pull.pull_s < pull.compute_s else 0.0
         if pull_s or load_s:
             prefill_s = own_s - pull_s - load_s
             return _WHOLE_MOVED if whole else _MOVED, (worker.queued_prefill_s, prefill_s, pull_s, load_s, duplicate_s, evict_s, last_s)
@@ -126,14 +129,6 @@ class _DecodePrices:
         missed = request.num_tokens - view.cached_tokens.get(worker.worker_id, 0)
         evict_s = _eviction_s(worker, missed) if self._evict else 0.0
         return _DECODE, (_decode_s(worker, view, request), evict_s, self._transfer_token_s * missed)
-
-
-def _moved(worker: WorkerView, pulls: Mapping[WorkerId, Pull], loads_s: Mapping[WorkerId, float]) -> tuple[float, float, float]:
-    """Seconds of the pull, of computing what is pulled, and of loading from host memory."""
-    pull, load_s = pulls.get(worker.worker_id), loads_s.get(worker.worker_id, 0.0)
-    if pull is None or pull.pull_s >= pull.compute_s:
-        return 0.0, 0.0, load_s
-    return pull.pull_s, pull.compute_s, load_s
 
 
 def _decode_s(worker: WorkerView, view: PlacementView, request: Place) -> float:
