@@ -116,7 +116,7 @@ class Connection(asyncio.Protocol):
         self.send_encoded(encode(message))
 
     def send_encoded(self, frame: bytes) -> None:
-        """Queue a frame made by `encode`, to send one message to several peers without encoding it again."""
+        """Queue frames made by `encode`: to several peers without encoding again, or several messages in one write."""
         transport = self._transport
         if transport is None or self._closed or transport.is_closing():
             return

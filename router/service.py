@@ -37,7 +37,7 @@ from protocol.messages import (
     StatusReply,
     StatusRequest,
 )
-from protocol.wire import Connection, Identity, Listener
+from protocol.wire import Connection, Identity, Listener, encode
 from protocol.worker import WorkerId
 from router import explanations, policies
 from router.config import RouterConfig
@@ -98,6 +98,7 @@ class RouterService:
         self._timed = _timed(config.policy, config.decode_policy)
         self._core = RouterCore(config, policy=self._timed[Pool.PREFILL], decode_policy=self._timed.get(Pool.DECODE), rng=Random(seed))
         self._limit_s = config.policy_time_limit_s
+        self._is_behind = False  # the core has work that waits until the answers are out
         self._notes = list(notes)
         self._epoch = epoch
         self._bind = (host, port)
@@ -158,16 +159,25 @@ class RouterService:
             if slowest_s > self._limit_s:
                 self._run(PolicyOverran(duration_s=slowest_s, limit_s=self._limit_s, pool=pool), now)
                 policy.take_slowest_s()
+        if not self._is_behind:
+            self._is_behind = True
+            asyncio.get_running_loop().call_soon(self._catch_up)
+
+    def _catch_up(self) -> None:
+        """In the loop's next round: uvloop sends what was written in this one at its end."""
+        self._is_behind = False
         self._core.catch_up()
 
     def _run(self, event: Event, now: float) -> None:
+        frames: dict[str, list[bytes]] = {}  # by gateway: one write for all it is told, since a write costs more than what is in it
         for command in self._core.on(event, now):
             if isinstance(command, ToGateway):
-                connection = self._gateways.get(command.gateway)
-                if connection is not None:
-                    connection.send(command.message)
+                if command.gateway in self._gateways:
+                    frames.setdefault(command.gateway, []).append(encode(command.message))
             else:
                 self._links.send(command.worker_id, command.message)
+        for gateway, told in frames.items():
+            self._gateways[gateway].send_encoded(b"".join(told))
 
     @staticmethod
     def _now() -> float:
