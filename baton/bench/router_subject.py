@@ -10,7 +10,6 @@ processes of a busy machine lengthen less.
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 from collections import deque
@@ -57,8 +56,6 @@ class RouterSubject:
         self._kinds: dict[str, Callable[[str, int], Timer]] = {}
         load = {"index": self._load_indexes, "decide": self._load_fleets, "wide": self._load_wide, "socket": self._load_socket}
         told = load[asked["stage"]]()
-        gc.collect()
-        gc.freeze()  # what lives as long as the process is not looked through again and again
         return {"subject": f"baton {version('baton-serve')}", **told}
 
     def prepare(self, figure: str, repeats: int) -> None:
