@@ -18,7 +18,7 @@ from gateway.dialect.bodies import COMPLETION_MAX_TOKENS, ChatBody, CompletionBo
 from gateway.dialect.parse import parse_body
 from gateway.dialect.sampling import SharedFields, check_limits, sampling_params
 from gateway.explain import MAX_PLACEMENT_HEADERS, PLACEMENT_HEADER, placement_header
-from gateway.http import SSE_DONE, SSE_HEADERS, Exchange, client_request_id, client_session, sse_error, sse_event
+from gateway.http import SSE_DONE, SSE_HEADERS, Exchange, client_request_id, client_session, client_slo, sse_error, sse_event
 from gateway.live import ClientLeft, Feed, LiveRequest
 from gateway.service import GatewayService
 from gateway.text import ChoiceText
@@ -105,7 +105,7 @@ async def _generate(
     feed = Feed(len(prompts))
     client_id, answer_id = client_request_id(exchange.headers), shape.answer_id.partition("-")[2]
     names = () if client_id is None else (client_id.decode("ascii"),)
-    n = samplings[0].n
+    n, slo = samplings[0].n, client_slo(exchange.headers)
     lives = [
         service.open(
             request_id=answer_id if i == 0 else secrets.token_hex(16),
@@ -120,6 +120,7 @@ async def _generate(
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
             session=client_session(exchange.headers) or body.prompt_cache_key or body.user or "",
+            slo=slo,
         )
         for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from gateway.config import ApiKey
 from gateway.dialect.errors import error_headers, error_object, error_status
 from protocol.errors import BatonError, InvalidRequest, RequestTooLarge, Unauthorized
+from protocol.request import Slo
 
 Scope = MutableMapping[str, Any]
 AsgiMessage = MutableMapping[str, Any]
@@ -152,6 +154,25 @@ def client_request_id(headers: dict[bytes, bytes]) -> bytes | None:
 def client_session(headers: dict[bytes, bytes]) -> str:
     """The conversation the client says this request belongs to (X-Session-Id); "" when it does not."""
     return headers.get(b"x-session-id", b"").decode("latin-1").strip()
+
+
+def client_slo(headers: dict[bytes, bytes]) -> Slo:
+    """The latencies the client asks for, in milliseconds: X-SLO-TTFT-MS and X-SLO-TPOT-MS, as in llm-d.
+
+    Raises:
+        InvalidRequest: one is no number of milliseconds above 0.
+    """
+    return Slo(ttft_s=_milliseconds(headers, b"x-slo-ttft-ms"), tpot_s=_milliseconds(headers, b"x-slo-tpot-ms"))
+
+
+def _milliseconds(headers: dict[bytes, bytes], name: bytes) -> float | None:
+    given = headers.get(name)
+    if given is None:
+        return None
+    text = given.decode("latin-1").strip()
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or float(text) <= 0.0:
+        raise InvalidRequest(f"header {name.decode()} is {text[:40]!r}; give milliseconds above 0, such as 200")
+    return float(text) / 1000.0
 
 
 def _too_large(size: int, max_bytes: int) -> RequestTooLarge:

@@ -81,13 +81,14 @@ from protocol.messages import (
     ServiceAddress,
     TransferFailed,
 )
-from protocol.request import Request, SamplingParams
+from protocol.request import Request, SamplingParams, Slo
 from protocol.wire import Identity
 from router.explanations import answer
 
 log = logging.getLogger("baton.gateway")
 
 DRAIN_POLL_S = 0.02
+NO_SLO = Slo()
 
 
 class GatewayService:
@@ -222,6 +223,7 @@ class GatewayService:
         priority: int,
         cache_salt: str,
         session: str = "",
+        slo: Slo = NO_SLO,
         known_as: tuple[str, ...] = (),
         traceparent: str = "",
     ) -> LiveRequest:
@@ -239,6 +241,7 @@ class GatewayService:
             tenant=tenant,
             priority=priority,
             session=self._session(tenant, session),
+            slo=slo,
         )
         live = LiveRequest(Session(request, self.config, known_as=known_as), texts, feed, first_index=first_index)
         self._live[request_id] = live

@@ -219,6 +219,20 @@ async def test_session_is_the_header_then_prompt_cache_key_then_user(cluster: An
     assert by_user == by_key == by_header != "" and none == ""
 
 
+async def test_objectives_of_a_request_reach_the_router_and_odd_ones_are_refused(cluster: Any) -> None:
+    """In milliseconds by header, in seconds to the router. Seen to fail with `slo` not passed to the request."""
+    body = {"prompt": "p", "max_tokens": 1}
+    for headers in ({}, {"X-SLO-TTFT-MS": "200"}, {"x-slo-tpot-ms": "12.5", "x-slo-ttft-ms": "1000"}):
+        async with cluster.http.post("/v1/completions", json=body, headers=headers) as response:
+            assert response.status == 200
+    found = [(place.slo_ttft_s, place.slo_tpot_s) for place in cluster.router.places]
+    assert found == [(None, None), (0.2, None), (1.0, 0.0125)]
+    for odd in ("0", "-1", "soon", "nan", "1e3", "", "9" * 20):
+        async with cluster.http.post("/v1/completions", json=body, headers={"X-SLO-TTFT-MS": odd}) as response:
+            assert response.status == 400 and "x-slo-ttft-ms" in (await response.json())["error"]["message"]
+    assert len(cluster.router.places) == 3
+
+
 async def test_tokenize_and_detokenize_are_inverse_and_agree_with_usage(cluster: Any) -> None:
     text = "größe 東京 🙂 and a plain word"
     async with cluster.http.post("/tokenize", json={"prompt": text, "return_token_strs": True}) as response:
