@@ -11,7 +11,6 @@ is never entered twice.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import random
@@ -57,13 +56,13 @@ from gateway.live import ClientLeft, Feed, LiveRequest
 from gateway.metrics import Metrics
 from gateway.model import load_served_model
 from gateway.router_link import RouterLink
+from gateway.salts import TenantSalts
 from gateway.session import Session
 from gateway.stand_in import StandIn
 from gateway.status import router_status, status_document, worker_status
 from gateway.text import ChoiceText
 from gateway.tracing import RequestSpans
 from gateway.workers import Workers
-from protocol.block_hash import cache_root
 from protocol.errors import BatonError, NoWorker, Overloaded, ServiceError
 from protocol.lifecycle import AttemptState
 from protocol.links import MembershipWatch
@@ -117,7 +116,7 @@ class GatewayService:
         self.model = load_served_model(model_dir, config.served_model_names)
         self.identity = Identity(name=name, kind="gateway", epoch=epoch)
         self.clock = clock
-        self._salt = salt
+        self._salts = TenantSalts(salt)
         self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()
         self._spans = spans  # None: no traces
         self._started = False
@@ -236,11 +235,16 @@ class GatewayService:
             model_id=self._model_id(),
             prompt_token_ids=prompt_token_ids,
             sampling=sampling,
-            cache_root=self._cache_root(tenant, cache_salt),
+            cache_root=self._salts.cache_root(
+                tenant,
+                fingerprint=self._fingerprint(),
+                tokenizer_revision=self.model.tokenizer.revision,
+                cache_salt=cache_salt,
+            ),
             arrival_s=self.clock(),
             tenant=tenant,
             priority=priority,
-            session=self._session(tenant, session),
+            session=self._salts.session(tenant, session),
             slo=slo,
         )
         live = LiveRequest(Session(request, self.config, known_as=known_as), texts, feed, first_index=first_index)
@@ -485,18 +489,3 @@ class GatewayService:
 
     def _fingerprint(self) -> bytes:
         return next((row.address.fingerprint for _, row in sorted(self.workers.rows.items())), b"")
-
-    def _cache_root(self, tenant: str, cache_salt: str) -> bytes:
-        return cache_root(
-            salt=self._salt_of(tenant),
-            fingerprint=self._fingerprint(),
-            tokenizer_revision=self.model.tokenizer.revision,
-            cache_salt=cache_salt,
-        )
-
-    def _session(self, tenant: str, name: str) -> str:
-        """Of one length, and the same only for the same name of the same tenant."""
-        return hashlib.blake2b(name.encode(), key=self._salt_of(tenant), digest_size=16).hexdigest() if name else ""
-
-    def _salt_of(self, tenant: str) -> bytes:
-        return hashlib.blake2b(tenant.encode(), key=self._salt, digest_size=32).digest()
