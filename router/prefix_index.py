@@ -27,10 +27,11 @@ from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.messages import KvEvents, KvSnapshot
 from protocol.worker import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Tier, WorkerId
 
-# By tracemalloc on CPython 3.11, over 0.3 to 1 M blocks of 64 and of 1,024 workers (`baton bench router`): 145 to 170 bytes for a
-# block of one worker, 95 to 110 for each further worker. Tables are between one and two thirds full; neighbours in a chain share a mask.
+# By tracemalloc on CPython 3.11, over 0.3 to 1 M blocks of 64 and of 1,024 workers: 145 to 170 bytes for a block of one worker, 95 to 110
+# for each further one, and 15 more of each that the allocator rounds a hash up by. Tables are between one and two thirds full; neighbours
+# in a chain share a mask. `baton bench router` tells what a process grows by.
 ENTRY_BYTES = 60  # a slot of a dict
-PAIR_BYTES = 110  # one (worker, hash): the hash as that worker told it and a slot of a set; for a guess a slot of a dict
+PAIR_BYTES = 125  # one (worker, hash): the hash as that worker told it and a slot of a set; for a guess a slot of a dict
 _STRIDE = 64  # of the walk
 _GROUP_BITS = 8  # slots whose workers are named together
 
