@@ -1,6 +1,6 @@
 """`baton explain` of a request of a real cluster: both workers, every term, and what was predicted beside what came.
 
-How: 2 + 2 workers serve the demo model; a prompt is sent until its worker is known to the cost model, then once more, and asked for as
+How: 2 + 2 workers serve the demo model; other prompts fit the cost model, then one is sent again and again and asked for each time as
 its user would, by the id in the answer, over a pipe.
 """
 
@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_WARM = 12
-MAX_TRIES = 5
+NUM_ASKED = 5
 # Predictions lean high by 1.25 and are of seconds of work; a crowded machine stretches both.
 FACTOR = 5.0
 
@@ -63,20 +64,22 @@ def test_a_request_is_explained_by_its_answers_id(serving: Serving) -> None:
     text = "def " + " ".join(f"value_{n}" for n in range(150)) + uuid.uuid4().hex
     for n in range(NUM_WARM):
         complete(serving, f"{n}{text}")
-    for _ in range(MAX_TRIES):  # until it is placed where it lies: another worker may be idle and pull it
-        time.sleep(0.3)  # KV events arrive
+    ratios, hits = [], []
+    for _ in range(NUM_ASKED):  # not each is placed where the prompt lies: another worker may be idle, and pull it
+        time.sleep(2.1)  # what is expected is then what KV events say, no guess from the booking before
         client_id = f"job-{uuid.uuid4().hex}"
         answer_id = complete(serving, text, **{"X-Request-Id": client_id})
         attempt = explained(serving, answer_id)
         placed, outcome = attempt["assignment"], attempt["outcome"]
-        if placed["cached_tokens"]:
-            break
-    print(f"first token predicted after {placed['predicted_ttft_s']:.4f} s, came after {outcome['ttft_s']:.4f} s")
-    assert {placed["prefill_worker"][:7], placed["decode_worker"][:6]} == {"prefill", "decode"}
-    assert {"queue", "prefill", "transfer"} <= placed["prefill_scores"][0]["terms"].keys()
-    assert placed["predicted_ttft_s"] / FACTOR < outcome["ttft_s"] < placed["predicted_ttft_s"] * FACTOR
-    assert placed["cached_tokens"] == placed["confirmed_tokens"] > 64 and outcome["found_tokens"] >= placed["cached_tokens"]
-    assert (outcome["state"], outcome["output_tokens"]) == ("finished", 8) and outcome["handoff_path"] in ("shm", "tcp")
+        assert {placed["prefill_worker"][:7], placed["decode_worker"][:6]} == {"prefill", "decode"}
+        assert {"queue", "prefill", "transfer"} <= placed["prefill_scores"][0]["terms"].keys()
+        assert (outcome["state"], outcome["output_tokens"]) == ("finished", 8) and outcome["handoff_path"] in ("shm", "tcp")
+        assert placed["cached_tokens"] == placed["confirmed_tokens"] <= outcome["found_tokens"]
+        ratios.append(outcome["ttft_s"] / placed["predicted_ttft_s"])
+        hits += [placed["cached_tokens"]] if placed["cached_tokens"] else []
+    print(f"time to first token, actual over predicted: {sorted(round(ratio, 2) for ratio in ratios)}; cached {hits}")
+    assert 1 / FACTOR < median(ratios) < FACTOR
+    assert hits and min(hits) > 64
     assert explained(serving, client_id)["request_id"] == attempt["request_id"]
 
     shown = baton(serving, "explain", answer_id)
