@@ -463,7 +463,7 @@ class Session:
         done = Done(
             request_id=self.request.request_id,
             attempt=number,
-            num_output_tokens=longest,
+            num_output_tokens=max(0, longest - max(len(tokens) for tokens in self.attempt.delivered)),  # a stop string may lie before
             state=state,
             handoff=self.handoff_done,
             transfer_error=self._transfer_error,

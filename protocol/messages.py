@@ -344,11 +344,11 @@ class PrefillDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """The attempt ended: free its bookings. `num_output_tokens` refines the hint; the rest is for explaining."""
+    """The attempt ended: free its bookings and correct what its tenant was charged; the rest is for explaining."""
 
     request_id: str
     attempt: int
-    num_output_tokens: int
+    num_output_tokens: int  # that it added to its longest choice
     state: AttemptState = AttemptState.FINISHED
     handoff: HandoffDone | None = None
     transfer_error: str = ""  # why the decode worker had to compute the prompt itself

@@ -3,7 +3,18 @@
 Virtual token counter (VTC, OSDI'24): every tenant has a counter of the tokens served to it, input + `output_weight` * output; the
 waiting tenant with the smallest counter is next. Output is charged as predicted when the request leaves the queue and corrected
 when it ends. A tenant that comes back from idleness is lifted to the smallest counter of those waiting, so that nobody saves up.
-A lower priority number goes first, whatever the counters say.
+
+The gap. Let a request be worth U at most (input and output), its output w*M, and let R requests be served and not settled at most. While
+two tenants wait, what was served to one exceeds what was served to the other by no more than
+
+    U + w*M*R            since both began to wait with equal counters
+    2 * (U + 2*w*M*R)    since any moment, the return of one of them included
+
+because the last request that the one ahead was served went to the smaller counter, a counter differs from the service by the wrong part of
+what is not settled, w*M*R, and U is that request. With w*M*R what the workers hold at once this is the bound of the paper.
+
+Priorities are strict, as in vLLM: a lower number goes first, whatever the counters say, and one that keeps coming starves the others, until
+these are refused after `max_wait_s`. Among requests of one priority nobody starves.
 """
 
 from __future__ import annotations
@@ -114,13 +125,12 @@ class FairQueue:
         return predicted
 
     def settle(self, tenant_name: str, *, predicted_output_tokens: int, num_output_tokens: int, num_choices: int) -> None:
-        """A request ended with so many output tokens in all: correct its charge and the tenant's next predictions."""
+        """A request ended with so many output tokens a choice: correct its charge and the tenant's next predictions."""
         tenant = self._tenants.get(tenant_name)
         if tenant is None:
             return
-        tenant.counter += self._output_weight * (num_output_tokens - predicted_output_tokens * num_choices)
-        per_choice = num_output_tokens / max(num_choices, 1)
-        tenant.output_tokens_mean += _OUTPUT_EWMA * (per_choice - tenant.output_tokens_mean)
+        tenant.counter += self._output_weight * num_choices * (num_output_tokens - predicted_output_tokens)
+        tenant.output_tokens_mean += _OUTPUT_EWMA * (num_output_tokens - tenant.output_tokens_mean)
 
     def predicted_output_tokens(self, place: Place) -> int:
         """Of one choice: the tenant's running mean, at most what the request allows."""

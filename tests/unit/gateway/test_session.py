@@ -158,7 +158,7 @@ def test_router_hears_of_an_attempt_what_its_own_worker_found_and_how_it_ended()
     second = [c.message for c in only(play(session, assigned(1, "p1", "d1"), later), TellRouter)]
     assert second == [
         PrefillDone(request_id="r", attempt=1, num_cached_tokens=32, decode_worker="d1"),
-        Done(request_id="r", attempt=1, num_output_tokens=2),
+        Done(request_id="r", attempt=1, num_output_tokens=1),
     ]
 
 
@@ -168,7 +168,7 @@ def test_attempt_that_delivered_nothing_tells_the_router_of_no_first_token() -> 
     session = make()
     play(session, Start(), assigned(0, "d0", "d0"), run(0, 5), WorkerLost(worker_id="d0"), assigned(1, "p1", "d1"))
     told = [c.message for c in only(play(session, ChoiceStopped(choice=0, num_tokens=1)), TellRouter)]
-    assert told == [Done(request_id="r", attempt=1, num_output_tokens=1)]
+    assert told == [Done(request_id="r", attempt=1, num_output_tokens=0)]
 
 
 def test_transfer_that_failed_is_recomputed_where_it_decodes() -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from protocol.messages import Refused
 from protocol.request import AttemptKey
 from router.queue import FairQueue, Waiting
-from tests.unit.router.router_world import World, assignments, place, pools
+from tests.unit.router.router_world import World, answer, assignments, place, pools
 
 pytestmark = pytest.mark.pure
 
@@ -103,3 +104,37 @@ def test_waiting_requests_leave_in_fair_order_when_room_appears() -> None:
     world.place(place(101, tenant="flood", priority=-1))
     placed = [int(a.request_id, 16) for a in assignments(world.report("prefill-0"))]
     assert placed[0] == 101 and placed.index(100) <= 2
+
+
+def test_a_priority_that_keeps_coming_starves_higher_numbers_until_these_are_refused() -> None:
+    """Strict, as in vLLM; the bound is `max_wait_s`. How: one inbox, always a request of priority 0 for it, one of priority 5 waits.
+
+    Seen to fail with the priorities of `heads` in reverse.
+    """
+    world = World(pools(1, 1), max_wait_s=3.0, inbox_steps=0.1)
+    world.report("prefill-0", waiting_tokens=4096)
+    assert world.place(place(500, priority=5, tenant="patient")) is None
+    served = []
+    for number in range(100):
+        world.place(place(number, tenant="eager"))
+        placed = assignments(world.report("prefill-0", waiting_tokens=0))
+        served += [int(a.request_id, 16) for a in placed]
+        world.report("prefill-0", waiting_tokens=4096)
+        for a in placed:
+            world.done(place(int(a.request_id, 16)), num_output_tokens=1)
+        refused = answer(world.tick(), place(500))
+        if refused is not None:
+            break
+    assert isinstance(refused, Refused) and refused.status == 429 and world.now == pytest.approx(103.0, abs=0.1)
+    assert 500 not in served and len(served) > 50
+
+
+def test_choices_are_charged_and_corrected_each() -> None:
+    """Through the router: two choices of 10 tokens were predicted as 64 each. Seen to fail with `num_choices` left out of `settle`."""
+    world = World(pools(1, 1))
+    request = place(1, num_choices=2, tenant="a")
+    world.assign(request)
+    (queue,) = world.core.queues.values()
+    assert queue.counters()["a"] == 512 + 2.0 * 2 * 64
+    world.done(request, num_output_tokens=10)
+    assert queue.counters()["a"] == 512 + 2.0 * 2 * 10
