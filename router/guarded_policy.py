@@ -168,9 +168,10 @@ def _complaint_of_pool(prices: PoolPrices, view: PlacementView) -> str | None:
     seconds = prices.seconds
     if len(seconds) != len(view.workers):
         return f"priced {len(seconds)} of {len(view.workers)} workers"
-    if not all(map(isfinite, seconds)):
-        return "priced " + ", ".join(f"{w.worker_id} at {s}" for w, s in zip(view.workers, seconds, strict=True) if not isfinite(s))
-    return None
+    if isfinite(sum(seconds)):  # of one look at C speed
+        return None
+    strange = [f"{w.worker_id} at {s}" for w, s in zip(view.workers, seconds, strict=True) if not isfinite(s)]
+    return "priced " + ", ".join(strange) if strange else None
 
 
 def _complaint(costs: dict[WorkerId, Cost], view: PlacementView) -> str | None:

@@ -13,6 +13,8 @@ class Phase(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
 
+    __hash__ = object.__hash__  # at C speed: Enum hashes a member's name, in Python, at each look into a dictionary of holds
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hold:
