@@ -45,7 +45,7 @@ class Readiness:
         self._gateways: dict[str, None] = {}
         self._began_s: float | None = None  # the first membership came
         self._has_begun = False  # what was there at the start is known, or was waited for
-        self._ticked_s: float | None = None
+        self._turned_s: float | None = None  # the last tick, or the first membership
         self._stood_still_s = 0.0  # before the last tick
         self._unlinked_s: dict[WorkerId, float] = {}  # worker of the directory -> without a link since
         self.reason = NO_DIRECTORY
@@ -65,11 +65,11 @@ class Readiness:
 
     def take_membership(self, now: float) -> None:
         if self._began_s is None:
-            self._began_s = now
+            self._began_s = self._turned_s = now
 
     def tick(self, now: float) -> None:
-        self._stood_still_s = 0.0 if self._ticked_s is None else now - self._ticked_s
-        self._ticked_s = now
+        self._stood_still_s = now - self._turned_s if self._turned_s is not None else 0.0
+        self._turned_s = now
         known = self._fleet.known
         unlinked = [w for w in known if self._fleet.get(w) is None]
         self._unlinked_s = {w: self._unlinked_s.get(w, now) for w in unlinked}
