@@ -61,10 +61,9 @@ class Operator:
         routers = [s for s in (await self._membership()).services if s.kind == "router"]
         if not routers:
             raise ServiceError("the cluster has no router at this moment; ask again in a second")
-        router = max(routers, key=lambda s: s.epoch)
-        answer = await self._ask(router.name, router.host, router.port, wish, PolicyInUse)
-        if answer.error:
-            raise ConfigError(f"the router still uses {answer.policy}: {answer.error}")
+        for answer in await asyncio.gather(*(self._ask(r.name, r.host, r.port, wish, PolicyInUse) for r in routers)):
+            if answer.error:
+                raise ConfigError(f"the router still uses {answer.policy}: {answer.error}")
 
     async def _reset_caches(self) -> dict[WorkerId, int]:
         workers = (await self._membership()).workers

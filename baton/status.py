@@ -84,7 +84,33 @@ def status_table(document: Json, url: str, *, is_wide: bool) -> RenderableType:
             _cell(row.get("step_count")),
             *([_cell(blocks.get("total")), _cell(row.get("age_s"))] if is_wide else []),
         )
-    return Group(table, *(Text(note, style="yellow") for note in notes_of(document)))
+    return Group(table, *_routers_table(document), *(Text(note, style="yellow") for note in notes_of(document)))
+
+
+def _routers_table(document: Json) -> list[RenderableType]:
+    """A row for each router, where there are several: who is asked, what holds a router back, and how well the others are heard."""
+    from rich.table import Table
+
+    rows = document.get("routers") or []
+    if len(rows) < 2:
+        return []
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("router", "state", "asked", "pid", "bookings", "hears", "reason"):
+        table.add_column(name, justify="right" if name in ("pid", "bookings") else "left")
+    for row in rows:
+        peers = row.get("peers") or []
+        heard = [f"{p.get('router')} {p.get('heard_s')} s ago" + ("" if p.get("in_step") else ", not in step") for p in peers]
+        state = _cell(row.get("state"))
+        table.add_row(
+            _cell(row.get("name")),
+            ("ready" if row.get("ready") else "not ready") if state == "up" else state,
+            "yes" if row.get("is_current") else "",
+            _cell(row.get("pid")),
+            _cell(row.get("bookings")),
+            "; ".join(heard),
+            _cell(row.get("reason") or ""),
+        )
+    return [table]
 
 
 def notes_of(document: Json) -> list[str]:
@@ -94,6 +120,9 @@ def notes_of(document: Json) -> list[str]:
     if router.get("state") not in (None, "up"):
         notes.append(f"router {router['state']}: requests are placed by least_work over the last snapshots")
     notes += [f"router: {note}" for note in (router.get("detail") or {}).get("notes") or []]
+    for row in document.get("routers") or []:
+        if row.get("state") == "up" and not row.get("ready"):
+            notes.append(f"{row.get('name')} is not ready: {row.get('reason')}")
     notes += [f"fallback {name}: {count:g}" for name, count in (document.get("fallbacks") or {}).items() if count]
     for row in document.get("workers") or []:
         told = [row["trouble"]] if row.get("trouble") else []

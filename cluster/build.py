@@ -1,9 +1,9 @@
 """From a config to a running cluster and back to nothing: what `baton serve` does, and what embeds it.
 
     start   model resolved, port held ─► Ray ─┬─► directory ─► workers register ─┐
-                                              ├─► router ────────────────────────┼─► GET /ready answers 200
+                                              ├─► routers ───────────────────────┼─► GET /ready answers 200
                                               └─► Serve ─► gateway on the port ──┘
-    stop    gateway drains ─► workers drain and end ─► router, directory ─► Ray (of ours: every process) ─► files, port
+    stop    gateway drains ─► workers drain and end ─► routers, directory ─► Ray (of ours: every process) ─► files, port
 
 What was started is ended, at any moment of the start as well; a stop takes 15 s at most.
 """
@@ -117,7 +117,7 @@ class Cluster:
         return {} if self._pieces is None else {name: address.pid for name, address in self._pieces.workers.items()}
 
     def service_pids(self) -> dict[str, int]:
-        """Process of the directory, the router and each gateway."""
+        """Process of the directory, of each router and of each gateway."""
         return {} if self._pieces is None else self._pieces.service_pids()
 
     def __enter__(self) -> Cluster:

@@ -41,11 +41,12 @@ from protocol.worker import WorkerAddress, WorkerId
 
 log = logging.getLogger("baton.cluster")
 
+StartService = Callable[[], Awaitable[Callable[[], Awaitable[str]]]]  # see keep_up
 CALL_TIMEOUT_S = 3.0  # of a Ray call that ends something: a Ray that hangs must not hold up the end
 
 
 class Pieces:
-    """Directory, router, workers and gateways of one run.
+    """Directory, routers, workers and gateways of one run.
 
     Ray's calls are made from a loop thread, Serve's (which block) from threads of their own; the public methods are called by the
     thread that owns the run.
@@ -76,7 +77,7 @@ class Pieces:
         self._directory: asyncio.Future[HostAddress] = self._loop.run(_future())
         self._directory_actor: Any = None
         self._directory_port = 0
-        self._router: RayRouter | None = None
+        self._routers: dict[str, RayRouter] = {}  # the newest of each name
         self._watch: MembershipWatch | None = None
         self._membership = Membership(version=0, workers=(), services=())
         self._launched: list[RayWorker] = []
@@ -137,7 +138,9 @@ class Pieces:
 
     async def _start(self) -> None:
         self._supervisor.start(pool_sizes(self._config))
-        for name, service in (("directory", self._start_directory), ("router", self._start_router)):
+        services: dict[str, StartService] = {"directory": self._start_directory}
+        services |= {f"router-{index}": partial(self._start_router, index) for index in range(self._config.cluster.routers)}
+        for name, service in services.items():
             self._keepers.append(asyncio.ensure_future(keep_up(name, service, tell=self._tell)))
 
     async def _start_directory(self) -> Callable[[], Awaitable[str]]:
@@ -153,18 +156,22 @@ class Pieces:
             self._directory = await _future(address)
         return partial(_ended, actor)
 
-    async def _start_router(self) -> Callable[[], Awaitable[str]]:
+    async def _start_router(self, index: int) -> Callable[[], Awaitable[str]]:
+        name = f"router-{index}"
         directory = await self._directory
-        was_hung = self._router is not None and self._router.hung
+        before = self._routers.get(name)
+        was_hung = before is not None and before.hung
         config, notes = (least_work_instead(self._config.router), (HUNG_NOTE,)) if was_hung else (self._config.router, ())
-        self._router = router = RayRouter(near=self._near, user_path=self._user_path, hang_s=self._config.supervisor.router_hang_s)
+        router = RayRouter(name, near=self._near, user_path=self._user_path, hang_s=self._config.supervisor.router_hang_s)
+        self._routers[name] = router
         spec = RouterSpec(
             config=config,
             notes=notes,
             directory_host=directory.host,
             directory_port=directory.port,
             secret=self._secret,
-            seed=self._config.workers.seed or 0,
+            seed=(self._config.workers.seed or 0) + index,  # each draws for itself
+            name=name,
         )
         refusal = await router.start(spec)
         if refusal is not None:
@@ -259,8 +266,8 @@ class Pieces:
         await self._supervisor.shut_down(drain=drain, timeout_s=left_s)
         if self._watch is not None:
             await self._watch.close()
-        if self._router is not None:
-            self._router.kill()
+        for router in self._routers.values():
+            router.kill()
         if self._directory_actor is not None:
             with contextlib.suppress(Exception):
                 ray.kill(self._directory_actor, no_restart=True)

@@ -28,8 +28,8 @@ CALL_SLACK_S = 1.0  # of Ray's call around the look
 class RayRouter:
     """One router process. hang_s: a loop that does not turn for so long is taken to stand still."""
 
-    def __init__(self, *, near: str, user_path: str, hang_s: float) -> None:
-        self._actor = spawn(RouterHost, name=f"router-{secrets.token_hex(2)}", near=near, user_path=user_path)
+    def __init__(self, name: str, *, near: str, user_path: str, hang_s: float) -> None:
+        self._actor = spawn(RouterHost, name=f"{name}-{secrets.token_hex(2)}", near=near, user_path=user_path)
         self._hang_s = hang_s
         self._process: ProcessId | None = None
         self.hung = False  # it was ended because it stood still

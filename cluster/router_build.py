@@ -19,6 +19,7 @@ class RouterSpec:
     secret: bytes
     seed: int
     notes: tuple[str, ...] = ()  # what whoever starts it has to say, until the policy is switched
+    name: str = "router-0"
 
 
 def build_router(spec: RouterSpec) -> RouterService:
@@ -35,6 +36,7 @@ def build_router(spec: RouterSpec) -> RouterService:
         epoch=time.time_ns(),
         seed=spec.seed,
         notes=spec.notes,
+        name=spec.name,
     )
 
 

@@ -113,6 +113,7 @@ FLAGS: tuple[Flag, ...] = (
     _row("Routing", "--kv-transport", "transport.kv_transport", "How KV blocks move: auto, shm, tcp, cuda_ipc, ucx or nccl."),
     _row("Routing", "--kv-digest", "transport.digest_mode", "What of each KV block is compared: off, sampled, full."),
     _row("Routing", "--kv-load-failure-policy", "transport.kv_load_failure_policy", "When a prompt's KV does not arrive."),
+    _row("Cluster", "--routers", "cluster.routers", "Processes that place requests; each stands by for the others."),
     _row("Cluster", "--ray-address", "ray.address", "Join this Ray cluster instead of starting one."),
 )  # fmt: skip
 

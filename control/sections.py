@@ -146,6 +146,16 @@ class RaySection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSection:
+    """How many there are of what every cluster has."""
+
+    routers: int = limited(1, minimum=1, maximum=64)  # all place; each stands by for the others
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
     """Everything `baton serve` may be told."""
 
@@ -155,6 +165,7 @@ class ClusterConfig:
     prefill: PrefillSection = field(default_factory=PrefillSection)
     decode: WatermarkDecode = field(default_factory=WatermarkDecode)
     paced: PacedSection = field(default_factory=PacedSection)
+    cluster: ClusterSection = field(default_factory=ClusterSection)
     router: RouterConfig = field(default_factory=RouterConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)

@@ -4,7 +4,7 @@
     text.py, logprobs.py                  tokens to text: stop strings, OpenAI's logprob shapes
     dialect/                              what a body may say, and what an answer looks like
     service.py, live.py, model.py         the live driver: one tick, one object a request, the model as clients see it
-    workers.py, router_link.py            who it is connected to, and whether they make progress
+    workers.py, routers.py                who it is connected to, and whether they make progress
     app.py, generate.py, http.py, page.py ASGI: routes, answers, bodies with limits, server-sent events
     metrics.py, status.py                 what it tells about itself
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from gateway.events import AttemptEnded
@@ -101,30 +102,33 @@ def request_id_of(name: str) -> str:
     return name if found is None else found[1]
 
 
-def explain_document(name: str, *, own: dict[str, Any], reply: str | None) -> dict[str, object]:
-    """What the router says (`reply`, JSON) and what this gateway placed in its stead (`own`); schema `baton.explain.v1`.
+def explain_document(name: str, *, own: dict[str, Any], replies: Sequence[str]) -> dict[str, object]:
+    """What the routers say (`replies`, JSON) and what this gateway placed in their stead (`own`); schema `baton.explain.v1`.
 
     Raises:
-        NotFound: neither keeps anything under that name. NoRouter: this gateway does not, and the router says nothing.
+        NotFound: neither keeps anything under that name. NoRouter: this gateway does not, and no router says anything.
     """
-    said: dict[str, Any] = json.loads(reply) if reply is not None else {"attempts": [], "left_out": 0, "kept": None, "limit": None}
+    said: list[dict[str, Any]] = [json.loads(reply) for reply in replies]
+    kept, limit = (sum(router[key] for router in said) if said else None for key in ("kept", "limit"))
     mine = {(a["request_id"], a["attempt"]) for a in own["attempts"]}
-    theirs = [a for a in said["attempts"] if (a["request_id"], a["attempt"]) not in mine]  # given out, and not taken in time
+    theirs = [
+        a for router in said for a in router["attempts"] if (a["request_id"], a["attempt"]) not in mine
+    ]  # given out, and not taken in time
     attempts = sorted([*own["attempts"], *theirs], key=lambda a: (-a["age_s"], a["attempt"]))
-    if not attempts and reply is None:
+    if not attempts and not said:
         raise NoRouter("the router does not answer, and this gateway has placed no such request by itself; see GET /status")
     if not attempts:
         raise NotFound(
             f"nothing is kept of a request {name!r}: it was another tenant's or server's, or is older than the newest "
-            f"{said['limit']:,} placements ({said['kept']:,} are kept); raise router.num_explained to keep more"
+            f"{limit:,} placements ({kept:,} are kept); raise router.num_explained to keep more"
         )
     return {
         "schema": EXPLAIN_SCHEMA,
         "name": name,
         "attempts": attempts,
-        "left_out": said["left_out"] + own["left_out"],
-        "kept": said["kept"],
-        "limit": said["limit"],
+        "left_out": sum(router["left_out"] for router in said) + own["left_out"],
+        "kept": kept,
+        "limit": limit,
     }
 
 

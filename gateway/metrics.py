@@ -25,7 +25,7 @@ COUNT_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20
 BYTES_BUCKETS = tuple(float(4**e) for e in range(6, 19))  # 4 KiB ... 64 GiB
 RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10)
 
-FALLBACKS = ("least_work", "recompute")
+FALLBACKS = ("least_work", "recompute", "unready_router")
 
 
 class Metrics:

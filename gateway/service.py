@@ -55,11 +55,11 @@ from gateway.explain import explain_document, log_attempt, request_id_of
 from gateway.live import ClientLeft, Feed, LiveRequest
 from gateway.metrics import Metrics
 from gateway.model import load_served_model
-from gateway.router_link import RouterLink
+from gateway.routers import Routers
 from gateway.salts import TenantSalts
 from gateway.session import Session
 from gateway.stand_in import StandIn
-from gateway.status import router_status, status_document, worker_status
+from gateway.status import status_document, worker_status
 from gateway.text import ChoiceText
 from gateway.tracing import RequestSpans
 from gateway.workers import Workers
@@ -127,12 +127,12 @@ class GatewayService:
         self._ticker: asyncio.Task[None] | None = None
         self._membership = MembershipWatch(self.identity, secret, host=directory_host, port=directory_port, on_change=self._on_membership)
         self.workers = Workers(self.identity, secret, config, clock=clock, on_fact=self._on_fact, on_lost=self._on_worker_lost)
-        self.router = RouterLink(
+        self.routers = Routers(
             self.identity,
             secret,
             silent_s=config.router_silent_s,
             on_up=self._on_router_up,
-            on_down=self._on_router_down,
+            on_lost=self._on_router_lost,
             on_message=self._on_router_message,
         )
         self.stand_in = StandIn(max_count=config.num_explained)
@@ -173,7 +173,7 @@ class GatewayService:
         if self._ticker is not None:
             self._ticker.cancel()
         await self.workers.close()
-        await self.router.close()
+        await self.routers.close()
         await self._membership.close()
         if self._spans is not None:
             await asyncio.to_thread(self._spans.close)
@@ -277,8 +277,7 @@ class GatewayService:
 
     async def status(self) -> dict[str, object]:
         """The document of `GET /status`."""
-        reply = await self.router.status()
-        now, membership = self.clock(), self._membership.latest
+        replies, now, membership = await self.routers.statuses(), self.clock(), self._membership.latest
         return status_document(
             identity=self.identity,
             pid=os.getpid(),
@@ -289,7 +288,8 @@ class GatewayService:
                 worker_status(row, now, linked=self.workers.is_up(worker_id), trouble=row.trouble(now, self.config))
                 for worker_id, row in sorted(self.workers.rows.items())
             ],
-            router=router_status(self.router.service, linked=self.router.is_up, reply=reply),
+            routers=self.routers,
+            router_replies=replies,
             gateways=[s for s in membership.services if s.kind == "gateway"],
             requests=self._gauges(),
             fallbacks=self.metrics.fallback_counts(),
@@ -303,9 +303,9 @@ class GatewayService:
             NotExplained: nothing is kept under that name. NoRouter: it may be, but the router does not answer.
         """
         request_id = request_id_of(name)
-        reply = await self.router.explain(request_id, tenant)
+        replies = await self.routers.explain(request_id, tenant)
         own = answer(self.stand_in.explanations, request_id, tenant, self.clock(), by=self.identity.name)
-        return explain_document(name, own=own, reply=reply)
+        return explain_document(name, own=own, replies=replies)
 
     # --- the loop ---
 
@@ -345,8 +345,12 @@ class GatewayService:
             case TellRouter(message=message):
                 self._tell_router(live, message)
             case SendPlace(place=place):
-                if not self.router.send(place):
+                if (asked := self.routers.place(place)) is None:
                     self._post(live, RouterAway())
+                elif not asked.is_ready:
+                    self.metrics.fallbacks.labels("unready_router").inc()
+            case PlaceWithoutRouter(place=place) if self.routers.can_ask_another(place.request_id):
+                self._post(live, RouterUp())
             case PlaceWithoutRouter(place=place):
                 now = self.clock()
                 assignment = self.stand_in.place(place, self.workers.reachable(now), self._booked_tokens(), now)
@@ -368,7 +372,7 @@ class GatewayService:
         if isinstance(message, PrefillDone) and placed is not None:
             since_s = session.timelines[0].assigned_s if message.attempt == 0 else None
             self.metrics.prefilled(placed, session.request.num_prompt_tokens, message.num_cached_tokens, now, since_s)
-        self.router.send(self.stand_in.hear(message, placed, now))
+        self.routers.tell(self.stand_in.hear(message, placed, now))
 
     def _deliver(self, live: LiveRequest, deliver: Deliver) -> ChoiceStopped | None:
         if deliver.token_ids:
@@ -404,7 +408,7 @@ class GatewayService:
             await asyncio.sleep(self.config.tick_s)
             now = self.clock()
             self.workers.tick(now)
-            self.router.tick(now)
+            self.routers.tick(now)
             for live in [x for x in self._live.values() if x.session.wake_s <= now]:
                 self._post(live, Tick())
 
@@ -412,7 +416,7 @@ class GatewayService:
 
     def _on_membership(self, membership: Membership) -> None:
         self.workers.follow(membership)
-        self.router.follow(membership)
+        self.routers.follow(membership)
 
     def _on_fact(self, said: WorkerSaid) -> None:
         fact = said.fact
@@ -429,12 +433,12 @@ class GatewayService:
             self._post(live, WorkerLost(worker_id=worker_id))
 
     def _on_router_up(self) -> None:
-        for live in self._queued():
+        for live in [x for x in self._live.values() if x.session.state is AttemptState.QUEUED]:
             self._post(live, RouterUp())
 
-    def _on_router_down(self) -> None:
-        for live in self._queued():
-            self._post(live, RouterLost())
+    def _on_router_lost(self, request_ids: list[str]) -> None:
+        for live in [self._live[x] for x in request_ids if x in self._live]:
+            self._post(live, RouterUp() if self.routers.is_up else RouterLost())
 
     def _on_router_message(self, message: Any) -> None:
         if isinstance(message, (PlaceAck, Refused, Reassigned)):
@@ -450,9 +454,6 @@ class GatewayService:
                     self.metrics.placed(assignment.policy, apart=assignment.prefill_worker != assignment.decode_worker)
 
     # --- small things ---
-
-    def _queued(self) -> list[LiveRequest]:
-        return [x for x in self._live.values() if x.session.state is AttemptState.QUEUED]
 
     def _booked_tokens(self) -> dict[str, int]:
         booked: dict[str, int] = {}
@@ -471,7 +472,7 @@ class GatewayService:
             "requests_waiting_kv": states.count(AttemptState.WAITING_KV),
             "requests_decoding": states.count(AttemptState.DECODING),
             "workers_linked": sum(self.workers.is_up(w) for w in self.workers.rows),
-            "router_linked": float(self.router.is_up),
+            "router_linked": float(self.routers.is_up),
         }
 
     def _max_model_len(self) -> int:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 
 from gateway.metrics import kv_blocks
+from gateway.routers import Router, Routers
 from gateway.workers import WorkerRow
 from protocol.messages import ServiceAddress
 from protocol.wire import Identity
@@ -47,21 +48,42 @@ def worker_status(row: WorkerRow, now: float, *, linked: bool, trouble: str | No
     }
 
 
-def router_status(service: ServiceAddress | None, *, linked: bool, reply: str | None) -> dict[str, object]:
-    """The router: where it is and its own words about itself; `detail` is None when it did not answer."""
-    detail: object = None
-    if reply is not None:
-        try:
-            detail = json.loads(reply)
-        except ValueError:
-            detail = None
+def router_status(routers: Routers, replies: Mapping[str, str | None]) -> dict[str, object]:
+    """The router this gateway asks: where it is and its own words about itself; `detail` is None when it did not answer."""
+    row = routers.current or next(iter(routers.rows.values()), None)
+    if row is None:
+        return {"name": None, "state": "absent", "pid": None, "address": None, "epoch": None, "ready": False, "reason": "", "detail": None}
+    return _router(row, routers) | {"detail": _detail(replies.get(row.service.name))}
+
+
+def router_rows(routers: Routers, replies: Mapping[str, str | None]) -> list[dict[str, object]]:
+    """Every router: whether it is ready, how far behind it is with the others, and whether this gateway asks it."""
+    rows = []
+    for name, row in sorted(routers.rows.items()):
+        detail = _detail(replies.get(name))
+        said = {key: detail.get(key) for key in ("bookings", "peers")} if isinstance(detail, dict) else {"bookings": None, "peers": None}
+        rows.append(_router(row, routers) | {"is_current": row is routers.current} | said)
+    return rows
+
+
+def _router(row: Router, routers: Routers) -> dict[str, object]:
+    service = row.service
     return {
-        "state": "absent" if service is None else "up" if linked else "unreachable",
-        "pid": None if service is None else service.pid,
-        "address": None if service is None else f"{service.host}:{service.port}",
-        "epoch": None if service is None else service.epoch,
-        "detail": detail,
+        "name": service.name,
+        "state": "up" if routers.is_linked(service.name) else "unreachable",
+        "pid": service.pid,
+        "address": f"{service.host}:{service.port}",
+        "epoch": service.epoch,
+        "ready": row.is_ready,
+        "reason": "" if row.readiness is None else row.readiness.reason,
     }
+
+
+def _detail(reply: str | None) -> object:
+    try:
+        return None if reply is None else json.loads(reply)
+    except ValueError:
+        return None
 
 
 def status_document(
@@ -72,7 +94,8 @@ def status_document(
     max_model_len: int | None,
     reasons_not_ready: list[str],
     workers: list[dict[str, object]],
-    router: dict[str, object],
+    routers: Routers,
+    router_replies: Mapping[str, str | None],
     gateways: list[ServiceAddress],
     requests: Mapping[str, float],
     fallbacks: Mapping[str, float],
@@ -86,7 +109,8 @@ def status_document(
         "ready": not reasons_not_ready,
         "reasons_not_ready": reasons_not_ready,
         "workers": workers,
-        "router": router,
+        "router": router_status(routers, router_replies),
+        "routers": router_rows(routers, router_replies),
         "gateway": {"name": identity.name, "pid": pid, "epoch": identity.epoch, "requests": dict(requests)},
         "gateways": [{"name": g.name, "pid": g.pid, "epoch": g.epoch} for g in gateways],
         "fallbacks": dict(fallbacks),

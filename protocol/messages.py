@@ -1,4 +1,4 @@
-"""Every frame our sockets carry, by who says it to whom.
+"""Every frame our sockets carry, by who says it to whom (what routers say of themselves: protocol/peering.py).
 
     gateway -> worker      Submit, Cancel
     worker  -> gateway     StepOutput (one a step), Offered, HandoffDone, TransferFailed, AttemptFailed, SnapshotFrame

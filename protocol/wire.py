@@ -26,6 +26,7 @@ from typing import Any, cast
 from protocol.codec import from_wire, pack, to_wire, unpack
 from protocol.errors import FrameTooLarge, HandshakeRefused, MalformedFrame, WireError
 from protocol.messages import MESSAGES
+from protocol.peering import PEERING_MESSAGES
 
 WIRE_VERSION = 1
 MAX_FRAME_BYTES = 64 << 20
@@ -34,7 +35,8 @@ HANDSHAKE_TIMEOUT_S = 5.0
 _HANDSHAKE_FRAME_BYTES = 64 << 10
 
 _LENGTH = struct.Struct("<I")
-_NUMBER_OF = {cls: number for number, cls in enumerate(MESSAGES)}
+ALL_MESSAGES = MESSAGES + PEERING_MESSAGES
+_NUMBER_OF = {cls: number for number, cls in enumerate(ALL_MESSAGES)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +70,9 @@ def encode(message: object) -> bytes:
 def decode(body: bytes | memoryview) -> Any:
     """The message of one frame's body (without its length)."""
     value = unpack(body)
-    if not isinstance(value, list) or len(value) != 2 or type(value[0]) is not int or not 0 <= value[0] < len(MESSAGES):
+    if not isinstance(value, list) or len(value) != 2 or type(value[0]) is not int or not 0 <= value[0] < len(ALL_MESSAGES):
         raise MalformedFrame("a frame is [message number, fields]")
-    return from_wire(MESSAGES[value[0]], value[1])
+    return from_wire(ALL_MESSAGES[value[0]], value[1])
 
 
 MessageCallback = Callable[["Connection", Any], None]

@@ -59,6 +59,15 @@ class RouterConfig:
     index_prefix_closed: bool = True  # no worker holds a block without its parents, as ours promise; false for engines that do not
     resync_interval_s: float = _bounded(1.0, 0.0)
 
+    # Several routers
+    peer_batch_s: float = _bounded(2e-3, 0.0, 0.1)  # bookings are told to other routers after this at the latest
+    peer_batch_size: int = _bounded(256, 1, 65_536)  # changes in one message
+    peer_max_blocks: int = _bounded(1024, 0, 65_536)  # leading hash blocks told with a booking, so that siblings find each other
+    near_best: float = _bounded(0.05, 0.0, 1.0)  # workers this much dearer than the best are drawn among, where there are several routers
+    ready_wait_s: float = _bounded(2.0, 0.0)  # a router that starts waits so long for workers and routers that do not answer
+    lag_s: float = _bounded(0.8, 0.05)  # belief older than this is a lag: not ready; four times snapshot_stale_s
+    max_missed_events: int = _bounded(4096, 0)  # KV events waited for; beyond it not ready
+
     # Estimates
     estimate_bias: float = _bounded(1.25, 1.0)  # estimates lean high: half the true cost hurts far more than twice
     estimate_error_max: float = _bounded(0.5, 0.01)  # mean relative error of a pool's estimates; beyond it requests are counted instead

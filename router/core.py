@@ -29,6 +29,7 @@ from protocol.messages import (
 from protocol.request import AttemptKey
 from router import admission, policies, status
 from router.bookings import Booking, Bookings
+from router.choice import Blocked, Choice
 from router.config import RouterConfig
 from router.cost_model import StepCost
 from router.early_rejection import EarlyRejection
@@ -49,8 +50,8 @@ from router.explanations import Explanation, Explanations
 from router.fleet import Fleet, Pools
 from router.guarded_policy import GuardedPolicy, PoolPolicies
 from router.hindsight import OverlapWatch, PredictionErrors
-from router.holds import Hold, Phase
-from router.placement import Blocked, Choice, Placement
+from router.peers import Peers
+from router.placement import Placement
 from router.policies.api import (
     Booked,
     Finished,
@@ -61,6 +62,7 @@ from router.policies.api import (
 from router.policies.api import Tick as PolicyTick
 from router.prefix_index import PrefixIndex
 from router.queue import FairQueue, Waiting
+from router.readiness import Readiness
 from router.reassignment import Reassignments
 from router.worker_reports import WorkerReports
 
@@ -76,14 +78,27 @@ class RouterCore:
         rng: Random,
         prior: StepCost | None = None,
         decode_policy: PlacementPolicy | None = None,
+        name: str = "router-0",
     ) -> None:
-        """decode_policy: None: `policy` serves both pools."""
+        """decode_policy: None: `policy` serves both pools. name: as the directory lists it; others of kind "router" there are peers."""
         self.config = config
         self.fleet = Fleet()
         self.index = PrefixIndex(
             max_bytes=config.index_max_bytes, speculative_ttl_s=config.speculative_ttl_s, prefix_closed=config.index_prefix_closed
         )
-        self.bookings = Bookings(self.fleet, ttl_s=config.booking_ttl_s)
+        self.bookings: Bookings[Booking] = Bookings(
+            self.fleet, ttl_s=config.booking_ttl_s, on_over=lambda booking: self.peers.over(booking)
+        )
+        self.peers = Peers(
+            config,
+            name=name,
+            fleet=self.fleet,
+            index=self.index,
+            own=self.bookings,
+            say=lambda command: self._commands.append(command),
+            on_prefill_done=self._end_prefill,
+            on_done=self._end,
+        )
         self._rng = rng
         self.policies = PoolPolicies(*self._guards(policy, decode_policy))
         self.queues: dict[str, FairQueue] = {}
@@ -92,7 +107,7 @@ class RouterCore:
         self.prediction_errors = PredictionErrors()
         self.overlap = OverlapWatch()
         self.counters: dict[str, int] = dict.fromkeys(status.COUNTERS, 0)
-        self._placement = Placement(config, fleet=self.fleet, index=self.index, policies=self.policies)
+        self._placement = Placement(config, fleet=self.fleet, index=self.index, policies=self.policies, rng=rng)
         self._early_rejection = EarlyRejection(self._placement)
         reassignments = Reassignments(fleet=self.fleet, bookings=self.bookings, placement=self._placement, on_moved=self._moved)
         self.reports = WorkerReports(
@@ -100,6 +115,7 @@ class RouterCore:
             fleet=self.fleet,
             index=self.index,
             bookings=self.bookings,
+            peers=self.peers,
             policies=self.policies,
             rng=rng,
             prior=prior if prior is not None else StepCost(),
@@ -107,7 +123,14 @@ class RouterCore:
             say=lambda command: self._commands.append(command),
             on_ready=self._worker_is_ready,
         )
-        self._num_choices = 0
+        self.readiness = Readiness(
+            config,
+            fleet=self.fleet,
+            index=self.index,
+            reports=self.reports,
+            peers=self.peers,
+            say=lambda command: self._commands.append(command),
+        )
         self._queued: dict[str, Waiting] = {}  # by request id: one attempt of a request waits at most
         self._lost_gateways: dict[str, float] = {}  # gateway -> when its bookings end
         self._gateway_epochs: dict[str, int] = {}
@@ -116,7 +139,8 @@ class RouterCore:
             FromGateway: self._from_gateway,
             GatewayUp: lambda event, now: self._gateway_up(event),
             GatewayDown: lambda event, now: self._gateway_down(event.gateway, now),
-            MembershipChanged: lambda event, now: self.reports.take_membership(event.membership, now),
+            MembershipChanged: lambda event, now: self._membership_changed(event, now),
+            **self.peers.performers,
             WorkerUp: self.reports.up,
             WorkerDown: self.reports.down,
             FromWorker: self.reports.receive,
@@ -129,6 +153,8 @@ class RouterCore:
         commands: list[Command] = []
         self._commands = commands
         self._perform[type(event)](event, now)
+        if type(event) is Tick or not self.readiness.is_ready:
+            self.readiness.judge(now)
         return commands
 
     def use_policy(
@@ -176,9 +202,11 @@ class RouterCore:
 
     def check(self) -> None:
         """Assert that every hold belongs to a live booking and that the sums over workers are those of their holds."""
-        self.bookings.check()
-        for worker in self.fleet:
-            worker.check()
+        held = self.bookings.standing() | self.peers.bookings.standing()
+        on_workers = {key for worker in self.fleet for key in worker.holds}
+        assert on_workers == held, f"holds without a booking: {on_workers - held}; lost holds: {held - on_workers}"
+        for part in (*self.fleet, *self.bookings):
+            part.check()
         waiting = {w.key for queue in self.queues.values() for w in queue} | self.stranded.keys()
         assert waiting == {w.key for w in self._queued.values()}, "queue and its index by request differ"
         self.explanations.check()
@@ -199,9 +227,10 @@ class RouterCore:
         if isinstance(message, Place):
             self._place(event.gateway, message, now)
         elif isinstance(message, PrefillDone):
-            self._prefill_done(message, now)
-        else:
-            self._done(message, now)
+            if not self._end_prefill(message, now):
+                self.peers.pass_on(message, now)
+        elif not self._end(message, now):
+            self.peers.pass_on(message, now)
 
     def _place(self, gateway: str, place: Place, now: float) -> None:
         key = AttemptKey(request_id=place.request_id, attempt=place.attempt)
@@ -247,26 +276,30 @@ class RouterCore:
             refusal = self._early_rejection.refusal(place, pools, now, queue_s=drain_s, predicted_output_tokens=output)
         return refusal
 
-    def _prefill_done(self, message: PrefillDone, now: float) -> None:
+    def _end_prefill(self, message: PrefillDone, now: float) -> bool:
+        """False: not booked here."""
         key, found_tokens = AttemptKey(request_id=message.request_id, attempt=message.attempt), message.num_cached_tokens
         booking = self.bookings.get(key)
-        is_first_word = booking is not None and Phase.PREFILL in booking.holds
+        is_first_word = booking is not None and not booking.is_prefilled
         booking = self.bookings.end_prefill(key, message.decode_worker, now)
         if booking is None:
-            return
+            return False
+        self.peers.prefilled(booking)
         if is_first_word and found_tokens is not None:
             self.explanations.first_token(key, now, found_tokens=found_tokens)
             self.prediction_errors.observe(booking.assignment, now - booking.booked_s)
             self.overlap.observe(booking.assignment, found_tokens, booking.place.num_tokens, now)
         self.policies.observe(FirstToken(key=key, since_booked_s=now - booking.booked_s), now)
         self._pump(booking.place.model_id, now)
+        return True
 
-    def _done(self, message: Done, now: float) -> None:
+    def _end(self, message: Done, now: float) -> bool:
+        """False: not booked here, though perhaps it waited."""
         key = AttemptKey(request_id=message.request_id, attempt=message.attempt)
         booking = self.bookings.end(key)
         self.explanations.ended(message, now)
         if self._unqueue(key) or booking is None:
-            return
+            return booking is not None
         queue = self.queues.get(booking.place.model_id)
         if queue is not None:
             queue.settle(
@@ -277,14 +310,23 @@ class RouterCore:
             )
         self.policies.observe(Finished(key=key, num_output_tokens=message.num_output_tokens), now)
         self._pump(booking.place.model_id, now)
+        return True
+
+    def _membership_changed(self, event: MembershipChanged, now: float) -> None:
+        self.reports.take_membership(event.membership, now)
+        self.peers.take_membership(event.membership, now)
+        self.readiness.take_membership(now)
+        self._placement.is_one_of_several = self.peers.num_routers > 1
 
     def _gateway_up(self, event: GatewayUp) -> None:
+        self.readiness.tell(event.gateway)
         self._lost_gateways.pop(event.gateway, None)
         if self._gateway_epochs.get(event.gateway, event.epoch) != event.epoch:
             self._end_all_of(event.gateway)
         self._gateway_epochs[event.gateway] = event.epoch
 
     def _gateway_down(self, gateway: str, now: float) -> None:
+        self.readiness.forget(gateway)
         for waiting in [w for w in self._queued.values() if w.gateway == gateway]:
             self._unqueue(waiting.key)
         self._lost_gateways[gateway] = now + self.config.gateway_grace_s
@@ -305,6 +347,8 @@ class RouterCore:
             self._gateway_epochs.pop(gateway, None)
             self._end_all_of(gateway)
         self.reports.tick(now)
+        self.counters["bookings_expired"] += self.peers.tick(now)
+        self.readiness.tick(now)
         self._refuse_overdue(now)
         self.policies.observe(PolicyTick(), now)
         for wish in self.policies.commands(now):
@@ -380,7 +424,6 @@ class RouterCore:
 
     def _book(self, waiting: Waiting, choice: Choice, predicted_output_tokens: int, now: float) -> None:
         place, key, prefill, decode = waiting.place, waiting.key, choice.prefill, choice.decode
-        missed = place.num_tokens - choice.cached_tokens - choice.pulled_tokens
         assignment = Assignment(
             request_id=place.request_id,
             attempt=place.attempt,
@@ -400,36 +443,21 @@ class RouterCore:
             predicted_handoff_s=choice.handoff_s,
         )
         self.counters["prefix_pulls"] += choice.pull is not None
-        prefill_hold = Hold(
+        booking = Booking(
             key=key,
-            phase=Phase.PREFILL,
-            worker_id=prefill.worker_id,
-            prefill_tokens=missed,
-            prefill_pairs=missed * place.num_tokens,
+            gateway=waiting.gateway,
+            place=place,
+            assignment=assignment,
+            prefill_worker=prefill.worker_id,
+            predicted_output_tokens=predicted_output_tokens,
+            booked_s=now,
+            holds=choice.holds(key, place, now, predicted_output_tokens),
         )
-        decode_hold = Hold(
-            key=key,
-            phase=Phase.DECODE,
-            worker_id=decode.worker_id,
-            num_sequences=place.num_choices,
-            kv_tokens=choice.kv_tokens,
-            output_tokens=predicted_output_tokens,
-            lands_s=now + choice.prefill_s,
-        )
-        self.bookings.add(
-            Booking(
-                key=key,
-                gateway=waiting.gateway,
-                place=place,
-                assignment=assignment,
-                predicted_output_tokens=predicted_output_tokens,
-                booked_s=now,
-                holds={Phase.PREFILL: prefill_hold, Phase.DECODE: decode_hold},
-            )
-        )
+        self.peers.forget(place.request_id)
+        self.bookings.add(booking)
+        self.peers.made(booking, now)
         prefill.note_booked(place.num_tokens, choice.cached_tokens)
-        self._num_choices += 1
-        prefill.last_chosen = decode.last_chosen = self._num_choices
+        self.fleet.note_chosen(prefill, decode)
         self.index.speculate(prefill.worker_id, place.block_hashes, now, num_held=choice.num_marked_blocks)
         self.explanations.placed(place, assignment, now)
         self.counters["splits" if choice.is_split else "locals"] += 1
@@ -445,10 +473,11 @@ class RouterCore:
         )
         self.policies.observe(booked, now)
 
-    def _moved(self, booking: Booking) -> None:
+    def _moved(self, booking: Booking, now: float) -> None:
         """Another worker is to decode it: tell its gateway, and whoever asks why."""
         assignment = booking.assignment
         self.counters["reassigned"] += 1
+        self.peers.made(booking, now)
         self.explanations.reassigned(booking.key, assignment)
         message = Reassigned(
             request_id=assignment.request_id,

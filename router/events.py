@@ -21,6 +21,7 @@ from protocol.messages import (
     SnapshotFrame,
     Subscribe,
 )
+from protocol.peering import AskBookings, BookingNews, BookingSet, RouterReadiness
 from protocol.worker import WorkerId
 from router.policies.api import PolicyOverran
 
@@ -75,11 +76,48 @@ class FromWorker:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeerUp:
+    """The link over which another router tells us its bookings is open."""
+
+    peer: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerDown:
+    peer: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FromPeer:
+    """AskBookings came over the link the peer opened to hear us, the others over the one we opened to hear it."""
+
+    peer: str
+    epoch: int
+    message: AskBookings | BookingSet | BookingNews
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerHungUp:
+    """The peer does not hear us any more."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchDue:
+    """The time of a `BatchBegun` is over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
     """Time passed. At least every 50 ms."""
 
 
-Event = FromGateway | GatewayUp | GatewayDown | MembershipChanged | WorkerUp | WorkerDown | FromWorker | Tick | PolicyOverran
+FromNetwork = FromGateway | GatewayUp | GatewayDown | MembershipChanged | WorkerUp | WorkerDown | FromWorker
+FromRouters = PeerUp | PeerDown | FromPeer | PeerHungUp | BatchDue
+Event = FromNetwork | FromRouters | Tick | PolicyOverran
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
@@ -87,7 +125,7 @@ Event = FromGateway | GatewayUp | GatewayDown | MembershipChanged | WorkerUp | W
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToGateway:
     gateway: str
-    message: PlaceAck | Assigned | Reassigned | Refused
+    message: PlaceAck | Assigned | Reassigned | Refused | RouterReadiness
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,4 +134,19 @@ class ToWorker:
     message: Subscribe
 
 
-Command = ToGateway | ToWorker
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToPeers:
+    """AskBookings goes over the links we opened, the others over those that the peers opened to hear us."""
+
+    peers: tuple[str, ...]
+    message: AskBookings | BookingSet | BookingNews
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchBegun:
+    """Something is to be told to peers: come back with a BatchDue within this time."""
+
+    within_s: float
+
+
+Command = ToGateway | ToWorker | ToPeers | BatchBegun

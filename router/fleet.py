@@ -61,6 +61,7 @@ class Worker:
         "_young_s",
         "address",
         "booked",
+        "booking_scale",
         "context_mean",
         "cost",
         "epoch",
@@ -112,6 +113,7 @@ class Worker:
         # Bookings
         self.booked = Tally()
         self.fresh = Tally()  # booked, and not in the snapshot yet
+        self.booking_scale = 1.0  # bookings of all routers for one that is known here; above 1 while routers are not heard
         self.holds: dict[HoldKey, Hold] = {}
         self._decoding_from: dict[HoldKey, int] = {}  # step at which its prompt was computed
         self._outlook: DecodeOutlook | None = None  # of these holds; None: they are others than when it was made
@@ -158,18 +160,18 @@ class Worker:
         if self._price is not None:
             self.cost = self._price.cost
             self._drained_at_s = _NEVER
-            self._young_s = self.booked.num_prefills * self._price.prefill_s
+            self._young_s = self.booking_scale * self.booked.num_prefills * self._price.prefill_s
 
     def _write_work(self, now: float) -> None:
-        snapshot, booked, fresh = self.snapshot, self.booked, self.fresh
+        snapshot, booked, fresh, scale = self.snapshot, self.booked, self.fresh, self.booking_scale
         self._changed = False
         self.cost = cost = self.model.cost
         if snapshot is None or now > self.read_at_s + self._stale_s:
             self._stale_at_s = _FOREVER
             self._drained_at_s = _NEVER
-            self._young_s = _prefill_s(booked, cost)
-            self.queued_prefill_tokens = booked.prefill_tokens
-            self.num_sequences = booked.num_sequences
+            self._young_s = scale * _prefill_s(booked, cost)
+            self.queued_prefill_tokens = int(scale * booked.prefill_tokens)
+            self.num_sequences = int(scale * booked.num_sequences)
             self.kv_tokens = booked.kv_tokens
             self.free_kv_tokens = max(0, self.kv_capacity_tokens - booked.kv_tokens - booked.prefill_tokens)
             self.reclaimable_kv_tokens = 0
@@ -182,9 +184,9 @@ class Worker:
         if snapshot.waiting_tokens:
             token_s = cost.prefill_token_s + cost.prefill_pair_s * self.context_mean
             self._drained_at_s = self.read_at_s + cost.step_s + snapshot.waiting_tokens * token_s
-        self._young_s = _prefill_s(fresh, cost)
-        self.queued_prefill_tokens = snapshot.waiting_tokens + fresh.prefill_tokens
-        self.num_sequences = snapshot.num_running + snapshot.num_waiting + fresh.num_sequences
+        self._young_s = scale * _prefill_s(fresh, cost)
+        self.queued_prefill_tokens = snapshot.waiting_tokens + int(scale * fresh.prefill_tokens)
+        self.num_sequences = snapshot.num_running + snapshot.num_waiting + int(scale * fresh.num_sequences)
         self.kv_tokens = max(snapshot.running_kv_tokens + fresh.kv_tokens, booked.kv_tokens)
         self.free_kv_tokens = max(0, snapshot.num_blocks_free * block - fresh.prefill_tokens)
         self.reclaimable_kv_tokens = snapshot.num_blocks_cached * block
@@ -207,6 +209,15 @@ class Worker:
             self._pending[key] = None
         else:
             self._settling[key] = now
+
+    def scale_bookings(self, scale: float) -> None:
+        """Count each booking as `scale` of them: what is known here stands for what routers that are not heard gave out meanwhile."""
+        if scale != self.booking_scale:
+            self.booking_scale = scale
+            self._changed = True
+
+    def has_hold(self, hold: Hold) -> bool:
+        return (hold.key, hold.phase) in self.holds
 
     def remove_hold(self, hold: Hold) -> None:
         key = (hold.key, hold.phase)
@@ -387,6 +398,7 @@ class Fleet:
     def __init__(self) -> None:
         self._workers: dict[WorkerId, Worker] = {}
         self._pools: dict[str, Pools] = {}
+        self._num_choices = 0
         self.known: dict[WorkerId, WorkerAddress] = {}  # what the directory says, linked or not
 
     def __iter__(self) -> Iterator[Worker]:
@@ -425,6 +437,12 @@ class Fleet:
         """Who is known best of the newcomer's role, else of its model; None: nobody is known."""
         known = [w for w in self._workers.values() if w.address.model_id == newcomer.model_id and w.model.num_samples]
         return max(known, key=lambda w: (w.role is newcomer.role, w.model.num_samples), default=None)
+
+    def note_chosen(self, *workers: Worker) -> None:
+        """These were just chosen: among equals they are the last to be chosen again."""
+        self._num_choices += 1
+        for worker in workers:
+            worker.last_chosen = self._num_choices
 
     def remove(self, worker_id: WorkerId) -> Worker | None:
         worker = self._workers.pop(worker_id, None)

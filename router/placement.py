@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from math import ceil, inf
+from random import Random
 from typing import NamedTuple
 
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
-from protocol.messages import CandidateScore, Place, PrefixSource
+from protocol.messages import CandidateScore, Place
 from protocol.worker import Role, WorkerId
+from router.choice import Blocked, Choice, Ranking, draw_first, near
 from router.config import Disaggregate, RouterConfig
 from router.fleet import Fleet, Pools, Worker
 from router.guarded_policy import PoolPolicies
@@ -33,54 +34,6 @@ from router.pull_cost import PullCosts, Source
 
 MAX_REPLICATIONS = 1024
 _AGE_MAX_S = 1e9  # said of a worker never heard of
-
-
-class Blocked(Enum):
-    """Why a request stays where it is."""
-
-    FULL = "full"  # every candidate's inbox is full
-    NOBODY = "nobody"  # there is no candidate at all
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ranking:
-    """What the policy said of one pool, best first."""
-
-    policy: str
-    best: Worker
-    scores: tuple[CandidateScore, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    prefill: Worker
-    decode: Worker
-    cached_tokens: int  # on the prefill worker
-    num_marked_blocks: int  # leading hash blocks the index already knows there
-    kv_tokens: int  # on the decode worker at the expected end
-    policy: str
-    reason: str
-    prefill_scores: tuple[CandidateScore, ...]
-    decode_scores: tuple[CandidateScore, ...]
-    pull: Pull | None  # from another worker to the prefill worker
-    prefill_s: float  # from now to the first token, as the cost model has it
-    handoff_s: float  # from there to the decode worker
-
-    @property
-    def is_split(self) -> bool:
-        return self.prefill is not self.decode
-
-    @property
-    def pulled_tokens(self) -> int:
-        return self.pull.pulled_tokens if self.pull is not None else 0
-
-    @property
-    def prefix_source(self) -> PrefixSource | None:
-        """As the assignment tells it."""
-        if self.pull is None:
-            return None
-        pull = self.pull
-        return PrefixSource(worker_id=pull.source, num_tokens=pull.num_tokens, pull_s=pull.pull_s, compute_s=pull.compute_s)
 
 
 class FirstToken(NamedTuple):
@@ -120,11 +73,13 @@ class _Ask:
 class Placement:
     """Chooses workers; changes nothing but the policy's random generator and the list of replications asked for."""
 
-    def __init__(self, config: RouterConfig, *, fleet: Fleet, index: PrefixIndex, policies: PoolPolicies) -> None:
+    def __init__(self, config: RouterConfig, *, fleet: Fleet, index: PrefixIndex, policies: PoolPolicies, rng: Random) -> None:
         self._config = config
         self._fleet = fleet
         self._index = index
         self._policies = policies
+        self._rng = rng  # of the draw among workers that are nearly the best
+        self.is_one_of_several = False  # between two of their messages routers see the same best: each draws among those nearly as good
         self._pulls = PullCosts(fleet, index, min_tokens=config.prefix_pull_min_tokens, bias=config.estimate_bias)
         self._replications: dict[bytes, tuple[WorkerId, float]] = {}
 
@@ -311,8 +266,12 @@ class Placement:
         policy, prices = guarded.price(view, ask.place, ask.now)
         seconds, count = prices.seconds, self._config.num_candidates
         dearest = sorted(seconds)[count - 1] if len(seconds) > count else inf
+        if self.is_one_of_several:
+            dearest = max(dearest, near(min(seconds), self._config.near_best))
         contenders = [(s, workers[i].last_chosen, workers[i].tie_hash, i) for i, s in enumerate(seconds) if s <= dearest and s != inf]
         contenders.sort()
+        if self.is_one_of_several:
+            draw_first(contenders, self._config.near_best, self._rng)
         best = [i for *_, i in contenders[:count]]
         scores = tuple([_candidate(workers[i], seconds[i], guarded.parts(prices, i), ask) for i in best])
         return Ranking(policy=policy, best=workers[best[0]], scores=scores)

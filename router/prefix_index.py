@@ -111,6 +111,11 @@ class PrefixIndex:
         holdings = self._holdings.get(worker_id)
         return (holdings.next_number or 0) if holdings is not None else 0
 
+    def has_heard(self, worker_id: WorkerId) -> bool:
+        """True once the worker has told what it holds."""
+        holdings = self._holdings.get(worker_id)
+        return holdings is not None and holdings.next_number is not None
+
     # --- what workers say ---
 
     def apply(self, frame: KvEvents) -> tuple[tuple[KvEvent, ...], bool]:

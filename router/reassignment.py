@@ -31,8 +31,10 @@ MAX_MOVES = 3
 class Reassignments:
     """Watches the decode holds of bookings whose prefill is under way on another worker."""
 
-    def __init__(self, *, fleet: Fleet, bookings: Bookings, placement: Placement, on_moved: Callable[[Booking], None]) -> None:
-        """on_moved: the booking's hold and its assignment name another decode worker now; the assignment's reason says why."""
+    def __init__(
+        self, *, fleet: Fleet, bookings: Bookings[Booking], placement: Placement, on_moved: Callable[[Booking, float], None]
+    ) -> None:
+        """on_moved(booking, now): the booking's hold and its assignment name another decode worker now; its reason says why."""
         self._fleet = fleet
         self._bookings = bookings
         self._placement = placement
@@ -43,8 +45,7 @@ class Reassignments:
         """After a report of `worker`: are the requests that will come to it still in good hands?"""
         for hold in worker.pending_holds(MAX_RECHECKS):
             booking = self._bookings.get(hold.key)
-            assert booking is not None, "a hold without a booking"
-            if booking.num_moves >= MAX_MOVES:
+            if booking is None or booking.num_moves >= MAX_MOVES:  # None: another router booked it, which looks at it itself
                 continue
             worker.refresh(now)
             trouble = _trouble(worker, booking)
@@ -88,7 +89,7 @@ class Reassignments:
             decode_scores=ranking.scores,
             reason=f"{booking.assignment.reason}; decodes on {decode} instead of {hold.worker_id} ({trouble})",
         )
-        self._on_moved(booking)
+        self._on_moved(booking, now)
         return True
 
 

@@ -1,7 +1,8 @@
-"""The router's process: sockets around the core. Gateways dial it, it dials workers and the directory; no decision is made here.
+"""The router's process: sockets around the core, and no decision. Gateways dial it, it dials workers, other routers and the directory.
 
-gateways ──Place, PrefillDone, Done──►│ RouterService ─on()─► core │──Assigned, Refused──► gateways
+gateways ──Place, PrefillDone, Done──►│ RouterService ─on()─► core │──Assigned, Refused, RouterReadiness──► gateways
 workers  ──snapshots, KV events──────►│                            │──Subscribe──────────► workers
+routers  ──their bookings────────────►│                            │──AskBookings, our bookings──► routers
 directory ──Membership───────────────►│                            │
 """
 
@@ -37,20 +38,29 @@ from protocol.messages import (
     StatusReply,
     StatusRequest,
 )
+from protocol.peering import AskBookings, BookingNews, BookingSet
 from protocol.wire import Connection, Identity, Listener, encode
 from protocol.worker import WorkerId
 from router import explanations, policies
 from router.config import RouterConfig
 from router.core import RouterCore
 from router.events import (
+    BatchBegun,
+    BatchDue,
     Event,
     FromGateway,
+    FromPeer,
     FromWorker,
     GatewayDown,
     GatewayUp,
     MembershipChanged,
+    PeerDown,
+    PeerHungUp,
+    PeerUp,
     Tick,
     ToGateway,
+    ToPeers,
+    ToWorker,
     WorkerDown,
     WorkerUp,
 )
@@ -69,7 +79,6 @@ from router.policies.api import (
 log = logging.getLogger("baton.router")
 
 TICK_S = 0.05
-NAME = "router"
 NUM_DECISIONS_TIMED = 1024
 
 
@@ -94,18 +103,25 @@ class RouterService:
         port: int = 0,
         seed: int = 0,
         notes: tuple[str, ...] = (),
+        name: str = "router-0",
     ) -> None:
+        """name: unique among the routers of the directory."""
+        self._name = name
         self._timed = _timed(config.policy, config.decode_policy)
-        self._core = RouterCore(config, policy=self._timed[Pool.PREFILL], decode_policy=self._timed.get(Pool.DECODE), rng=Random(seed))
+        self._core = RouterCore(
+            config, policy=self._timed[Pool.PREFILL], decode_policy=self._timed.get(Pool.DECODE), rng=Random(seed), name=name
+        )
         self._limit_s = config.policy_time_limit_s
         self._is_behind = False  # the core has work that waits until the answers are out
         self._notes = list(notes)
         self._epoch = epoch
         self._bind = (host, port)
-        identity = Identity(name=NAME, kind="router", epoch=epoch)
+        identity = Identity(name=name, kind="router", epoch=epoch)
         self._listener = Listener(identity, secret, self._accept)
         self._directory = MembershipWatch(identity, secret, host=directory_host, port=directory_port, on_change=self._membership_changed)
         self._links = Links(identity, secret, on_up=self._worker_up, on_down=self._worker_down, on_message=self._receive_from_worker)
+        self._routers = Links(identity, secret, on_up=self._peer_up, on_down=self._peer_down, on_message=self._receive_from_peer)
+        self._listeners: dict[str, Connection] = {}  # routers that dialed us
         self._gateways: dict[str, Connection] = {}
         self._epochs: dict[WorkerId, int] = {}  # of the open links
         self._ticker: asyncio.Task[None] | None = None
@@ -119,7 +135,7 @@ class RouterService:
         host, port = self._bind
         await self._listener.start(host=host, port=port)
         address = ServiceAddress(
-            name=NAME, kind="router", epoch=self._epoch, host=self._listener.host, port=self._listener.port, pid=os.getpid()
+            name=self._name, kind="router", epoch=self._epoch, host=self._listener.host, port=self._listener.port, pid=os.getpid()
         )
         self._directory.register(RegisterService(service=address))
         self._directory.start()
@@ -134,6 +150,7 @@ class RouterService:
                 await self._ticker
         await self._directory.close()
         await self._links.close()
+        await self._routers.close()
         self._listener.close()
 
     @property
@@ -175,9 +192,28 @@ class RouterService:
                 if command.gateway in self._gateways:
                     frames.setdefault(command.gateway, []).append(encode(command.message))
             else:
-                self._links.send(command.worker_id, command.message)
+                self._perform(command)
         for gateway, told in frames.items():
             self._gateways[gateway].send_encoded(b"".join(told))
+
+    def _perform(self, command: ToWorker | ToPeers | BatchBegun) -> None:
+        if isinstance(command, ToWorker):
+            self._links.send(command.worker_id, command.message)
+        elif isinstance(command, ToPeers):
+            self._send_to_peers(command)
+        else:
+            asyncio.get_running_loop().call_later(command.within_s, self._turn, BatchDue())
+
+    def _send_to_peers(self, command: ToPeers) -> None:
+        if isinstance(command.message, AskBookings):
+            for peer in command.peers:
+                self._routers.send(peer, command.message)
+            return
+        frame = encode(command.message)
+        for peer in command.peers:
+            listener = self._listeners.get(peer)
+            if listener is not None:
+                listener.send_encoded(frame)
 
     @staticmethod
     def _now() -> float:
@@ -208,9 +244,12 @@ class RouterService:
 
     def _accept(self, connection: Connection) -> None:
         connection.on_message = self._receive
+        name = connection.peer.name
+        if connection.peer.kind == "router":
+            self._listeners[name] = connection
+            connection.on_close = lambda c, _: self._listener_closed(c)
         if connection.peer.kind != "gateway":
             return
-        name = connection.peer.name
         earlier = self._gateways.get(name)
         self._gateways[name] = connection
         if earlier is not None:
@@ -227,6 +266,8 @@ class RouterService:
             self._turn(FromGateway(gateway=connection.peer.name, message=message))
         elif isinstance(message, UsePolicy):
             self._use_policy(connection, message)
+        elif isinstance(message, AskBookings) and connection.peer.kind == "router":
+            self._turn(FromPeer(peer=connection.peer.name, epoch=connection.peer.epoch, message=message))
         elif isinstance(message, StatusRequest):
             connection.send(StatusReply(reply_id=message.reply_id, json=json.dumps(self.status())))
         elif isinstance(message, ExplainRequest):
@@ -263,10 +304,32 @@ class RouterService:
             del self._gateways[name]
             self._turn(GatewayDown(gateway=name))
 
+    # --- other routers ---
+
+    def _listener_closed(self, connection: Connection) -> None:
+        name = connection.peer.name
+        if self._listeners.get(name) is connection:
+            del self._listeners[name]
+            self._turn(PeerHungUp(peer=name))
+
+    def _peer_up(self, name: str, connection: Connection) -> None:
+        self._turn(PeerUp(peer=name, epoch=connection.peer.epoch))
+
+    def _peer_down(self, name: str, epoch: int) -> None:
+        log.info("router link down", extra={"router": name, "epoch": epoch})
+        self._turn(PeerDown(peer=name, epoch=epoch))
+
+    def _receive_from_peer(self, name: str, message: Any) -> None:
+        connection = self._routers.get(name)
+        if connection is not None and isinstance(message, (BookingSet, BookingNews)):
+            self._turn(FromPeer(peer=name, epoch=connection.peer.epoch, message=message))
+
     # --- workers and directory ---
 
     def _membership_changed(self, membership: Membership) -> None:
         self._turn(MembershipChanged(membership=membership))
+        routers = [s for s in membership.services if s.kind == "router" and s.name != self._name]
+        self._routers.set_targets([Target(name=r.name, epoch=r.epoch, host=r.host, port=r.port) for r in routers])
         self._links.set_targets([Target(name=a.worker_id, epoch=a.epoch, host=a.host, port=a.port) for a in membership.workers])
 
     def _worker_up(self, worker_id: str, connection: Connection) -> None:

@@ -35,6 +35,9 @@ def document(core: RouterCore, now: float) -> dict[str, object]:
         "schema": SCHEMA,
         "policy": _policy(core.policies.prefill, core.config.policy),
         "decode_policy": _policy(core.policies.decode, core.config.decode_policy or core.config.policy),
+        "ready": core.readiness.is_ready,
+        "reason_not_ready": core.readiness.reason,
+        "peers": core.peers.status(now),
         "queues": {
             model_id: {"waiting": len(queue), "waiting_tokens": queue.num_tokens, "tenants": queue.counters()}
             for model_id, queue in core.queues.items()
@@ -47,7 +50,9 @@ def document(core: RouterCore, now: float) -> dict[str, object]:
             "dropped": index.num_dropped,
             "gaps": index.num_gaps,
         },
-        "counters": core.counters | {"workers_left": core.reports.num_left, "resyncs": core.reports.num_resyncs},
+        "counters": core.counters
+        | {"workers_left": core.reports.num_left, "resyncs": core.reports.num_resyncs}
+        | {"lags": core.readiness.num_lags, "peer_gaps": core.peers.num_gaps, "peers_lost": core.peers.num_lost},
         "ttft_prediction": core.prediction_errors.document(),
         "overlap": core.overlap.document(),
         "explanations": {"kept": len(core.explanations), "limit": core.explanations.max_count},
@@ -66,6 +71,9 @@ def notes(core: RouterCore, now: float) -> list[str]:
             f"counting requests on {pool.role.value} workers of {pool.model_id}: their estimates are off by {pool.relative_error:.0%}, "
             f"more than router.estimate_error_max ({limit:.0%}) bears"
         )
+    if core.peers.num_silent:
+        silent, others = core.peers.num_silent, core.peers.num_routers - 1
+        lines.append(f"peers: {silent} of {others} other routers are not heard; each booking counts {core.peers.booking_scale:.2g} times")
     if core.index.num_dropped:
         limit = core.config.index_max_bytes
         lines.append(f"prefix index is full: {core.index.num_dropped} entries not taken; raise router.index_max_bytes ({limit})")

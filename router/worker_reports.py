@@ -14,7 +14,7 @@ import xxhash
 
 from protocol.messages import KvEvents, KvSnapshot, Membership, SnapshotFrame, Subscribe
 from protocol.worker import AllBlocksCleared, BlocksStored, Tier, WorkerId, WorkerState
-from router.bookings import Bookings
+from router.bookings import Booking, Bookings
 from router.config import RouterConfig
 from router.cost_model import CostModel, StepCost
 from router.estimate_trust import EstimateTrust
@@ -22,6 +22,7 @@ from router.events import Command, FromWorker, ToWorker, WorkerDown, WorkerUp
 from router.fleet import Fleet, Worker
 from router.guarded_policy import PoolPolicies
 from router.link_cost import link_to
+from router.peers import Peers
 from router.policies.api import KvChanged, WorkerJoined, WorkerLeft
 from router.prefix_index import PrefixIndex
 from router.reassignment import Reassignments
@@ -36,7 +37,8 @@ class WorkerReports:
         *,
         fleet: Fleet,
         index: PrefixIndex,
-        bookings: Bookings,
+        bookings: Bookings[Booking],
+        peers: Peers,
         policies: PoolPolicies,
         rng: Random,
         prior: StepCost,
@@ -49,6 +51,7 @@ class WorkerReports:
         self._fleet = fleet
         self._index = index
         self._bookings = bookings
+        self._peers = peers
         self._policies = policies
         self._tie_seed = rng.getrandbits(64)
         self._prior = prior
@@ -81,6 +84,7 @@ class WorkerReports:
             worker.borrow_cost(lender.model.fitted)
         self._fleet.add(worker)
         self._index.join(event.worker_id, event.epoch)
+        self._peers.worker_joined(worker)
         self._subscribe(event.worker_id, 0)
         self._policies.observe(WorkerJoined(worker_id=event.worker_id, role=address.role, model_id=address.model_id), now)
 
@@ -132,6 +136,12 @@ class WorkerReports:
     def _unlearned(self) -> CostModel:
         return CostModel(self._prior, bias=self._config.estimate_bias)
 
+    @property
+    def num_missed_events(self) -> int:
+        """KV events that workers have told of and that have not come."""
+        asked = [w for name in self._resync_asked_s if (w := self._fleet.get(name)) is not None and w.snapshot is not None]
+        return sum(max(0, w.snapshot.last_event_number + 1 - self._index.next_number(w.worker_id)) for w in asked if w.snapshot is not None)
+
     def _take_snapshot(self, worker: Worker, frame: SnapshotFrame, now: float) -> None:
         snapshot = frame.snapshot
         if snapshot.worker_id != worker.worker_id or snapshot.epoch != worker.epoch:
@@ -169,6 +179,7 @@ class WorkerReports:
         if not self._fleet.alike(worker):
             self.trust.forget(worker.address.model_id, worker.role)
         orphans = self._bookings.drop_worker(worker)
+        self._peers.bookings.drop_worker(worker)
         self._index.leave(worker_id)
         self._resync_asked_s.pop(worker_id, None)
         self.num_left += 1

@@ -271,6 +271,24 @@ def test_table_has_a_row_for_each_worker_and_a_line_for_each_note() -> None:
     assert "prefill-0" in narrow.getvalue() and "…" not in narrow.getvalue()
 
 
+def test_table_has_a_row_for_each_of_several_routers() -> None:
+    """Seen to fail with the routers' table left out, and with the note left out."""
+    from rich.console import Console
+
+    heard = {"router": "router-1", "linked": True, "in_step": False, "heard_s": 1.5, "bookings": 2}
+    first = {"name": "router-0", "state": "up", "ready": False, "reason": "it lags", "is_current": False, "pid": 7, "bookings": 3}
+    second = {"name": "router-1", "state": "unreachable", "ready": False, "reason": "", "is_current": True, "pid": 8, "bookings": None}
+    document = STATUS | {"routers": [first | {"peers": [heard]}, second | {"peers": None}]}
+    out = io.StringIO()
+    Console(file=out, width=160).print(status_table(document, "http://x", is_wide=True))
+    rows = [line.split() for line in out.getvalue().splitlines() if line.startswith("router-")]
+    heard_words = ["router-1", "1.5", "s", "ago,", "not", "in", "step"]
+    assert rows[0] == ["router-0", "not", "ready", "7", "3", *heard_words, "it", "lags"]
+    assert rows[1] == ["router-1", "unreachable", "yes", "8", "-"]
+    assert "router-0 is not ready: it lags" in notes_of(document)
+    assert "not ready: it lags" not in notes_of(document | {"routers": [second]})
+
+
 class Verb:
     """`baton ARGUMENTS` in this process, with `stdin` as its pipe: (exit status, stdout, stderr)."""
 

@@ -57,6 +57,7 @@ from protocol.messages import (
     TokenRun,
     TransferFailed,
 )
+from protocol.peering import RouterReadiness
 from protocol.request import Attempt, AttemptKey, FinishReason
 from protocol.wire import Connection, Identity, Listener
 from protocol.worker import Role, WorkerAddress, WorkerSnapshot, WorkerState
@@ -280,8 +281,10 @@ class FakeWorker:
 class FakeRouter:
     """Round robin over the workers it is told of; can be silent, refuse, or die. Remembers as the real one does."""
 
-    def __init__(self, workers: list[FakeWorker], directory_port: int) -> None:
+    def __init__(self, workers: list[FakeWorker], directory_port: int, *, name: str = "router-0", reason_not_ready: str = "") -> None:
         self.workers = workers
+        self.name = name
+        self.reason_not_ready = reason_not_ready
         self.silent = False  # takes no Place
         self.hung = False  # takes nothing
         self.assign = True  # False: leaves what it acknowledged in its queue
@@ -296,11 +299,11 @@ class FakeRouter:
 
     async def start(self) -> None:
         epoch = next(epochs)
-        identity = Identity(name="router", kind="router", epoch=epoch)
+        identity = Identity(name=self.name, kind="router", epoch=epoch)
         self.listener = Listener(identity, SECRET, self._accept)
         await self.listener.start()
         self.watch = MembershipWatch(identity, SECRET, host="127.0.0.1", port=self._directory_port, on_change=lambda _: None)
-        service = ServiceAddress(name="router", kind="router", epoch=epoch, host="127.0.0.1", port=self.listener.port, pid=4343)
+        service = ServiceAddress(name=self.name, kind="router", epoch=epoch, host="127.0.0.1", port=self.listener.port, pid=4343)
         self.watch.register(RegisterService(service=service))
         self.watch.start()
 
@@ -310,6 +313,12 @@ class FakeRouter:
 
     def _accept(self, connection: Connection) -> None:
         connection.on_message = self._receive
+        self.gateway = connection
+        self.say(self.reason_not_ready)
+
+    def say(self, reason_not_ready: str) -> None:
+        self.reason_not_ready = reason_not_ready
+        self.gateway.send(RouterReadiness(is_ready=not reason_not_ready, reason=reason_not_ready))
 
     def _receive(self, connection: Connection, message: Any) -> None:
         if self.hung:
@@ -395,7 +404,7 @@ class FakeCluster:
         port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.http = aiohttp.ClientSession(self.url)
-        await until(lambda: not self.service.reasons_not_ready and self.service.router.is_up)
+        await until(lambda: not self.service.reasons_not_ready and self.service.routers.is_up)
 
     @functools.cached_property
     def openai(self) -> AsyncOpenAI:

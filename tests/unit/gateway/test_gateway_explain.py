@@ -130,7 +130,7 @@ async def test_what_was_placed_without_the_router_is_explained_without_it(cluste
     assert parts(response.headers["x-baton-placement"])["policy"] == "least_work@gateway"
     assert [m.num_cached_tokens for m in cluster.router.told if isinstance(m, PrefillDone)] == [None]
     await cluster.router.kill()
-    await until(lambda: not cluster.service.router.is_up)
+    await until(lambda: not cluster.service.routers.is_up)
     _, document = await explain(cluster, answer_id)
     (attempt,) = document["attempts"]
     assert (attempt["by"], attempt["assignment"]["policy"]) == ("gateway-0", "least_work@gateway")
@@ -214,6 +214,6 @@ def test_what_the_gateway_placed_itself_stands_for_what_the_router_gave_out_too_
 
     own = {"attempts": [attempt(1, "gateway-0", 1.0)], "left_out": 0, "kept": 1, "limit": 256}
     said = {"attempts": [attempt(0, "router", 2.0), attempt(1, "router", 1.1)], "left_out": 3, "kept": 9, "limit": 10}
-    document = explain_document("r", own=own, reply=json.dumps(said))
+    document = explain_document("r", own=own, replies=[json.dumps(said)])
     assert [(a["attempt"], a["by"]) for a in document["attempts"]] == [(0, "router"), (1, "gateway-0")]  # type: ignore[attr-defined]
     assert (document["left_out"], document["kept"], document["limit"]) == (3, 9, 10)

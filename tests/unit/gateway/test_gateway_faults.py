@@ -181,7 +181,7 @@ async def test_silent_router_is_replaced_by_least_work_after_200_ms_and_says_so(
 
 async def test_dead_router_does_not_hold_up_requests(cluster: Any) -> None:
     await cluster.router.kill()
-    await until(lambda: not cluster.service.router.is_up)
+    await until(lambda: not cluster.service.routers.is_up)
     assert (await asyncio.wait_for(ask(cluster), 2)).choices[0].message.content == expected(20)
     async with cluster.http.get("/ready") as response:
         assert response.status == 200

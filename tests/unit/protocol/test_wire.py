@@ -115,7 +115,7 @@ def test_a_field_of_another_type_is_refused_by_name() -> None:
     """Seen to fail when `_exactly` returned its argument unchecked."""
     import msgpack
 
-    from protocol.messages import MESSAGES
+    from protocol.wire import ALL_MESSAGES as MESSAGES
 
     number = MESSAGES.index(Cancel)
     with pytest.raises(MalformedFrame, match=r"Cancel\.request_id: expected str"):

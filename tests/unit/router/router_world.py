@@ -19,6 +19,7 @@ from protocol.messages import (
     Place,
     PrefillDone,
     Refused,
+    ServiceAddress,
     SnapshotFrame,
 )
 from protocol.worker import KvEvent, Role, WorkerAddress, WorkerSnapshot, WorkerState
@@ -115,13 +116,17 @@ class World:
         *,
         policy: PlacementPolicy | None = None,
         seed: int = 1,
+        name: str = "router-0",
+        services: tuple[ServiceAddress, ...] = (),
+        now: float = 100.0,
         **config: Any,
     ) -> None:
         self.config = RouterConfig(**config)
         of_decode = policies.load(self.config.decode_policy) if self.config.decode_policy else None
         policy = policy or policies.load(self.config.policy)
-        self.core = RouterCore(self.config, policy=policy, decode_policy=of_decode, rng=Random(seed))
-        self.now = 100.0
+        self.core = RouterCore(self.config, policy=policy, decode_policy=of_decode, rng=Random(seed), name=name)
+        self.services = services
+        self.now = now
         self.said: list[Command] = []
         addresses = [address(w, r) for w, r in workers.items()] if isinstance(workers, dict) else list(workers)
         self.addresses = {a.worker_id: a for a in addresses}
@@ -143,7 +148,7 @@ class World:
         self.report(worker.worker_id)
 
     def tell_membership(self) -> None:
-        self.on(MembershipChanged(membership=Membership(version=1, workers=tuple(self.addresses.values()), services=())))
+        self.on(MembershipChanged(membership=Membership(version=1, workers=tuple(self.addresses.values()), services=self.services)))
 
     def report(self, worker_id: str, **changes: Any) -> list[Command]:
         """A snapshot of a worker, idle but for `changes`."""

@@ -137,7 +137,7 @@ async def cluster(workers: list[SmallWorker], config: RouterConfig | None = None
         await gateway.status_when(lambda d: [w["state"] for w in d["workers"]] == ["ready"] * len(workers))
         yield router, gateway
         registered = directory.membership.services
-        assert [(s.name, s.kind, s.port) for s in registered] == [("router", "router", service.port)]
+        assert [(s.name, s.kind, s.port) for s in registered] == [("router-0", "router", service.port)]
     finally:
         gateway.connection.close()
         await router.close()
