@@ -10,7 +10,6 @@ Losing the router loses nothing: a new one learns the load from snapshots and th
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
@@ -29,7 +28,7 @@ from protocol.messages import (
 from protocol.request import AttemptKey
 from router import admission, policies, status
 from router.bookings import Booking, Bookings
-from router.choice import Blocked, Choice
+from router.choice import Choice
 from router.config import RouterConfig
 from router.cost_model import StepCost
 from router.early_rejection import EarlyRejection
@@ -61,9 +60,10 @@ from router.policies.api import (
 )
 from router.policies.api import Tick as PolicyTick
 from router.prefix_index import PrefixIndex
-from router.queue import FairQueue, Waiting
+from router.queue import Waiting
 from router.readiness import Readiness
 from router.reassignment import Reassignments
+from router.waiting_room import WaitingRoom
 from router.worker_reports import WorkerReports
 
 
@@ -101,14 +101,13 @@ class RouterCore:
         )
         self._rng = rng
         self.policies = PoolPolicies(*self._guards(policy, decode_policy))
-        self.queues: dict[str, FairQueue] = {}
-        self.stranded: OrderedDict[AttemptKey, Waiting] = OrderedDict()
         self.explanations = Explanations(max_count=config.num_explained)
         self.prediction_errors = PredictionErrors()
         self.overlap = OverlapWatch()
         self.counters: dict[str, int] = dict.fromkeys(status.COUNTERS, 0)
         self._placement = Placement(config, fleet=self.fleet, index=self.index, policies=self.policies, rng=rng)
         self._early_rejection = EarlyRejection(self._placement)
+        self.waiting_room = WaitingRoom(config, fleet=self.fleet, placement=self._placement, on_choice=self._book)
         reassignments = Reassignments(fleet=self.fleet, bookings=self.bookings, placement=self._placement, on_moved=self._moved)
         self.reports = WorkerReports(
             config,
@@ -121,7 +120,7 @@ class RouterCore:
             prior=prior if prior is not None else StepCost(),
             reassignments=reassignments,
             say=lambda command: self._commands.append(command),
-            on_ready=self._worker_is_ready,
+            on_ready=self.waiting_room.worker_is_ready,
         )
         self.readiness = Readiness(
             config,
@@ -131,7 +130,6 @@ class RouterCore:
             peers=self.peers,
             say=lambda command: self._commands.append(command),
         )
-        self._queued: dict[str, Waiting] = {}  # by request id: one attempt of a request waits at most
         self._lost_gateways: dict[str, float] = {}  # gateway -> when its bookings end
         self._gateway_epochs: dict[str, int] = {}
         self._commands: list[Command] = []
@@ -207,8 +205,7 @@ class RouterCore:
         assert on_workers == held, f"holds without a booking: {on_workers - held}; lost holds: {held - on_workers}"
         for part in (*self.fleet, *self.bookings):
             part.check()
-        waiting = {w.key for queue in self.queues.values() for w in queue} | self.stranded.keys()
-        assert waiting == {w.key for w in self._queued.values()}, "queue and its index by request differ"
+        self.waiting_room.check()
         self.explanations.check()
 
     def _guards(self, policy: PlacementPolicy, decode_policy: PlacementPolicy | None) -> tuple[GuardedPolicy, GuardedPolicy | None]:
@@ -235,7 +232,7 @@ class RouterCore:
     def _place(self, gateway: str, place: Place, now: float) -> None:
         key = AttemptKey(request_id=place.request_id, attempt=place.attempt)
         self.counters["places"] += 1
-        queued = self._queued.get(place.request_id)
+        queued = self.waiting_room.get(place.request_id)
         booked = self.bookings.live_attempt(place.request_id)
         newest = max([w.key.attempt for w in (queued, booked) if w is not None], default=-1)
         if self.bookings.has_ended(key) or place.attempt < newest:
@@ -249,27 +246,21 @@ class RouterCore:
         if booked is not None:
             self.bookings.end(booked.key)
         if queued is not None:
-            self._unqueue(queued.key)
+            self.waiting_room.leave(queued.key)
         pools = self.fleet.pools(place.model_id)
         refusal = self._refusal(place, pools, now)
-        queue = self.queues.get(place.model_id)
+        queue = self.waiting_room.queues.get(place.model_id)
         self._ack(gateway, place, len(queue) if queue is not None else 0)
         if refusal is not None:
             self._refuse(gateway, place, refusal, now)
             return
-        waiting = Waiting(key=key, gateway=gateway, place=place, since_s=now)
-        self._queued[place.request_id] = waiting
-        if pools.all:
-            self._queue(place.model_id).push(waiting)
-            self._pump(place.model_id, now)
-        else:
-            self.stranded[key] = waiting
+        self.waiting_room.admit(Waiting(key=key, gateway=gateway, place=place, since_s=now), now)
 
     def _refusal(self, place: Place, pools: Pools, now: float) -> Refused | None:
-        queue = self.queues.get(place.model_id)
+        queue = self.waiting_room.queues.get(place.model_id)
         drain_s = admission.drain_s(queue.num_tokens, pools) if queue is not None and len(queue) else 0.0
         refusal = admission.refusal_by_size(place, pools) or admission.refusal_by_queue(
-            place, num_waiting=len(self._queued), max_queue=self.config.max_queue, drain_s=drain_s
+            place, num_waiting=len(self.waiting_room), max_queue=self.config.max_queue, drain_s=drain_s
         )
         if refusal is None and self.config.refuse_by_slo and (place.slo_ttft_s is not None or place.slo_tpot_s is not None):
             output = queue.predicted_output_tokens(place) if queue is not None else place.expected_output_tokens
@@ -290,7 +281,7 @@ class RouterCore:
             self.prediction_errors.observe(booking.assignment, now - booking.booked_s)
             self.overlap.observe(booking.assignment, found_tokens, booking.place.num_tokens, now)
         self.policies.observe(FirstToken(key=key, since_booked_s=now - booking.booked_s), now)
-        self._pump(booking.place.model_id, now)
+        self.waiting_room.pump(booking.place.model_id, now)
         return True
 
     def _end(self, message: Done, now: float) -> bool:
@@ -298,9 +289,9 @@ class RouterCore:
         key = AttemptKey(request_id=message.request_id, attempt=message.attempt)
         booking = self.bookings.end(key)
         self.explanations.ended(message, now)
-        if self._unqueue(key) or booking is None:
+        if self.waiting_room.leave(key) or booking is None:
             return booking is not None
-        queue = self.queues.get(booking.place.model_id)
+        queue = self.waiting_room.queues.get(booking.place.model_id)
         if queue is not None:
             queue.settle(
                 booking.place.tenant,
@@ -309,7 +300,7 @@ class RouterCore:
                 num_choices=booking.place.num_choices,
             )
         self.policies.observe(Finished(key=key, num_output_tokens=message.num_output_tokens), now)
-        self._pump(booking.place.model_id, now)
+        self.waiting_room.pump(booking.place.model_id, now)
         return True
 
     def _membership_changed(self, event: MembershipChanged, now: float) -> None:
@@ -327,8 +318,8 @@ class RouterCore:
 
     def _gateway_down(self, gateway: str, now: float) -> None:
         self.readiness.forget(gateway)
-        for waiting in [w for w in self._queued.values() if w.gateway == gateway]:
-            self._unqueue(waiting.key)
+        for waiting in self.waiting_room.of_gateway(gateway):
+            self.waiting_room.leave(waiting.key)
         self._lost_gateways[gateway] = now + self.config.gateway_grace_s
 
     def _end_all_of(self, gateway: str) -> None:
@@ -349,76 +340,12 @@ class RouterCore:
         self.reports.tick(now)
         self.counters["bookings_expired"] += self.peers.tick(now)
         self.readiness.tick(now)
-        self._refuse_overdue(now)
+        for waiting, refusal in self.waiting_room.refuse_overdue(now):
+            self._refuse(waiting.gateway, waiting.place, refusal, now)
         self.policies.observe(PolicyTick(), now)
         for wish in self.policies.commands(now):
             self._placement.replicate(wish, now)
-        for model_id in list(self.queues):
-            self._pump(model_id, now)
-
-    def _refuse_overdue(self, now: float) -> None:
-        for model_id, queue in self.queues.items():
-            overdue = [w for w in queue if now - w.since_s >= self.config.max_wait_s]
-            for waiting in overdue:
-                self._unqueue(waiting.key)
-                drain_s = admission.drain_s(queue.num_tokens, self.fleet.pools(model_id))
-                refusal = admission.refusal_after_wait(waiting.place, now - waiting.since_s, drain_s)
-                self._refuse(waiting.gateway, waiting.place, refusal, now)
-        for waiting in [w for w in self.stranded.values() if now - w.since_s >= self.config.no_worker_wait_s]:
-            self._unqueue(waiting.key)
-            self._refuse(waiting.gateway, waiting.place, admission.refusal_without_worker(waiting.place, now - waiting.since_s), now)
-
-    # --- the queue ---
-
-    def _worker_is_ready(self, model_id: str, now: float) -> None:
-        self._unstrand(model_id)
-        self._pump(model_id, now)
-
-    def _queue(self, model_id: str) -> FairQueue:
-        if model_id not in self.queues:
-            self.queues[model_id] = FairQueue(output_weight=self.config.output_weight, max_tenants=self.config.max_tenants)
-        return self.queues[model_id]
-
-    def _pump(self, model_id: str, now: float) -> None:
-        """Place who is next until nobody can be placed."""
-        queue = self.queues.get(model_id)
-        while queue is not None and len(queue):
-            if not self._place_one(queue, now):
-                return
-
-    def _place_one(self, queue: FairQueue, now: float) -> bool:
-        """Place or strand the next request. One that avoids some workers does not hold up those that need not."""
-        for waiting in queue.heads():
-            place = waiting.place
-            choice = self._placement.choose(place, now, predicted_output_tokens=queue.predicted_output_tokens(place))
-            if choice is Blocked.NOBODY:
-                queue.remove(waiting.key)
-                self.stranded[waiting.key] = waiting
-                return True
-            if isinstance(choice, Choice):
-                predicted = queue.serve(waiting.key)
-                del self._queued[place.request_id]
-                self._book(waiting, choice, predicted, now)
-                return True
-            if not (place.excluded or place.local_only):
-                return False
-        return False
-
-    def _unqueue(self, key: AttemptKey) -> bool:
-        """Take a request out of the queue or from the stranded; False when it is in neither."""
-        waiting = self._queued.get(key.request_id)
-        if waiting is None or waiting.key != key:
-            return False
-        del self._queued[key.request_id]
-        if self.stranded.pop(key, None) is None:
-            self.queues[waiting.place.model_id].remove(key)
-        return True
-
-    def _unstrand(self, model_id: str) -> None:
-        for waiting in [w for w in reversed(self.stranded.values()) if w.place.model_id == model_id]:
-            if self.fleet.pools(model_id).fit_for(waiting.place.num_tokens + 1, waiting.place.excluded).all:
-                del self.stranded[waiting.key]
-                self._queue(model_id).push(waiting, first=True)
+        self.waiting_room.pump_all(now)
 
     # --- booking ---
 

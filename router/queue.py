@@ -124,6 +124,15 @@ class FairQueue:
             self._floor = tenant.counter
         return predicted
 
+    def serve_at_once(self, place: Place) -> int:
+        """Charge a request that goes to a worker without waiting, as nobody waits before it; the output tokens, as of `serve`."""
+        assert not self._waiting, "somebody waits"
+        tenant = self._tenant(place.tenant)
+        predicted = self.predicted_output_tokens(place)
+        charge = place.num_tokens + self._output_weight * predicted * place.num_choices
+        self._floor = tenant.counter = max(tenant.counter, self._floor) + charge
+        return predicted
+
     def settle(self, tenant_name: str, *, predicted_output_tokens: int, num_output_tokens: int, num_choices: int) -> None:
         """A request ended with so many output tokens a choice: correct its charge and the tenant's next predictions."""
         tenant = self._tenants.get(tenant_name)

@@ -40,9 +40,9 @@ def document(core: RouterCore, now: float) -> dict[str, object]:
         "peers": core.peers.status(now),
         "queues": {
             model_id: {"waiting": len(queue), "waiting_tokens": queue.num_tokens, "tenants": queue.counters()}
-            for model_id, queue in core.queues.items()
+            for model_id, queue in core.waiting_room.queues.items()
         },
-        "stranded": len(core.stranded),
+        "stranded": len(core.waiting_room.stranded),
         "bookings": len(core.bookings),
         "index": {
             "entries": index.num_entries,

@@ -204,7 +204,7 @@ class World:
     def is_empty(self) -> bool:
         """Nothing booked, nothing waiting."""
         tallies = [t for w in self.core.fleet for t in (w.booked, w.fresh)]
-        waiting = sum(len(q) for q in self.core.queues.values()) + len(self.core.stranded)
+        waiting = sum(len(q) for q in self.core.waiting_room.queues.values()) + len(self.core.waiting_room.stranded)
         return len(self.core.bookings) == 0 and waiting == 0 and all(t.is_zero for t in tallies)
 
 

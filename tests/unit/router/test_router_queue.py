@@ -134,7 +134,7 @@ def test_choices_are_charged_and_corrected_each() -> None:
     world = World(pools(1, 1))
     request = place(1, num_choices=2, tenant="a")
     world.assign(request)
-    (queue,) = world.core.queues.values()
+    (queue,) = world.core.waiting_room.queues.values()
     assert queue.counters()["a"] == 512 + 2.0 * 2 * 64
     world.done(request, num_output_tokens=10)
     assert queue.counters()["a"] == 512 + 2.0 * 2 * 10

@@ -47,7 +47,7 @@ def test_a_switch_leaves_bookings_and_the_queue_as_they_are() -> None:
     assert world.place(second) is None
     switch(world, "round_robin", forget=True)
     world.core.check()
-    assert len(world.core.bookings) == 1 and sum(len(q) for q in world.core.queues.values()) == 1
+    assert len(world.core.bookings) == 1 and sum(len(q) for q in world.core.waiting_room.queues.values()) == 1
     world.prefill_done(first)
     assert answer(world.done(first) + world.report("w"), second) or answer(world.said, second)
     world.done(second)
