@@ -6,7 +6,7 @@ import pytest
 
 from protocol.peering import AskBookings, BookingMade, BookingNews, BookingSet
 from protocol.request import AttemptKey
-from router.events import BatchBegun, GatewayDown, GatewayUp, ToPeers
+from router.events import BatchBegun, GatewayDown, GatewayUp, ToPeers, WorkerDown
 from tests.unit.router.router_ring import Ring
 from tests.unit.router.router_world import address, assignments, chain, place, pools
 
@@ -121,6 +121,21 @@ def test_what_a_set_lacks_is_over() -> None:
         routers.worlds["router-0"].kill(worker_id)
     routers.cut("router-1", "router-0")
     assert routers.booked("router-1")
+    routers.settle()
+    assert routers.is_empty
+
+
+def test_a_booking_whose_decode_worker_is_named_anew_moves_at_every_router() -> None:
+    """Router-0 loses the decode worker while the prompt is computed. Seen to fail with `made` left out of `RouterCore._moved`."""
+    routers, request = ring(), place(1)
+    (found,) = assignments(routers.place("router-0", request))
+    routers.settle()
+    routers.on("router-0", WorkerDown(worker_id=found.decode_worker, epoch=1))
+    routers.settle()
+    assert found.decode_worker not in routers.booked("router-1")
+    assert routers.booked("router-1") == routers.booked("router-0") and len(routers.booked("router-1")) == 2
+    routers.check()
+    routers.done("router-0", request)
     routers.settle()
     assert routers.is_empty
 
