@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from engine.core.hit_groups import HitGroups
 from protocol.errors import ConfigError
 
 
@@ -13,6 +14,7 @@ class PromptOrder(Enum):
 
     FIRST_COME = "first_come"
     SHORTEST_FIRST = "shortest_first"  # lower mean TTFT; long prompts wait for a lull
+    HIT_RATIO = "hit_ratio"  # ten groups by the cached share, served in proportion; nobody starves (engine/core/hit_groups.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,9 @@ class ChunkedPrefill:
 
     def order(self, priority: int, arrival: int, num_tokens: int) -> tuple[int, int]:
         return priority, num_tokens if self.order_by is PromptOrder.SHORTEST_FIRST else arrival
+
+    def hit_groups(self) -> HitGroups | None:
+        return HitGroups() if self.order_by is PromptOrder.HIT_RATIO else None
 
     def chunk_tokens(self, num_remaining_tokens: int, num_decodes: int) -> int:
         return min(num_remaining_tokens, self.chunk_tokens_beside_decodes if num_decodes else self.chunk_tokens_alone)

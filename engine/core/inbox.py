@@ -7,16 +7,19 @@ behind it in that line only, and finding who is next costs the same however many
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import merge
 
+from engine.core.hit_groups import HitGroups
 from engine.core.sequence import Order, Sequence
 
 
 class Inbox:
     """Waiting sequences; a leader stands for its choices. Bounded by WorkerCoreConfig.max_waiting."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: HitGroups | None = None) -> None:
+        """groups: order by what is cached of a prompt when it enters; None: by the order it brings."""
+        self._groups = groups
         self.num_tokens = 0  # to be computed for them
         self._staying: list[Sequence] = []  # decode here; KV on offer to us included
         self._leaving: list[Sequence] = []  # prefill only
@@ -43,7 +46,21 @@ class Inbox:
     def staying(self) -> Iterator[Sequence]:
         return iter(self._staying)
 
+    def enter(self, sequence: Sequence, num_cached_tokens: Callable[[Sequence], int]) -> None:
+        """Begin to wait. One that brings its KV is wholly cached."""
+        if self._groups is not None:
+            has_kv = sequence.attempt.handoff is not None
+            self._groups.place(sequence, len(sequence.tokens) if has_kv else num_cached_tokens(sequence))
+        self.add(sequence)
+
+    def begin(self, sequence: Sequence) -> None:
+        """It is its turn."""
+        if self._groups is not None:
+            self._groups.begun(sequence.order[1])
+        self.remove(sequence)
+
     def add(self, sequence: Sequence) -> None:
+        """Wait, or wait again, in the place it has."""
         insort(self._line(sequence), sequence, key=by_order)
         self.num_tokens += sequence.compute_end
 

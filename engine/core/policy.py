@@ -9,6 +9,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.core.hit_groups import HitGroups
 from engine.core.sequence import Sequence
 
 
@@ -17,6 +18,10 @@ class PrefillPolicy(Protocol):
 
     def order(self, priority: int, arrival: int, num_tokens: int) -> tuple[int, int]:
         """Place in the inbox, lowest first. Decided once, at arrival; kept for preemption too."""
+        ...
+
+    def hit_groups(self) -> HitGroups | None:
+        """Of one worker, anew: its prompts are then ordered by what is cached when they begin to wait. None: as `order` has it."""
         ...
 
     def chunk_tokens(self, num_remaining_tokens: int, num_decodes: int) -> int:
@@ -48,6 +53,9 @@ class PlainPrefill:
 
     def order(self, priority: int, arrival: int, num_tokens: int) -> tuple[int, int]:
         return priority, arrival
+
+    def hit_groups(self) -> HitGroups | None:
+        return None
 
     def chunk_tokens(self, num_remaining_tokens: int, num_decodes: int) -> int:
         return num_remaining_tokens

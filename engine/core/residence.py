@@ -83,6 +83,11 @@ class Residence:
         sequence.last_stored = hits[-1] if hits else None
         return True
 
+    def num_cached_tokens(self, sequence: Sequence) -> int:
+        """How much of it the cache holds now."""
+        hashes = sequence.hash_blocks(sequence.compute_end) if self._cache.enabled else []
+        return len(self._cache.match(sequence.cache_root, hashes, sequence.tokens, sequence.compute_end)) * self._size
+
     def extend(self, sequence: Sequence, count: int, *, is_copied: bool) -> tuple[int, int] | None:
         """`count` more blocks. `is_copied`: one of them replaces the shared block it would write next, and (source, target) is returned.
 

@@ -39,7 +39,7 @@ class Scheduler:
         token_bytes: int,
         counters: dict[str, int],
     ) -> None:
-        self.waiting = Inbox()
+        self.waiting = Inbox(prefill.hit_groups())
         self.running: list[Sequence] = []  # in order
         self.pulling: dict[int, Sequence] = {}  # by sequence id: blocks reserved, KV on its way
         self.parked: dict[int, Sequence] = {}  # by sequence id: no KV came, and its first token is not known yet
@@ -63,7 +63,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         assert sequence.state is SequenceState.WAITING
-        self.waiting.add(sequence)
+        self.waiting.enter(sequence, self.residence.num_cached_tokens)
 
     def finish(self, sequence: Sequence) -> None:
         """It ends, wherever it is; blocks are given back once no step in flight names them."""
@@ -306,7 +306,7 @@ class Scheduler:
                 continue
             if not self._take_room(sequence, sequence.num_planned_tokens, sequence.compute_end, sequence.num_hit_tokens_max):
                 return
-            self.waiting.remove(sequence)
+            self.waiting.begin(sequence)
             sequence.move(SequenceState.RUNNING)
             self._start_running(sequence)
             if sequence.attempt.prefill_only:
@@ -342,7 +342,7 @@ class Scheduler:
             self._num_slots_used = None
             reserved.append(sequence)
         for sequence in reserved:
-            self.waiting.remove(sequence)
+            self.waiting.begin(sequence)
         return reserved
 
     def begin_decoding(self, sequence: Sequence, num_tokens: int) -> None:

@@ -210,6 +210,38 @@ def test_prefill_policy_orders_and_chunks() -> None:
         ChunkedPrefill(max_offered_bytes=1, chunk_tokens_alone=0)
 
 
+@pytest.mark.parametrize(("order_by", "next_prompts"), [(PromptOrder.FIRST_COME, [2, 3]), (PromptOrder.HIT_RATIO, [3, 2])])
+def test_a_prompt_that_is_mostly_cached_goes_before_one_that_came_earlier(order_by: PromptOrder, next_prompts: list[int]) -> None:
+    """Request 1 leaves 48 of 50 tokens cached; 2 shares nothing, 3 those 48; both begin to wait while another prompt is computed.
+
+    Seen to fail with `place` not called in `enter`.
+    """
+    bench = Bench()
+    bench.core = WorkerCore(
+        WorkerCoreConfig(scheduler=SchedulerConfig(max_num_batched_tokens=40), offer_early=False),
+        worker_id="w0",
+        epoch=1,
+        role=Role.BOTH,
+        layout=layout(),
+        num_blocks=64,
+        fingerprint=FINGERPRINT,
+        max_model_len=400,
+        prefill=ChunkedPrefill(max_offered_bytes=1 << 30, order_by=order_by),
+    )
+    bench.submit(make_request(1, prompt(50), max_tokens=1))
+    for _ in range(2):
+        bench.finish_step()
+    first = bench.submit(make_request(9, prompt(80, 500), max_tokens=1))
+    assert first
+    bench.submit(make_request(2, prompt(40, 1000), max_tokens=1))
+    bench.submit(make_request(3, prompt(50), max_tokens=1))
+    started: list[int] = []
+    while bench.steps:
+        started += [s.sequence_id + 1 for s in bench.steps[0].starts]
+        bench.finish_step()
+    assert [n for n in started if n > 2] == [n + 1 for n in next_prompts], "sequence ids count from 0, and 9 is the second"
+
+
 def test_decode_policy_keeps_room_to_grow() -> None:
     policy = WatermarkDecode(watermark_fraction=0.1, blocks_per_running=0.5)
     assert policy.may_admit(10, 1, 100) and not policy.may_admit(9, 1, 100) and not policy.may_admit(10, 21, 100)
