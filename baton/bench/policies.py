@@ -22,7 +22,7 @@ import typer
 
 from baton.bench.policy_rows import OURS, STATISTICS, Cell, label, rows_of
 from baton.bench.report import Row, make_document
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, ServiceError
 
 if TYPE_CHECKING:
     from baton.bench.load import LoadRun
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SCHEMA = "baton.bench.policies.v1"
 DEFAULT_POLICIES = "prefix_cost,e2,least_work,round_robin,examples.policies.sglang_like:SglangLike,examples.policies.dynamo_like:DynamoLike"
 DEFAULT_WORKLOADS = "shared_prefixes,fan_out,unshared,hot_prefix"
+WARM_UP_S = 5.0
 PAUSE_S = 2.0  # guessed for what lies between two cells, until some were measured
 
 
@@ -97,14 +98,16 @@ def bench_policies(
             with policy_cluster(Path(scratch), num_workers=workers) as cluster:
                 for policy in plan.policies:
                     cluster.check(policy)
+                _say("warming up")
+                cluster.warm_up(traffic(plan.workloads[0], seconds=WARM_UP_S, seed=plan.seed_of(-1), num_workers=workers))
                 for cell in measure(plan, cluster):
                     cells.append(cell)
                     if output is not None and len(cells) % (len(plan.policies) * len(plan.workloads)) == 0:
                         _write(output, policies_document(plan, cells, took_s=time.monotonic() - began_s))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ServiceError) as end:  # an hour's rows are not thrown away
         if not cells:
             raise
-        _say_line(f"interrupted: {len(cells)} of {plan.num_cells} cells were measured")
+        _say_line(f"ended early ({str(end) or 'interrupted'}): {len(cells)} of {plan.num_cells} cells were measured")
     document = policies_document(plan, cells, took_s=time.monotonic() - began_s)
     if output is not None:
         _write(output, document)

@@ -25,6 +25,7 @@ from protocol.errors import ServiceError
 QUIET_TIMEOUT_S = 90.0
 POLL_S = 0.1
 STATUS_TIMEOUT_S = 5.0
+NICENESS = 5  # of the cluster, so that arrivals are on time
 LAG_S_MAX = 0.005  # p99 of how late requests leave us: beyond it arrivals are not those that were drawn
 BUSY_SHARE_MAX = 0.9  # of this machine's cores: beyond it processes wait for each other and not for the modelled workers
 
@@ -43,6 +44,10 @@ class PolicyCluster:
             ConfigError: the router cannot load it.
         """
         self._operator.use_policy(policy, forget=True)
+
+    def warm_up(self, workload: Traffic) -> None:
+        """What processes do only for their first requests is over before anything is measured."""
+        drive(Endpoint(url=self._http.url, model=SERVED_NAME), workload)
 
     def run(self, policy: str, workload: Traffic, *, repeat: int, on_progress: Callable[[LoadRun], None] | None = None) -> Cell:
         """One cell: this policy under this workload, from empty caches and with nothing learned."""
@@ -92,7 +97,7 @@ class PolicyCluster:
 @contextmanager
 def policy_cluster(folder: Path, *, num_workers: int) -> Iterator[PolicyCluster]:
     """Pools of `num_workers` each, gone at the end. folder: new, for its log and its files."""
-    command = configured_server(cluster_config(num_workers), folder)
+    command = configured_server(cluster_config(num_workers), folder, niceness=NICENESS)
     with ServerProcess(command, log=folder / "server.log") as server:
         server.wait_ready()
         yield PolicyCluster(server, _operator(folder))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from baton.bench.peers import SCRIPTS
@@ -52,11 +52,15 @@ def our_server(model_dir: Path, folder: Path, *, threads: int) -> ServerCommand:
     return _baton_serve([*told, "--kv-cache-memory-bytes", f"{KV_CACHE_GIB}GiB"], folder)
 
 
-def configured_server(config: Mapping[str, object], folder: Path) -> ServerCommand:
-    """`baton serve` with this configuration, which is written into `folder`."""
+def configured_server(config: Mapping[str, object], folder: Path, *, niceness: int = 0) -> ServerCommand:
+    """`baton serve` with this configuration, which is written into `folder`.
+
+    niceness: above 0 a client on the same cores goes before it, and sends when it means to.
+    """
     file = folder / "cluster.yaml"
     file.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-    return _baton_serve(["--config", str(file)], folder)
+    command = _baton_serve(["--config", str(file)], folder)
+    return replace(command, argv=("nice", "-n", str(niceness), *command.argv)) if niceness else command
 
 
 def _baton_serve(told: Sequence[str], folder: Path) -> ServerCommand:
