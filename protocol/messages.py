@@ -297,13 +297,14 @@ class Assignment:
     cached_tokens: int  # expected on the prefill worker
     policy: str
     reason: str
-    prefill_scores: tuple[CandidateScore, ...]  # best first, at most 8
-    decode_scores: tuple[CandidateScore, ...]
     waited_s: float
     prefix_source: PrefixSource | None = None  # None: the prefill worker computes what it lacks
     confirmed_tokens: int = 0  # of cached_tokens: those the worker itself has told of; the rest is expected from bookings
     predicted_ttft_s: float | None = None  # waited_s and what prefill was believed to take; None: whoever placed it predicts nothing
     predicted_handoff_s: float = 0.0  # comes after the first token, which the prefill worker sends itself
+    # Best first, at most 8. An answer does not wait for them: whoever placed the attempt writes them down afterwards, to explain it.
+    prefill_scores: tuple[CandidateScore, ...] = ()
+    decode_scores: tuple[CandidateScore, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

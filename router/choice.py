@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from random import Random
 
 from protocol.messages import CandidateScore, Place, PrefixSource
 from protocol.request import AttemptKey
+from protocol.worker import WorkerId
 from router.fleet import Worker
 from router.holds import Hold, Phase
-from router.policies.api import Pull
+from router.policies.api import Parts, Pull
+
+_AGE_MAX_S = 1e9  # said of a worker never heard of
 
 
 class Blocked(Enum):
@@ -21,17 +25,40 @@ class Blocked(Enum):
     NOBODY = "nobody"  # there is no candidate at all
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Ranking:
-    """What the policy said of one pool, best first."""
+    """What the policy said of one pool."""
 
     policy: str
     best: Worker
-    scores: tuple[CandidateScore, ...]
+    workers: list[Worker]
+    seconds: Sequence[float]  # of each of them
+    best_first: list[int]  # indices of the few that are kept
+    parts: Callable[[int], Parts]  # of the price of the worker at an index
+    cached_tokens: Mapping[WorkerId, int]
+    now: float
+
+    def scores(self) -> tuple[CandidateScore, ...]:
+        """Best first. True as long as no worker was read anew."""
+        return tuple([self._score(i) for i in self.best_first])
+
+    def _score(self, index: int) -> CandidateScore:
+        worker = self.workers[index]
+        names, seconds = self.parts(index)
+        return CandidateScore(
+            worker_id=worker.worker_id,
+            seconds=float(self.seconds[index]),  # a policy may compute in other numbers
+            cached_tokens=self.cached_tokens.get(worker.worker_id, 0),
+            signal_age_s=min(self.now - worker.read_at_s, _AGE_MAX_S),
+            term_names=names,
+            term_seconds=seconds,
+        )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Choice:
+    """Where an attempt goes. Of whoever is about to book it; nobody keeps it."""
+
     prefill: Worker
     decode: Worker
     cached_tokens: int  # on the prefill worker
@@ -39,8 +66,8 @@ class Choice:
     kv_tokens: int  # on the decode worker at the expected end
     policy: str
     reason: str
-    prefill_scores: tuple[CandidateScore, ...]
-    decode_scores: tuple[CandidateScore, ...]
+    prefill_ranking: Ranking | None  # None: nobody was asked where to prefill, it goes where it decodes
+    decode_ranking: Ranking
     pull: Pull | None  # from another worker to the prefill worker
     prefill_s: float  # from now to the first token, as the cost model has it
     handoff_s: float  # from there to the decode worker

@@ -107,7 +107,7 @@ class RouterCore:
         self.counters: dict[str, int] = dict.fromkeys(status.COUNTERS, 0)
         self._placement = Placement(config, fleet=self.fleet, index=self.index, policies=self.policies, rng=rng)
         self._early_rejection = EarlyRejection(self._placement)
-        self.waiting_room = WaitingRoom(config, fleet=self.fleet, placement=self._placement, on_choice=self._book)
+        self.waiting_room = WaitingRoom(config, fleet=self.fleet, placement=self._placement, on_choice=self._book_next)
         reassignments = Reassignments(fleet=self.fleet, bookings=self.bookings, placement=self._placement, on_moved=self._moved)
         self.reports = WorkerReports(
             config,
@@ -132,6 +132,7 @@ class RouterCore:
         )
         self._lost_gateways: dict[str, float] = {}  # gateway -> when its bookings end
         self._gateway_epochs: dict[str, int] = {}
+        self._unwritten: tuple[Booking, Choice] | None = None  # booked and answered; `_write_down` does the rest
         self._commands: list[Command] = []
         self._perform: dict[type, Callable[[Any, float], None]] = {
             FromGateway: self._from_gateway,
@@ -148,6 +149,7 @@ class RouterCore:
 
     def on(self, event: Event, now: float) -> list[Command]:
         """What follows from one event; `now` in seconds on any steady clock."""
+        self._write_down()
         commands: list[Command] = []
         self._commands = commands
         self._perform[type(event)](event, now)
@@ -179,6 +181,7 @@ class RouterCore:
 
     def catch_up(self) -> None:
         """Work that can wait until the answers are out. A driver calls it after it has performed the commands, or not at all."""
+        self._write_down()
         self.index.catch_up()
 
     def status(self, now: float) -> dict[str, object]:
@@ -254,7 +257,10 @@ class RouterCore:
         if refusal is not None:
             self._refuse(gateway, place, refusal, now)
             return
-        self.waiting_room.admit(Waiting(key=key, gateway=gateway, place=place, since_s=now), now)
+        waiting = Waiting(key=key, gateway=gateway, place=place, since_s=now)
+        placed = self.waiting_room.admit(waiting, now)
+        if placed is not None:
+            self._book(waiting, *placed, now)
 
     def _refusal(self, place: Place, pools: Pools, now: float) -> Refused | None:
         queue = self.waiting_room.queues.get(place.model_id)
@@ -361,8 +367,6 @@ class RouterCore:
             reason=choice.reason
             if self.policies.answered(choice.policy)
             else f"{choice.reason}; {self.policies.names} failed or was too slow",
-            prefill_scores=choice.prefill_scores,
-            decode_scores=choice.decode_scores,
             waited_s=now - waiting.since_s,
             prefix_source=choice.prefix_source,
             confirmed_tokens=self.index.confirmed_tokens(prefill.worker_id, place.block_hashes, choice.cached_tokens),
@@ -383,12 +387,30 @@ class RouterCore:
         self.peers.forget(place.request_id)
         self.bookings.add(booking)
         self.peers.made(booking, now)
-        prefill.note_booked(place.num_tokens, choice.cached_tokens)
         self.fleet.note_chosen(prefill, decode)
         self.index.speculate(prefill.worker_id, place.block_hashes, now, num_held=choice.num_marked_blocks)
-        self.explanations.placed(place, assignment, now)
         self.counters["splits" if choice.is_split else "locals"] += 1
         self._commands.append(ToGateway(gateway=waiting.gateway, message=Assigned(assignment=assignment)))
+        self._unwritten = (booking, choice)
+
+    def _book_next(self, waiting: Waiting, choice: Choice, predicted_output_tokens: int, now: float) -> None:
+        """Another choice may follow in the same turn."""
+        self._book(waiting, choice, predicted_output_tokens, now)
+        self._write_down()
+
+    def _write_down(self) -> None:
+        """The rest of a booking, for which its answer did not wait: it is done before anything else happens."""
+        if self._unwritten is None:
+            return
+        (booking, choice), self._unwritten = self._unwritten, None
+        place, now, prefill, decode = booking.place, booking.booked_s, choice.prefill, choice.decode
+        explained = replace(
+            booking.assignment,
+            prefill_scores=choice.prefill_ranking.scores() if choice.prefill_ranking is not None else (),
+            decode_scores=choice.decode_ranking.scores(),
+        )
+        self.explanations.placed(place, explained, now)
+        prefill.note_booked(place.num_tokens, choice.cached_tokens)
         booked = Booked(
             request=place,
             prefill_worker=prefill.worker_id,

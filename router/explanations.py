@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 from protocol.lifecycle import AttemptState
@@ -71,10 +71,10 @@ class Explanations:
         self._add(place, refusal, now)
 
     def reassigned(self, key: AttemptKey, assignment: Assignment) -> None:
-        """Another worker is to decode it: `assignment` stands for the one before, whose reason it repeats."""
+        """Another worker is to decode it: `assignment` stands for the one before, whose reason it repeats. It may lack prefill's scores."""
         record = self._by_key.get(key)
         if record is not None and record.assignment is not None and record.state is None:
-            record.decision = assignment
+            record.decision = replace(assignment, prefill_scores=record.assignment.prefill_scores)
 
     def first_token(self, key: AttemptKey, now: float, *, found_tokens: int | None) -> None:
         """`found_tokens`: what its worker found cached of the prompt; None: not told. Only the first word counts."""

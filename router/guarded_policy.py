@@ -110,6 +110,7 @@ class PoolPolicies:
         """Ask these from now on."""
         self.prefill = prefill  # also of workers that compute the prompt and decode
         self.decode = decode if decode is not None else prefill
+        self.names = "/".join(policy.name for policy in self.each)  # as an assignment tells who chose: NAME, or PREFILL/DECODE
 
     def of(self, pool: Pool) -> GuardedPolicy:
         return self.decode if pool is Pool.DECODE else self.prefill
@@ -126,14 +127,9 @@ class PoolPolicies:
         """Of the policy that chooses prefill workers: commands are about prefixes."""
         return self.prefill.commands(now)
 
-    @property
-    def names(self) -> str:
-        """As an assignment tells who chose: NAME, or PREFILL/DECODE where they are two."""
-        return "/".join(policy.name for policy in self.each)
-
     def answered(self, chosen_by: str) -> bool:
         """False when least_work chose in place of one of them."""
-        return {policy.name for policy in self.each}.issuperset(chosen_by.split("/"))
+        return chosen_by == self.names or {policy.name for policy in self.each}.issuperset(chosen_by.split("/"))
 
     @property
     def each(self) -> tuple[GuardedPolicy, ...]:

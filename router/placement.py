@@ -15,20 +15,21 @@ it placement of an instance pair) from the cost model alone, so that it is the s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, inf
 from random import Random
 from typing import NamedTuple
 
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
-from protocol.messages import CandidateScore, Place
+from protocol.messages import Place
 from protocol.worker import Role, WorkerId
 from router.choice import Blocked, Choice, Ranking, draw_first, near
 from router.config import Disaggregate, RouterConfig
 from router.fleet import Fleet, Pools, Worker
 from router.guarded_policy import PoolPolicies
 from router.holds import Hold
-from router.policies.api import Parts, PlacementView, Pool, Pull, Replicate
+from router.policies.api import PlacementView, Pool, Pull, Replicate
 from router.prefix_index import PrefixIndex
 from router.pull_cost import PullCosts, Source
 
@@ -152,7 +153,7 @@ class Placement:
         ranking = self._rank(ask, Pool.WHOLE, self._prefillers(ask, self._decoders(ask, workers)))
         if ranking is None:
             return Blocked.FULL
-        return self._local(ask, ranking.best, ranking, reason, prefill_scores=ranking.scores)
+        return self._local(ask, ranking.best, ranking, reason, prefill=ranking)
 
     def _split(self, ask: _Ask, prefillers: tuple[Worker, ...], decoders: tuple[Worker, ...]) -> Choice | Blocked:
         """Prefill on one worker, decode on another; or both on the decode worker where that is better."""
@@ -177,7 +178,7 @@ class Placement:
         reason = f"prefilled on {prefill.best.worker_id}, handed to {decode.best.worker_id}"
         source = self._replication_target(ask, prefillers)
         if source is not None and source is not decode.best:
-            prefill = Ranking(policy=prefill.policy, best=source, scores=prefill.scores)
+            prefill = replace(prefill, best=source)
             reason = f"policy {self._policies.prefill.name} replicates this prefix to {source.worker_id}"
         return Choice(
             prefill=prefill.best,
@@ -187,8 +188,8 @@ class Placement:
             kv_tokens=ask.kv_tokens,
             policy=prefill.policy if prefill.policy == decode.policy else f"{prefill.policy}/{decode.policy}",
             reason=reason,
-            prefill_scores=prefill.scores,
-            decode_scores=decode.scores,
+            prefill_ranking=prefill,
+            decode_ranking=decode,
             pull=self._pull(ask, prefill.best),
             prefill_s=prefill.best.queued_prefill_s + self._prefill_s(ask, prefill.best),
             handoff_s=self._transfer_s(ask),
@@ -224,9 +225,7 @@ class Placement:
             return False
         return not self._is_busy(worker)
 
-    def _local(
-        self, ask: _Ask, worker: Worker, ranking: Ranking, reason: str, *, prefill_scores: tuple[CandidateScore, ...] = ()
-    ) -> Choice:
+    def _local(self, ask: _Ask, worker: Worker, ranking: Ranking, reason: str, *, prefill: Ranking | None = None) -> Choice:
         return Choice(
             prefill=worker,
             decode=worker,
@@ -235,8 +234,8 @@ class Placement:
             kv_tokens=ask.kv_tokens,
             policy=ranking.policy,
             reason=reason,
-            prefill_scores=prefill_scores,
-            decode_scores=ranking.scores,
+            prefill_ranking=prefill,
+            decode_ranking=ranking,
             pull=self._pull(ask, worker),
             prefill_s=worker.queued_prefill_s + self._prefill_s(ask, worker),
             handoff_s=0.0,
@@ -273,8 +272,16 @@ class Placement:
         if self.is_one_of_several:
             draw_first(contenders, self._config.near_best, self._rng)
         best = [i for *_, i in contenders[:count]]
-        scores = tuple([_candidate(workers[i], seconds[i], guarded.parts(prices, i), ask) for i in best])
-        return Ranking(policy=policy, best=workers[best[0]], scores=scores)
+        return Ranking(
+            policy=policy,
+            best=workers[best[0]],
+            workers=workers,
+            seconds=seconds,
+            best_first=best,
+            parts=partial(guarded.parts, prices),
+            cached_tokens=ask.cached_tokens,
+            now=ask.now,
+        )
 
     def _total_s(self, ask: _Ask, choice: Choice) -> float:
         """Predicted seconds until the last token, to compare shapes."""
@@ -417,15 +424,3 @@ def _at_most(tokens: Mapping[WorkerId, int], most: int) -> Mapping[WorkerId, int
     if max(tokens.values(), default=0) <= most:
         return tokens
     return {name: min(n, most) for name, n in tokens.items()}
-
-
-def _candidate(worker: Worker, seconds: float, parts: Parts, ask: _Ask) -> CandidateScore:
-    worker_id, age_s = worker.worker_id, ask.now - worker.read_at_s
-    return CandidateScore(
-        worker_id=worker_id,
-        seconds=float(seconds),  # a policy may compute in other numbers
-        cached_tokens=ask.cached_tokens.get(worker_id, 0),
-        signal_age_s=age_s if age_s < _AGE_MAX_S else _AGE_MAX_S,
-        term_names=parts[0],
-        term_seconds=parts[1],
-    )

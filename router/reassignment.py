@@ -86,7 +86,7 @@ class Reassignments:
         booking.assignment = replace(
             booking.assignment,
             decode_worker=decode,
-            decode_scores=ranking.scores,
+            decode_scores=ranking.scores(),
             reason=f"{booking.assignment.reason}; decodes on {decode} instead of {hold.worker_id} ({trouble})",
         )
         self._on_moved(booking, now)

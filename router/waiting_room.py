@@ -21,7 +21,7 @@ from router.queue import FairQueue, Waiting
 
 
 class WaitingRoom:
-    """Whoever is placed goes to `on_choice(waiting, choice, predicted_output_tokens, now)`, which books it in the same turn."""
+    """Whoever waited and is placed goes to `on_choice(waiting, choice, predicted_output_tokens, now)`, which books it in that turn."""
 
     def __init__(
         self, config: RouterConfig, *, fleet: Fleet, placement: Placement, on_choice: Callable[[Waiting, Choice, int, float], None]
@@ -43,24 +43,25 @@ class WaitingRoom:
     def of_gateway(self, gateway: str) -> list[Waiting]:
         return [w for w in self._by_request.values() if w.gateway == gateway]
 
-    def admit(self, waiting: Waiting, now: float) -> None:
-        """Place it, or let it wait its turn."""
+    def admit(self, waiting: Waiting, now: float) -> tuple[Choice, int] | None:
+        """Let it wait its turn, or say where it goes at once, with its predicted output: for the caller to book."""
         place = waiting.place
         if not self._fleet.pools(place.model_id).all:
             self._strand(waiting)
-            return
+            return None
         queue = self._queue(place.model_id)
         if len(queue):
             self._push(queue, waiting)
             self.pump(place.model_id, now)
-            return
+            return None
         choice = self._placement.choose(place, now, predicted_output_tokens=queue.predicted_output_tokens(place))
         if isinstance(choice, Choice):
-            self._on_choice(waiting, choice, queue.serve_at_once(place), now)
-        elif choice is Blocked.NOBODY:
+            return choice, queue.serve_at_once(place)
+        if choice is Blocked.NOBODY:
             self._strand(waiting)
         else:
             self._push(queue, waiting)
+        return None
 
     def leave(self, key: AttemptKey) -> bool:
         """Whoever waits under this key waits no longer; False when nobody does."""

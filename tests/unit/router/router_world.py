@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -182,9 +183,16 @@ class World:
         return answer(self.on(FromGateway(gateway=gateway, message=request)), request)
 
     def assign(self, request: Place) -> Assignment:
+        """As it is explained: with the scores, for which the answer does not wait."""
         found = self.place(request)
         assert isinstance(found, Assignment), found
-        return found
+        self.core.catch_up()
+        kept = self.core.explain(request.request_id)
+        if not kept:
+            return found
+        explained = kept[-1].assignment
+        assert explained is not None and replace(explained, prefill_scores=(), decode_scores=()) == found
+        return explained
 
     def prefill_done(self, request: Place, *, found_tokens: int | None = 0, decode_worker: str | None = None) -> list[Command]:
         message = PrefillDone(
