@@ -15,6 +15,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.messages import (
     Assigned,
     Assignment,
@@ -45,6 +46,7 @@ from router.events import (
     WorkerDown,
     WorkerUp,
 )
+from router.eviction_regret import EvictionRegret
 from router.explanations import Explanation, Explanations
 from router.fleet import Fleet, Pools
 from router.guarded_policy import GuardedPolicy, PoolPolicies
@@ -105,7 +107,8 @@ class RouterCore:
         self.prediction_errors = PredictionErrors()
         self.overlap = OverlapWatch()
         self.counters: dict[str, int] = dict.fromkeys(status.COUNTERS, 0)
-        self._placement = Placement(config, fleet=self.fleet, index=self.index, policies=self.policies, rng=rng)
+        self.regret = EvictionRegret()
+        self._placement = Placement(config, fleet=self.fleet, index=self.index, policies=self.policies, regret=self.regret, rng=rng)
         self._early_rejection = EarlyRejection(self._placement)
         self.waiting_room = WaitingRoom(config, fleet=self.fleet, placement=self._placement, on_choice=self._book_next)
         reassignments = Reassignments(fleet=self.fleet, bookings=self.bookings, placement=self._placement, on_moved=self._moved)
@@ -116,6 +119,7 @@ class RouterCore:
             bookings=self.bookings,
             peers=self.peers,
             policies=self.policies,
+            regret=self.regret,
             rng=rng,
             prior=prior if prior is not None else StepCost(),
             reassignments=reassignments,
@@ -411,11 +415,13 @@ class RouterCore:
         )
         self.explanations.placed(place, explained, now)
         prefill.note_booked(place.num_tokens, choice.cached_tokens)
+        self.regret.asked_in_vain(place.block_hashes[(choice.cached_tokens + choice.pulled_tokens) // HASH_BLOCK_SIZE_TOKENS :])
         booked = Booked(
             request=place,
             prefill_worker=prefill.worker_id,
             decode_worker=decode.worker_id,
             cached_tokens=choice.cached_tokens,
+            confirmed_tokens=booking.assignment.confirmed_tokens,
             pulled_tokens=choice.pulled_tokens,
             prefill_cost=prefill.cost,
             decode_cost=decode.cost,

@@ -62,6 +62,7 @@ class Worker:
         "address",
         "booked",
         "booking_scale",
+        "common_cost",
         "context_mean",
         "cost",
         "epoch",
@@ -96,6 +97,7 @@ class Worker:
         self.epoch = address.epoch
         self.model = model
         self.link = link  # of pulls from other workers to this one
+        self.common_cost: StepCost | None = None  # of the pool, which this worker is taken to be like; None: it has a pace of its own
         self.cost: StepCost = model.cost  # seconds of work here, leaning high
         self.tie_hash = tie_hash
         self.role: Role = address.role
@@ -165,11 +167,11 @@ class Worker:
     def _write_work(self, now: float) -> None:
         snapshot, booked, fresh, scale = self.snapshot, self.booked, self.fresh, self.booking_scale
         self._changed = False
-        self.cost = cost = self.model.cost
+        self.cost = cost = self.common_cost if self.common_cost is not None else self.model.cost
         if snapshot is None or now > self.read_at_s + self._stale_s:
             self._stale_at_s = _FOREVER
             self._drained_at_s = _NEVER
-            self._young_s = scale * _prefill_s(booked, cost)
+            self._young_s = scale * self._prefill_s(booked)
             self.queued_prefill_tokens = int(scale * booked.prefill_tokens)
             self.num_sequences = int(scale * booked.num_sequences)
             self.kv_tokens = booked.kv_tokens
@@ -184,7 +186,7 @@ class Worker:
         if snapshot.waiting_tokens:
             token_s = cost.prefill_token_s + cost.prefill_pair_s * self.context_mean
             self._drained_at_s = self.read_at_s + cost.step_s + snapshot.waiting_tokens * token_s
-        self._young_s = scale * _prefill_s(fresh, cost)
+        self._young_s = scale * self._prefill_s(fresh)
         self.queued_prefill_tokens = snapshot.waiting_tokens + int(scale * fresh.prefill_tokens)
         self.num_sequences = snapshot.num_running + snapshot.num_waiting + int(scale * fresh.num_sequences)
         self.kv_tokens = max(snapshot.running_kv_tokens + fresh.kv_tokens, booked.kv_tokens)
@@ -194,6 +196,11 @@ class Worker:
             self.prompt_room_tokens = self.max_request_tokens
         else:
             self.prompt_room_tokens = max(0, (snapshot.num_blocks_total - held) * block - fresh.prefill_tokens)
+
+    def _prefill_s(self, tally: Tally) -> float:
+        """To compute what is held: prompts that wait together share steps."""
+        cost, num_steps = self.cost, min(tally.num_prefills, 1 + tally.prefill_tokens // self.max_num_batched_tokens)
+        return num_steps * cost.step_s + tally.prefill_tokens * cost.prefill_token_s + tally.prefill_pairs * cost.prefill_pair_s
 
     # --- bookings ---
 
@@ -283,7 +290,7 @@ class Worker:
 
     def forget(self, model: CostModel, link: LinkCost) -> None:
         """What was learned here and whose turn it was; load, bookings and last word stay."""
-        self.model, self.link, self._price = model, link, None
+        self.model, self.link, self._price, self.common_cost = model, link, None, None
         self.hit_rate, self.context_mean, self.last_chosen = 0.0, CONTEXT_TOKENS, 0
         self._refit_at_s = _NEVER
         self._changed = True
@@ -306,6 +313,10 @@ class Worker:
     def borrow_cost(self, cost: StepCost) -> None:
         self.model.borrow(cost)
         self._changed = True
+
+    def take_common_cost(self, cost: StepCost | None) -> None:
+        self._changed = self._changed or cost is not self.common_cost
+        self.common_cost = cost
 
     def count_requests(self, price: RequestPrice | None) -> None:
         """Price queue and batch by how many requests there are, not by the work in them; None: by the work again."""
@@ -337,10 +348,6 @@ class Worker:
                 self.model.refit()
                 return self.model.num_samples > 0
         return False
-
-
-def _prefill_s(tally: Tally, cost: StepCost) -> float:
-    return tally.num_prefills * cost.step_s + tally.prefill_tokens * cost.prefill_token_s + tally.prefill_pairs * cost.prefill_pair_s
 
 
 def work_between(before: WorkerSnapshot, after: WorkerSnapshot, context_mean: float) -> Work:

@@ -26,6 +26,7 @@ from protocol.messages import Place
 from protocol.worker import Role, WorkerId
 from router.choice import Blocked, Choice, Ranking, draw_first, near
 from router.config import Disaggregate, RouterConfig
+from router.eviction_regret import EvictionRegret
 from router.fleet import Fleet, Pools, Worker
 from router.guarded_policy import PoolPolicies
 from router.holds import Hold
@@ -74,11 +75,21 @@ class _Ask:
 class Placement:
     """Chooses workers; changes nothing but the policy's random generator and the list of replications asked for."""
 
-    def __init__(self, config: RouterConfig, *, fleet: Fleet, index: PrefixIndex, policies: PoolPolicies, rng: Random) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        fleet: Fleet,
+        index: PrefixIndex,
+        policies: PoolPolicies,
+        regret: EvictionRegret,
+        rng: Random,
+    ) -> None:
         self._config = config
         self._fleet = fleet
         self._index = index
         self._policies = policies
+        self._regret = regret
         self._rng = rng  # of the draw among workers that are nearly the best
         self.is_one_of_several = False  # between two of their messages routers see the same best: each draws among those nearly as good
         self._pulls = PullCosts(fleet, index, min_tokens=config.prefix_pull_min_tokens, bias=config.estimate_bias)
@@ -260,6 +271,7 @@ class Placement:
             if ask.source is not None and pool is not Pool.DECODE
             else {},
             loads_s=self._loads_s(ask, workers) if ask.has_host_tokens and pool is not Pool.DECODE else {},
+            regret_share=self._regret.share,
         )
         guarded = self._policies.of(pool)
         policy, prices = guarded.price(view, ask.place, ask.now)

@@ -13,12 +13,14 @@ from random import Random
 import xxhash
 
 from protocol.messages import KvEvents, KvSnapshot, Membership, SnapshotFrame, Subscribe
-from protocol.worker import AllBlocksCleared, BlocksStored, Tier, WorkerId, WorkerState
+from protocol.worker import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Tier, WorkerId, WorkerState
 from router.bookings import Booking, Bookings
+from router.common_cost import share_cost
 from router.config import RouterConfig
 from router.cost_model import CostModel, StepCost
 from router.estimate_trust import EstimateTrust
 from router.events import Command, FromWorker, ToWorker, WorkerDown, WorkerUp
+from router.eviction_regret import EvictionRegret
 from router.fleet import Fleet, Worker
 from router.guarded_policy import PoolPolicies
 from router.link_cost import link_to
@@ -40,6 +42,7 @@ class WorkerReports:
         bookings: Bookings[Booking],
         peers: Peers,
         policies: PoolPolicies,
+        regret: EvictionRegret,
         rng: Random,
         prior: StepCost,
         reassignments: Reassignments,
@@ -53,6 +56,7 @@ class WorkerReports:
         self._bookings = bookings
         self._peers = peers
         self._policies = policies
+        self._regret = regret
         self._tie_seed = rng.getrandbits(64)
         self._prior = prior
         self._reassignments = reassignments
@@ -103,6 +107,8 @@ class WorkerReports:
         elif isinstance(message, KvEvents):
             taken, complete = self._index.apply(message)
             if taken:
+                if worker.role.prefills:
+                    self._count_evicted(taken)
                 self._policies.observe(KvChanged(worker_id=worker.worker_id, events=taken), now)
             if complete:
                 self._resync_asked_s.pop(worker.worker_id, None)
@@ -123,9 +129,15 @@ class WorkerReports:
     def forget(self) -> None:
         """What was learned of workers and links, and guesses at caches; what workers said last stays."""
         self._index.forget_guesses()
+        self._regret.forget()
         self.trust = EstimateTrust(error_max=self._config.estimate_error_max)
         for worker in self._fleet:
             worker.forget(self._unlearned(), link_to(worker.address, self._config))
+
+    def _count_evicted(self, events: tuple[KvEvent, ...]) -> None:
+        for event in events:
+            if isinstance(event, BlocksRemoved) and event.tier is Tier.DEVICE:
+                self._regret.evicted(event.hashes)
 
     def tick(self, now: float) -> None:
         """Ask again where an answer is owed, and find workers for those that lost theirs."""
@@ -149,7 +161,9 @@ class WorkerReports:
         before = (worker.role, worker.state)
         if worker.take_snapshot(snapshot, now, refit_interval_s=self._config.refit_interval_s):
             self._fleet.lend_cost(worker)
-            self.trust.judge(self._fleet.alike(worker))
+            alike = self._fleet.alike(worker)
+            share_cost(alike)
+            self.trust.judge(alike)
         if (worker.role, worker.state) != before:
             self._fleet.changed()
         if self._index.missed_tail(worker.worker_id, snapshot.last_event_number):

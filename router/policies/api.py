@@ -130,6 +130,7 @@ class PlacementView(NamedTuple):
     transfer_s: float  # to move the prompt's missing KV to that worker; nothing when it is the same
     pulls: Mapping[WorkerId, Pull] = MappingProxyType({})  # of workers for which one is worth it; none when pool is DECODE
     loads_s: Mapping[WorkerId, float] = MappingProxyType({})  # to bring cached tokens from host memory; those with none are left out
+    regret_share: float = 0.0  # of the blocks that caches pushed out, those that were asked for again: what a displaced one is worth
 
 
 # --- what a policy is told --------------------------------------------------------------------------------------------
@@ -143,6 +144,7 @@ class Booked:
     prefill_worker: WorkerId
     decode_worker: WorkerId
     cached_tokens: int
+    confirmed_tokens: int = 0  # of them, those the worker itself has told of; the rest is being computed for somebody before
     pulled_tokens: int = 0  # come to the prefill worker from another, beyond what it has cached
     prefill_cost: StepCost = field(default_factory=StepCost)  # seconds of work on the prefill worker at the moment of the choice
     decode_cost: StepCost = field(default_factory=StepCost)

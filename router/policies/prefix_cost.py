@@ -1,12 +1,18 @@
 """E2 of Preble as one cost without a mode switch: reuse a prefix until its queue costs more than computing it again.
 
-    J(w) = Q(w) + P(w) + beta * (P(w) - min P) + M(w) + N(w)          prefill
-    J(w) = out * TBT(w) + M(w) + N(w)                                 decode
-    J(w) = both, each term once                                       prefilled where it decodes
+    J(w) = Q(w) + P(w) + D(w) + M(w) + N(w)            prefill
+    J(w) = out * TBT(w) + M(w) + N(w)                  decode
+    J(w) = both, each term once                        prefilled where it decodes
+
+    D(w) = ((1 + beta * (1 + busy) / 2) / (1 + uses) - 1) * (P(w) - min P)
 
 Q outstanding seconds; P prefill of what is missed, or pulling a part of it from a peer and the prefill of the rest, whichever is less,
-and loading what lies in host memory; beta the price of duplicating a prefix; M what would be lost by eviction; N moving KV.
-A hot prefix spreads by itself once Q of its holders exceeds (1 + beta) * what it saves (section 2 of Preble, ICLR'25).
+and loading what lies in host memory; M what would be lost by eviction; N moving KV.
+
+D is what others pay, or gain, when a prefix is computed once more. They wait for it, each second for `beta` where all workers are busy, for
+half of that where all are idle (`busy`: the share that is not). And they will find the copy, so that a prefix asked for again and again
+bears its price together with the next `uses` requests (prefix_heat.py). A prefix nobody has asked for again spreads once Q of its holders
+exceeds 1 + beta times what it saves (section 2 of Preble, ICLR'25), sooner where workers are idle; a hot one much sooner.
 """
 
 from __future__ import annotations
@@ -16,7 +22,19 @@ from random import Random
 
 from protocol.messages import Place
 from protocol.worker import WorkerId
-from router.policies.api import Cost, Parts, PlacementView, Pool, PoolPrices, Stateless, WorkerView
+from router.policies.api import (
+    Booked,
+    Cost,
+    KvChanged,
+    Parts,
+    PlacementView,
+    PolicyCommand,
+    PolicyEvent,
+    Pool,
+    PoolPrices,
+    WorkerView,
+)
+from router.policies.prefix_heat import PrefixHeat
 
 _PREFILL = ("queue", "prefill", "duplicate", "evict", "transfer")
 _WHOLE = ("queue", "prefill", "duplicate", "evict", "decode")
@@ -25,16 +43,18 @@ _WHOLE_MOVED = ("queue", "prefill", "pull", "load", "duplicate", "evict", "decod
 _DECODE = ("decode", "evict", "transfer")
 
 
-class PrefixCost(Stateless):
+class PrefixCost:
     """Estimated seconds, with prefixes."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
-        beta: float = 2.0  # price of a duplicated second of prefill; 0: only this request counts
+        beta: float = 1.5  # price of a duplicated second of prefill while all are busy; 0: others do not count
+        heat_s: float = 10.0  # half-life of requests for a prefix, by which copies are judged; 0: no copy is thought of use
         eviction: bool = True  # charge for what a prompt pushes out of a cache
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self._heat = PrefixHeat(half_life_s=config.heat_s)
 
     def score(self, view: PlacementView, request: Place, now: float, rng: Random) -> dict[WorkerId, Cost]:
         prices = self.price_pool(view, request, now, rng)
@@ -44,39 +64,58 @@ class PrefixCost(Stateless):
         }
 
     def price_pool(self, view: PlacementView, request: Place, now: float, rng: Random) -> PoolPrices:
-        pool = _DecodePrices if view.pool is Pool.DECODE else _PrefillPrices
-        return pool(view, request, self.config)
+        if view.pool is Pool.DECODE:
+            return _DecodePrices(view, request, self.config)
+        return _PrefillPrices(view, request, self.config, uses=self._heat.uses(request, view.cached_tokens, now))
+
+    def observe(self, event: PolicyEvent, now: float) -> None:
+        if isinstance(event, Booked):
+            self._heat.booked(event, now)
+        elif isinstance(event, KvChanged):
+            self._heat.changed(event)
+
+    def commands(self, now: float) -> tuple[PolicyCommand, ...]:
+        return ()
+
+    def snapshot(self) -> bytes:
+        return self._heat.snapshot()
+
+    def restore(self, state: bytes) -> None:
+        self._heat.restore(state)
 
 
 class _PrefillPrices:
     """Of workers that compute the prompt; in Pool.WHOLE they decode as well."""
 
-    __slots__ = ("_beta", "_evict", "_least_s", "_own_s", "_request", "_view", "seconds")
+    __slots__ = ("_duplicate", "_evict", "_least_s", "_own_s", "_request", "_view", "seconds")
 
-    def __init__(self, view: PlacementView, request: Place, config: PrefixCost.Config) -> None:
+    def __init__(self, view: PlacementView, request: Place, config: PrefixCost.Config, *, uses: float) -> None:
         self._view = view
         self._request = request
-        self._beta = beta = config.beta
         self._evict = evict = config.eviction
         workers, num_tokens, cached = view.workers, request.num_tokens, view.cached_tokens.get
         own_s: list[float] = []
         self._own_s = own_s
+        num_busy = 0
         for worker in workers:
+            if worker.queued_prefill_s > 0.0:
+                num_busy += 1
             missed, cost = num_tokens - cached(worker.worker_id, 0), worker.cost
             own_s.append(cost.step_s + missed * cost.prefill_token_s + missed * num_tokens * cost.prefill_pair_s)
         if view.pulls or view.loads_s:
             self._move(view)
         self._least_s = least_s = min(own_s)
+        self._duplicate = duplicate = (1.0 + config.beta * (1.0 + num_busy / len(workers)) / 2.0) / (1.0 + uses) - 1.0
         self.seconds: list[float] = []
         prices = self.seconds
         last_s, whole = view.transfer_s, view.pool is Pool.WHOLE
         for worker, own in zip(workers, own_s, strict=True):
             evict_s = 0.0
             if evict and num_tokens > worker.free_kv_tokens:  # the cheap half of the question first
-                evict_s = _eviction_s(worker, num_tokens - cached(worker.worker_id, 0))
+                evict_s = _eviction_s(worker, view, num_tokens - cached(worker.worker_id, 0))
             if whole:
                 last_s = _decode_s(worker, view, request)
-            prices.append(worker.queued_prefill_s + own + beta * (own - least_s) + evict_s + last_s)
+            prices.append(worker.queued_prefill_s + own + duplicate * (own - least_s) + evict_s + last_s)
 
     def _move(self, view: PlacementView) -> None:
         """What is pulled from a peer or loaded from host memory, in place of what computing it takes."""
@@ -90,9 +129,9 @@ class _PrefillPrices:
 
     def parts(self, index: int) -> Parts:
         view, request, worker, own_s = self._view, self._request, self._view.workers[index], self._own_s[index]
-        duplicate_s = self._beta * (own_s - self._least_s)
+        duplicate_s = self._duplicate * (own_s - self._least_s)
         missed = request.num_tokens - view.cached_tokens.get(worker.worker_id, 0)
-        evict_s = _eviction_s(worker, missed) if self._evict else 0.0
+        evict_s = _eviction_s(worker, view, missed) if self._evict else 0.0
         whole = view.pool is Pool.WHOLE
         last_s = _decode_s(worker, view, request) if whole else view.transfer_s
         pull, load_s = view.pulls.get(worker.worker_id), view.loads_s.get(worker.worker_id, 0.0)
@@ -121,13 +160,13 @@ class _DecodePrices:
             missed, cost = num_tokens - cached(worker.worker_id, 0), worker.cost
             batch, kv = worker.num_sequences + num_choices, worker.kv_tokens + kv_tokens
             decode_s = output * (cost.step_s + batch * cost.decode_sequence_s + kv * cost.decode_kv_token_s)
-            evict_s = _eviction_s(worker, missed) if evict and missed > worker.free_kv_tokens else 0.0
+            evict_s = _eviction_s(worker, view, missed) if evict and missed > worker.free_kv_tokens else 0.0
             prices.append(decode_s + evict_s + token_s * missed)
 
     def parts(self, index: int) -> Parts:
         view, request, worker = self._view, self._request, self._view.workers[index]
         missed = request.num_tokens - view.cached_tokens.get(worker.worker_id, 0)
-        evict_s = _eviction_s(worker, missed) if self._evict else 0.0
+        evict_s = _eviction_s(worker, view, missed) if self._evict else 0.0
         return _DECODE, (_decode_s(worker, view, request), evict_s, self._transfer_token_s * missed)
 
 
@@ -137,9 +176,9 @@ def _decode_s(worker: WorkerView, view: PlacementView, request: Place) -> float:
     return view.predicted_output_tokens * worker.cost.decode_step_s(batch, kv_tokens)
 
 
-def _eviction_s(worker: WorkerView, missed: int) -> float:
-    """Seconds of prefill that the cached blocks pushed out by this prompt would have saved."""
-    if missed <= worker.free_kv_tokens:
+def _eviction_s(worker: WorkerView, view: PlacementView, missed: int) -> float:
+    """Seconds of prefill that the cached blocks pushed out by this prompt would have saved; a decode worker computes no prompts."""
+    if missed <= worker.free_kv_tokens or not worker.role.prefills:
         return 0.0
     displaced = min(missed - worker.free_kv_tokens, worker.reclaimable_kv_tokens)
-    return worker.hit_rate * displaced * worker.cost.prefill_token_s
+    return view.regret_share * displaced * worker.cost.prefill_token_s

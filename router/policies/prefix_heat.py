@@ -1,0 +1,77 @@
+"""How often a prefix is asked for again: whether a copy of it on one more worker would be used.
+
+    uses(prefix) = requests of late that found it cached / workers that would share them, the new one included
+
+A prompt that many send at the same moment looks as popular as one that many will send all day, so nothing counts before a worker has
+said that it holds the prefix: siblings of a burst come earlier.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
+from protocol.messages import Place
+from protocol.worker import BlocksStored, WorkerId
+from router.policies.api import Booked, KvChanged
+
+MAX_PREFIXES = 4096
+
+
+@dataclass(slots=True)
+class _Heat:
+    count: float  # of requests, each half forgotten after `half_life_s`
+    at_s: float  # when that was true
+    is_held: bool  # a worker has said so
+
+    def now(self, now: float, half_life_s: float) -> float:
+        return self.count * math.exp2((self.at_s - now) / half_life_s)
+
+
+class PrefixHeat:
+    """Of the MAX_PREFIXES that were asked for last. half_life_s: 0 keeps nothing, so that no copy seems of use."""
+
+    def __init__(self, *, half_life_s: float) -> None:
+        self._half_life_s = half_life_s
+        self._heat: dict[bytes, _Heat] = {}  # by the last block of the prefix, the least recent first
+
+    def uses(self, request: Place, cached_tokens: Mapping[WorkerId, int], now: float) -> float:
+        """Of one more copy of the longest prefix of this prompt that any worker holds."""
+        if not self._heat or not cached_tokens:
+            return 0.0
+        most = max(cached_tokens.values())
+        heat = self._heat.get(request.block_hashes[most // HASH_BLOCK_SIZE_TOKENS - 1]) if most >= HASH_BLOCK_SIZE_TOKENS else None
+        if heat is None or not heat.is_held:
+            return 0.0
+        num_holders = list(cached_tokens.values()).count(most)
+        return heat.now(now, self._half_life_s) / (num_holders + 1)
+
+    def booked(self, event: Booked, now: float) -> None:
+        """Somebody asked for what his worker has cached."""
+        if event.cached_tokens < HASH_BLOCK_SIZE_TOKENS or not self._half_life_s:
+            return
+        name = event.request.block_hashes[event.cached_tokens // HASH_BLOCK_SIZE_TOKENS - 1]
+        heat = self._heat.pop(name, None) or _Heat(0.0, now, False)
+        heat.count, heat.at_s = heat.now(now, self._half_life_s) + 1.0, now
+        heat.is_held |= event.confirmed_tokens == event.cached_tokens
+        self._heat[name] = heat
+        if len(self._heat) > MAX_PREFIXES:
+            del self._heat[next(iter(self._heat))]
+
+    def changed(self, event: KvChanged) -> None:
+        for stored in event.events:
+            if isinstance(stored, BlocksStored) and self._heat and not self._heat.keys().isdisjoint(stored.hashes):
+                self._hold(stored.hashes)
+
+    def _hold(self, hashes: Iterable[bytes]) -> None:
+        for name in self._heat.keys() & set(hashes):
+            self._heat[name].is_held = True
+
+    def snapshot(self) -> bytes:
+        return json.dumps([[name.hex(), asdict(heat)] for name, heat in self._heat.items()]).encode()
+
+    def restore(self, state: bytes) -> None:
+        self._heat = {bytes.fromhex(name): _Heat(**heat) for name, heat in json.loads(state)}
