@@ -57,6 +57,7 @@ from router.policies.api import (
     Booked,
     Finished,
     FirstToken,
+    Moved,
     PlacementPolicy,
     PolicyOverran,
 )
@@ -88,9 +89,7 @@ class RouterCore:
         self.index = PrefixIndex(
             max_bytes=config.index_max_bytes, speculative_ttl_s=config.speculative_ttl_s, prefix_closed=config.index_prefix_closed
         )
-        self.bookings: Bookings[Booking] = Bookings(
-            self.fleet, ttl_s=config.booking_ttl_s, on_over=lambda booking: self.peers.over(booking)
-        )
+        self.bookings: Bookings[Booking] = Bookings(self.fleet, ttl_s=config.booking_ttl_s, on_over=self._over)
         self.peers = Peers(
             config,
             name=name,
@@ -136,6 +135,7 @@ class RouterCore:
         )
         self._lost_gateways: dict[str, float] = {}  # gateway -> when its bookings end
         self._gateway_epochs: dict[str, int] = {}
+        self._untold: list[AttemptKey] = []  # bookings that are over without a Done
         self._unwritten: tuple[Booking, Choice] | None = None  # booked and answered; `_write_down` does the rest
         self._commands: list[Command] = []
         self._perform: dict[type, Callable[[Any, float], None]] = {
@@ -157,6 +157,8 @@ class RouterCore:
         commands: list[Command] = []
         self._commands = commands
         self._perform[type(event)](event, now)
+        while self._untold:
+            self.policies.observe(Finished(key=self._untold.pop(), num_output_tokens=None), now)
         if type(event) is Tick or not self.readiness.is_ready:
             self.readiness.judge(now)
         return commands
@@ -282,9 +284,12 @@ class RouterCore:
         key, found_tokens = AttemptKey(request_id=message.request_id, attempt=message.attempt), message.num_cached_tokens
         booking = self.bookings.get(key)
         is_first_word = booking is not None and not booking.is_prefilled
+        booked_on = booking.assignment.decode_worker if booking is not None else ""
         booking = self.bookings.end_prefill(key, message.decode_worker, now)
         if booking is None:
             return False
+        if booking.assignment.decode_worker != booked_on:
+            self.policies.observe(Moved(key=key, decode_worker=booking.assignment.decode_worker), now)
         self.peers.prefilled(booking)
         if is_first_word and found_tokens is not None:
             self.explanations.first_token(key, now, found_tokens=found_tokens)
@@ -299,6 +304,8 @@ class RouterCore:
         key = AttemptKey(request_id=message.request_id, attempt=message.attempt)
         booking = self.bookings.end(key)
         self.explanations.ended(message, now)
+        if booking is not None:
+            self._untold.remove(key)
         if self.waiting_room.leave(key) or booking is None:
             return booking is not None
         queue = self.waiting_room.queues.get(booking.place.model_id)
@@ -428,12 +435,17 @@ class RouterCore:
         )
         self.policies.observe(booked, now)
 
+    def _over(self, booking: Booking) -> None:
+        self.peers.over(booking)
+        self._untold.append(booking.key)
+
     def _moved(self, booking: Booking, now: float) -> None:
         """Another worker is to decode it: tell its gateway, and whoever asks why."""
         assignment = booking.assignment
         self.counters["reassigned"] += 1
         self.peers.made(booking, now)
         self.explanations.reassigned(booking.key, assignment)
+        self.policies.observe(Moved(key=booking.key, decode_worker=assignment.decode_worker), now)
         message = Reassigned(
             request_id=assignment.request_id,
             attempt=assignment.attempt,

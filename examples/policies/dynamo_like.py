@@ -30,7 +30,7 @@ from protocol.messages import Place
 from protocol.request import AttemptKey
 from protocol.worker import WorkerId
 from router.policies import Cost, PlacementView, Pool, WorkerView
-from router.policies.api import Booked, Finished, PolicyCommand, PolicyEvent, Tick, WorkerLeft
+from router.policies.api import Booked, Finished, Moved, PolicyCommand, PolicyEvent, Tick, WorkerLeft
 
 Reservation = tuple[WorkerId, tuple[bytes, ...], float]  # where, which blocks, since
 
@@ -82,6 +82,11 @@ class DynamoLike:
                 key = AttemptKey(request_id=request.request_id, attempt=request.attempt)
                 self._reserved[key] = (worker_id, request.block_hashes, now)
                 self._active.setdefault(worker_id, Counter()).update(request.block_hashes)
+            case Moved(key=key, decode_worker=worker_id) if key in self._reserved:
+                _, blocks, since_s = self._reserved[key]
+                self._release(key)
+                self._reserved[key] = (worker_id, blocks, since_s)
+                self._active.setdefault(worker_id, Counter()).update(blocks)
             case Finished(key=key):
                 self._release(key)
             case WorkerLeft(worker_id=worker_id):

@@ -157,9 +157,19 @@ class FirstToken:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
+class Moved:
+    """Another worker is to decode what was Booked."""
+
     key: AttemptKey
-    num_output_tokens: int
+    decode_worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """Comes once for every Booked."""
+
+    key: AttemptKey
+    num_output_tokens: int | None  # None: nobody said; its gateway or its workers were lost, or it was given up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +206,7 @@ class PolicyOverran:
     pool: Pool = Pool.PREFILL  # DECODE: it is the decode pool's own policy
 
 
-PolicyEvent = Booked | FirstToken | Finished | KvChanged | WorkerJoined | WorkerLeft | Tick | PolicyOverran
+PolicyEvent = Booked | FirstToken | Moved | Finished | KvChanged | WorkerJoined | WorkerLeft | Tick | PolicyOverran
 
 
 # --- what a policy may ask for ----------------------------------------------------------------------------------------

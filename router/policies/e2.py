@@ -30,6 +30,7 @@ from router.policies.api import (
     Finished,
     FirstToken,
     KvChanged,
+    Moved,
     PlacementView,
     PolicyCommand,
     PolicyEvent,
@@ -147,6 +148,8 @@ class E2:
                 self._has_cause |= history.book(event, now) < self.config.max_tail_nodes
             case FirstToken():
                 history.first_token(event, now)
+            case Moved():
+                history.decode_elsewhere(event)
             case Finished():
                 history.finish(event, now)
             case KvChanged(worker_id=worker_id, events=events):

@@ -16,7 +16,7 @@ from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.request import AttemptKey
 from protocol.worker import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Role, Tier, WorkerId
 from router.cost_model import StepCost
-from router.policies.api import Booked, Finished, FirstToken, WorkerJoined
+from router.policies.api import Booked, Finished, FirstToken, Moved, WorkerJoined
 from router.policies.prefix_tree import Node, PrefixTree
 from router.policies.sliding_sums import NUM_STEPS, SlidingSums
 
@@ -148,8 +148,14 @@ class History:
     def finish(self, event: Finished, now: float) -> None:
         _, worker_id, _ = self._in_flight.pop(event.key, ("", "", b""))
         record = self.workers.get(worker_id)
-        if record is not None:
+        if record is not None and event.num_output_tokens is not None:
             record.outputs.add(self.step(now), 1, event.num_output_tokens)
+
+    def decode_elsewhere(self, event: Moved) -> None:
+        """Its output is counted where it is decoded; what was sent to the first worker stays sent."""
+        if event.key in self._in_flight:
+            prefill_worker, _, name = self._in_flight[event.key]
+            self._in_flight[event.key] = (prefill_worker, event.decode_worker, name)
 
     def change(self, worker_id: WorkerId, events: Sequence[KvEvent]) -> None:
         """A worker's own word on what it holds. What it stores that nobody asked for through this router is passed over."""
