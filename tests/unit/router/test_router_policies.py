@@ -167,7 +167,8 @@ def test_different_prompts_spread() -> None:
 def test_eviction_is_charged_where_memory_is_full_and_what_was_evicted_is_asked_for_again() -> None:
     """How: prefill-0 evicts 512 blocks of which half are asked for again (and 256 count before any did): 256 / 768 of what is displaced.
 
-    Seen to fail with `asked_in_vain` not called, with the first blocks of a prompt passed over, and with eviction charged while blocks are free.
+    Seen to fail with `asked_in_vain` not called, with the first blocks of a prompt passed over, and with eviction charged while blocks
+    are free.
     """
     world = World(pools(2, 1))
     chains = [chain(("cold", number), 64) for number in range(8)]
