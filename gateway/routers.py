@@ -103,9 +103,11 @@ class Routers:
 
     def place(self, place: Place) -> Router | None:
         """Ask; returns whom. None: no router is there."""
-        if self.current is None or not self._links.send(self.current.service.name, place):
-            return None
-        self._note_asked(place.request_id, self.current.service.name)
+        while self.current is not None and not self._links.send(self.current.service.name, place):
+            self.current.readiness = None  # its connection is closing, and we shall hear so
+            self._choose()
+        if self.current is not None:
+            self._note_asked(place.request_id, self.current.service.name)
         return self.current
 
     def tell(self, said: PrefillDone | Done) -> None:

@@ -15,6 +15,7 @@ from protocol.peering import RouterReadiness
 from protocol.wire import Identity
 from tests.unit.gateway.conftest import FakeRouter, until
 from tests.unit.gateway.test_gateway_faults import ask, expected, metric
+from tests.unit.router.router_world import place
 
 
 @pytest.fixture
@@ -82,6 +83,30 @@ async def test_requests_queued_at_a_router_that_dies_are_asked_again_at_the_othe
     assert [p.request_id for p in second.places] == [p.request_id for p in first.places]
     assert await metric(cluster, 'baton_fallbacks_total{kind="least_work"}') == 0
     await until(lambda: any(isinstance(m, Done) for m in second.told))
+
+
+async def test_a_router_whose_connection_is_closing_is_not_asked_again_and_again(two: Any) -> None:
+    """How: connections are closed, and nobody has been told yet: the other is asked, then none is there to be asked.
+
+    Seen to fail with `current` kept when nothing can be sent to it: no router was asked, the request asked at once again, and for ever.
+    """
+    cluster, first, second = two
+    routers = cluster.service.routers
+    await lose(routers, first.name)
+    asked = routers.place(place(1))
+    assert asked is not None and asked.service.name == second.name
+    await lose(routers, second.name)
+    assert routers.place(place(2)) is None
+    assert not routers.can_ask_another(place(2).request_id)
+
+
+async def lose(routers: Routers, name: str) -> None:
+    """The connection is lost; whoever keeps the link hears it in the next turn of the loop."""
+    connection = routers._links.get(name)
+    assert connection is not None
+    connection.abort()
+    await asyncio.sleep(0)
+    assert not connection.is_open and routers.is_linked(name)
 
 
 async def test_a_router_that_hangs_costs_one_acknowledgement_time_and_the_next_request_nothing(two: Any) -> None:
