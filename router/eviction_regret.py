@@ -8,6 +8,7 @@ never will be again. Here the evicted are remembered for a while, and counted wh
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 
 HALF_LIFE_BLOCKS = 8192
@@ -23,7 +24,7 @@ class EvictionRegret:
         self.forget()
 
     def forget(self) -> None:
-        self._gone: dict[bytes, None] = {}  # oldest first
+        self._gone: OrderedDict[bytes, None] = OrderedDict()  # oldest first
         self._num_evicted = float(PRIOR_BLOCKS)
         self._num_wanted = 0.0
 
@@ -37,7 +38,7 @@ class EvictionRegret:
         self._num_wanted *= kept
         gone.update(dict.fromkeys(hashes))
         while len(gone) > self._max_blocks:
-            del gone[next(iter(gone))]
+            gone.popitem(last=False)
 
     def asked_in_vain(self, hashes: Iterable[bytes]) -> None:
         """Blocks of a prompt that were not found where it went; each counts once."""

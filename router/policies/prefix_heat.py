@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -36,7 +37,7 @@ class PrefixHeat:
 
     def __init__(self, *, half_life_s: float) -> None:
         self._half_life_s = half_life_s
-        self._heat: dict[bytes, _Heat] = {}  # by the last block of the prefix, the least recent first
+        self._heat: OrderedDict[bytes, _Heat] = OrderedDict()  # by the last block of the prefix, the least recent first
 
     def uses(self, request: Place, cached_tokens: Mapping[WorkerId, int], now: float) -> float:
         """Of one more copy of the longest prefix of this prompt that any worker holds."""
@@ -59,7 +60,7 @@ class PrefixHeat:
         heat.is_held |= event.confirmed_tokens == event.cached_tokens
         self._heat[name] = heat
         if len(self._heat) > MAX_PREFIXES:
-            del self._heat[next(iter(self._heat))]
+            self._heat.popitem(last=False)
 
     def changed(self, event: KvChanged) -> None:
         for stored in event.events:
@@ -74,4 +75,4 @@ class PrefixHeat:
         return json.dumps([[name.hex(), asdict(heat)] for name, heat in self._heat.items()]).encode()
 
     def restore(self, state: bytes) -> None:
-        self._heat = {bytes.fromhex(name): _Heat(**heat) for name, heat in json.loads(state)}
+        self._heat = OrderedDict((bytes.fromhex(name), _Heat(**heat)) for name, heat in json.loads(state))
