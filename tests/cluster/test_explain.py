@@ -26,6 +26,7 @@ NUM_WARM = 12
 NUM_ASKED = 5
 # Predictions lean high by 1.25 and are of seconds of work; a crowded machine stretches both.
 FACTOR = 5.0
+OVERHEAD_S = 0.005  # sockets and turns of loops on both sides of the model's step: a prompt that is all cached takes less to compute
 
 
 def baton(serving: Serving, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -75,7 +76,7 @@ def test_a_request_is_explained_by_its_answers_id(serving: Serving) -> None:
         assert {"queue", "prefill", "transfer"} <= placed["prefill_scores"][0]["terms"].keys()
         assert (outcome["state"], outcome["output_tokens"]) == ("finished", 8) and outcome["handoff_path"] in ("shm", "tcp")
         assert placed["cached_tokens"] == placed["confirmed_tokens"] <= outcome["found_tokens"]
-        ratios.append(outcome["ttft_s"] / placed["predicted_ttft_s"])
+        ratios.append((outcome["ttft_s"] + OVERHEAD_S) / (placed["predicted_ttft_s"] + OVERHEAD_S))
         hits += [placed["cached_tokens"]] if placed["cached_tokens"] else []
     print(f"time to first token, actual over predicted: {sorted(round(ratio, 2) for ratio in ratios)}; cached {hits}")
     assert 1 / FACTOR < median(ratios) < FACTOR
