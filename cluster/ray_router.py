@@ -49,6 +49,7 @@ class RayRouter:
     async def ended(self) -> str:
         """Until the process has ended, by itself or because it stood still; says which."""
         life = asyncio.ensure_future(ref(self._actor.life.remote()))
+        life.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left to hear it when a cluster stops
         while True:
             done, _ = await asyncio.wait((life,), timeout=LOOK_INTERVAL_S)
             if done:
