@@ -178,6 +178,7 @@ class RouterCore:
         decode_policy: None: `policy` serves both pools.
         forget: what was learned of the workers too, so that the next choices are those of a router just started.
         """
+        self._write_down()
         self.config = replace(self.config, policy=spec, decode_policy=decode_spec)
         self.policies.use(*self._guards(policy, decode_policy))
         self._placement.forget_replications()
@@ -192,6 +193,7 @@ class RouterCore:
 
     def status(self, now: float) -> dict[str, object]:
         """Everything an operator may ask, as plain JSON values; schema `baton.router.v1`."""
+        self._write_down()
         return status.document(self, now)
 
     def notes(self, now: float) -> list[str]:
@@ -200,6 +202,7 @@ class RouterCore:
 
     def explain(self, name: str, tenant: str | None = None) -> tuple[Explanation, ...]:
         """What is still remembered of a request's attempts, oldest first; by its id or another name it is known as."""
+        self._write_down()
         return self.explanations.find(name, tenant)
 
     @property

@@ -271,6 +271,7 @@ class RouterService:
         elif isinstance(message, StatusRequest):
             connection.send(StatusReply(reply_id=message.reply_id, json=json.dumps(self.status())))
         elif isinstance(message, ExplainRequest):
+            self._core.catch_up()  # its placement may have been answered in this very round
             found = explanations.answer(self._core.explanations, message.name, message.tenant, self._now(), by="router")
             connection.send(StatusReply(reply_id=message.reply_id, json=json.dumps(found)))
         elif isinstance(message, Ping):

@@ -8,6 +8,7 @@ from random import Random
 from protocol.messages import Place
 from protocol.worker import WorkerId
 from router.policies.api import Cost, PlacementView, Pool, Stateless
+from router.policies.loads import token_s
 
 
 class LeastWork(Stateless):
@@ -26,11 +27,10 @@ class LeastWork(Stateless):
     def score(self, view: PlacementView, request: Place, now: float, rng: Random) -> dict[WorkerId, Cost]:
         costs = {}
         prefills, decodes = view.pool is not Pool.DECODE, view.pool is not Pool.PREFILL
-        output, kv_tokens, num_choices = view.predicted_output_tokens, view.kv_tokens, request.num_choices
         for worker in view.workers:
             queue_s = worker.queued_prefill_s if prefills else 0.0
             decode_s = 0.0
             if decodes:
-                decode_s = output * worker.cost.decode_step_s(worker.num_sequences + num_choices, worker.kv_tokens + kv_tokens)
+                decode_s = view.predicted_output_tokens * token_s(view, request, worker)
             costs[worker.worker_id] = Cost(queue_s + decode_s, (("queue", queue_s), ("decode", decode_s)))
         return costs

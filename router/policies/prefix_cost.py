@@ -34,6 +34,7 @@ from router.policies.api import (
     PoolPrices,
     WorkerView,
 )
+from router.policies.loads import token_s
 from router.policies.prefix_heat import PrefixHeat
 
 _PREFILL = ("queue", "prefill", "duplicate", "evict", "transfer")
@@ -152,7 +153,7 @@ class _DecodePrices:
         self._request = request
         self._evict = evict = config.eviction
         num_tokens, cached = request.num_tokens, view.cached_tokens.get
-        self._transfer_token_s = token_s = view.transfer_s / max(num_tokens, 1)
+        self._transfer_token_s = moved_s = view.transfer_s / max(num_tokens, 1)
         output, kv_tokens, num_choices = view.predicted_output_tokens, view.kv_tokens, request.num_choices
         self.seconds: list[float] = []
         prices = self.seconds
@@ -161,7 +162,7 @@ class _DecodePrices:
             batch, kv = worker.num_sequences + num_choices, worker.kv_tokens + kv_tokens
             decode_s = output * (cost.step_s + batch * cost.decode_sequence_s + kv * cost.decode_kv_token_s)
             evict_s = _eviction_s(worker, view, missed) if evict and missed > worker.free_kv_tokens else 0.0
-            prices.append(decode_s + evict_s + token_s * missed)
+            prices.append(decode_s + evict_s + moved_s * missed)
 
     def parts(self, index: int) -> Parts:
         view, request, worker = self._view, self._request, self._view.workers[index]
@@ -172,8 +173,7 @@ class _DecodePrices:
 
 def _decode_s(worker: WorkerView, view: PlacementView, request: Place) -> float:
     """Of the output, in the batch as it would be."""
-    batch, kv_tokens = worker.num_sequences + request.num_choices, worker.kv_tokens + view.kv_tokens
-    return view.predicted_output_tokens * worker.cost.decode_step_s(batch, kv_tokens)
+    return view.predicted_output_tokens * token_s(view, request, worker)
 
 
 def _eviction_s(worker: WorkerView, view: PlacementView, missed: int) -> float:
