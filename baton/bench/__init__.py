@@ -1,6 +1,7 @@
 """`baton bench`: what Baton measures of itself, and of others beside it.
 
     report.py            what every benchmark prints: machine, commit, seed, rows; the one definition of a paired ratio
+    screen.py            the line of progress and the table at the end
     serve.py             `baton bench serve`: an endpoint under open-loop load
     load.py              the load: arrivals, and the client that times every delivery
     disagg.py            `baton bench disagg`: prefill and decode apart, beside colocated engines

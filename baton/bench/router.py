@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from baton.bench.report import Row, make_document
+from baton.bench.screen import sayer, show
 
 if TYPE_CHECKING:
     from baton.bench.router_run import Measured, RouterPlan
 
 DEFAULT_STAGES = "index,decide,wide,socket"
-TABLE_COLUMNS = 130
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,7 +91,7 @@ def bench_router(
         report.write()
 
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
-        keep(measure(plan, Path(scratch), _sayer(report.began_s), keep))
+        keep(measure(plan, Path(scratch), sayer(report.began_s), keep))
         if sys.stderr.isatty():
             sys.stderr.write("\r\x1b[K")
     if as_json:
@@ -103,7 +103,6 @@ def bench_router(
 
 
 def _print(rows: Sequence[Row], absent: Mapping[str, str]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -124,23 +123,7 @@ def _print(rows: Sequence[Row], absent: Mapping[str, str]) -> None:
             Text(str(row.details.get("reason", "")), style="yellow"),
             style="red" if row.ok is False else "green" if row.ok else None,
         )
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=TABLE_COLUMNS)
-    console.print(table)
-    for name, reason in absent.items():
-        console.print(f"{name} was left out: {reason}", style="yellow", markup=False)
-
-
-def _sayer(began_s: float) -> Callable[[str], None]:
-    """What is being done now: one line that is written over on a terminal, elsewhere a line each."""
-    is_terminal = sys.stderr.isatty()
-
-    def say(text: str) -> None:
-        line = f"{time.monotonic() - began_s:6.0f} s  {text}"
-        sys.stderr.write(f"\r\x1b[K{line}" if is_terminal else f"{line}\n")
-        sys.stderr.flush()
-
-    return say
+    show(table, absent)
 
 
 __all__ = ["Report", "bench_router"]

@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from baton.bench.report import Row, make_document
+from baton.bench.screen import sayer, show
 from protocol.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ DEFAULT_CHUNKS = "4KiB,16KiB,64KiB,15m,125m"
 DEFAULT_TOTALS = "256KiB,4MiB,64MiB"
 DEFAULT_PEERS = "nixl,nixl_tcp,ucxx,gloo,ray"
 DEFAULT_PROMPTS = "1024,8192"
-TABLE_COLUMNS = 130
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 HANDOFF_MODEL = "125m"
 
@@ -113,7 +113,7 @@ def bench_transfer(
         report.write()
 
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
-        say = _sayer(report.began_s)
+        say = sayer(report.began_s)
         keep(measure(plan, Path(scratch), say, keep))
         if lengths:
             for run in measure_handoff(model, lengths, num_rounds=rounds, seed=seed, scratch=Path(scratch), say=say):
@@ -186,7 +186,6 @@ def _parts(text: str) -> list[str]:
 
 
 def _print(rows: Sequence[Row], absent: Mapping[str, str]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -208,11 +207,7 @@ def _print(rows: Sequence[Row], absent: Mapping[str, str]) -> None:
             Text(str(row.details.get("reason", "")), style="yellow"),
             style="red" if row.ok is False else "green" if row.ok else None,
         )
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=TABLE_COLUMNS)
-    console.print(table)
-    for name, reason in absent.items():
-        console.print(f"{name} was left out: {reason}", style="yellow", markup=False)
+    show(table, absent)
 
 
 def digest_words(costs: object) -> str:
@@ -220,18 +215,6 @@ def digest_words(costs: object) -> str:
     if not isinstance(costs, dict) or not costs:
         return ""
     return ", ".join(f"{cost['pull']:.3g} + {cost['offer']:.3g}" if "offer" in cost else f"{cost['pull']:.3g}" for cost in costs.values())
-
-
-def _sayer(began_s: float) -> Callable[[str], None]:
-    """What is being done now: one line that is written over on a terminal, elsewhere a line each."""
-    is_terminal = sys.stderr.isatty()
-
-    def say(text: str) -> None:
-        line = f"{time.monotonic() - began_s:6.0f} s  {text}"
-        sys.stderr.write(f"\r\x1b[K{line}" if is_terminal else f"{line}\n")
-        sys.stderr.flush()
-
-    return say
 
 
 __all__ = ["Report", "bench_transfer", "chunk_of", "size_of"]
