@@ -169,7 +169,7 @@ class Placement:
     def _split(self, ask: _Ask, prefillers: tuple[Worker, ...], decoders: tuple[Worker, ...]) -> Choice | Blocked:
         """Prefill on one worker, decode on another; or both on the decode worker where that is better."""
         may_stay = self._config.disaggregate is Disaggregate.AUTO
-        with_room = self._decoders(ask, decoders)
+        with_room = self._decoders(ask, decoders) or self._decoders_by_then(ask, decoders, prefillers)
         decode = self._rank(ask, Pool.DECODE, with_room)
         if decode is None:
             return Blocked.FULL
@@ -378,6 +378,23 @@ class Placement:
     def _decoders(self, ask: _Ask, workers: Sequence[Worker]) -> list[Worker]:
         """Those whose batch has slots and whose pool holds the expected growth of all that was booked; an idle worker takes anything."""
         return self._with_room(workers, ask.place.num_choices, ask.kv_tokens)
+
+    def _decoders_by_then(self, ask: _Ask, workers: Sequence[Worker], prefillers: Sequence[Worker]) -> list[Worker]:
+        """Those that are expected to have room by the time the prompt is computed elsewhere: no block is taken there before. Asked when
+        nobody has room now. Where the expectation fails, the hand-off waits for blocks, on the prefill worker.
+        """
+        begin_s = [w.queued_prefill_s + self._prefill_s(ask, w) for w in self._prefillers(ask, prefillers)]
+        if not begin_s:
+            return []
+        at_s = ask.now + min(begin_s)
+        num_sequences, kv_tokens, overcommit = ask.place.num_choices, ask.kv_tokens, self._config.decode_overcommit
+        with_room = []
+        for worker in workers:
+            load = worker.decode_load_at(at_s)
+            has_slot = load.num_sequences + num_sequences <= overcommit * worker.max_num_seqs
+            if has_slot and load.kv_tokens + kv_tokens <= worker.kv_capacity_tokens:
+                with_room.append(worker)
+        return with_room
 
     def _with_room(self, workers: Sequence[Worker], num_sequences: int, kv_tokens: int) -> list[Worker]:
         overcommit = self._config.decode_overcommit

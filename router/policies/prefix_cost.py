@@ -67,7 +67,7 @@ class PrefixCost:
     def price_pool(self, view: PlacementView, request: Place, now: float, rng: Random) -> PoolPrices:
         if view.pool is Pool.DECODE:
             return _DecodePrices(view, request, self.config)
-        return _PrefillPrices(view, request, self.config, uses=self._heat.uses(request, view.cached_tokens, now))
+        return _PrefillPrices(view, request, self.config, self._heat, now)
 
     def observe(self, event: PolicyEvent, now: float) -> None:
         if isinstance(event, Booked):
@@ -90,30 +90,32 @@ class _PrefillPrices:
 
     __slots__ = ("_duplicate", "_evict", "_least_s", "_own_s", "_request", "_view", "seconds")
 
-    def __init__(self, view: PlacementView, request: Place, config: PrefixCost.Config, *, uses: float) -> None:
+    def __init__(self, view: PlacementView, request: Place, config: PrefixCost.Config, heat: PrefixHeat, now: float) -> None:
         self._view = view
         self._request = request
         self._evict = evict = config.eviction
         workers, num_tokens, cached = view.workers, request.num_tokens, view.cached_tokens.get
+        held = [cached(worker.worker_id, 0) for worker in workers]
         own_s: list[float] = []
         self._own_s = own_s
         num_busy = 0
-        for worker in workers:
+        for worker, cached_tokens in zip(workers, held, strict=True):
             if worker.queued_prefill_s > 0.0:
                 num_busy += 1
-            missed, cost = num_tokens - cached(worker.worker_id, 0), worker.cost
+            missed, cost = num_tokens - cached_tokens, worker.cost
             own_s.append(cost.step_s + missed * cost.prefill_token_s + missed * num_tokens * cost.prefill_pair_s)
         if view.pulls or view.loads_s:
             self._move(view)
         self._least_s = least_s = min(own_s)
+        uses = heat.uses(request, held, now)
         self._duplicate = duplicate = (1.0 + config.beta * (1.0 + num_busy / len(workers)) / 2.0) / (1.0 + uses) - 1.0
         self.seconds: list[float] = []
         prices = self.seconds
         last_s, whole = view.transfer_s, view.pool is Pool.WHOLE
-        for worker, own in zip(workers, own_s, strict=True):
+        for worker, own, cached_tokens in zip(workers, own_s, held, strict=True):
             evict_s = 0.0
             if evict and num_tokens > worker.free_kv_tokens:  # the cheap half of the question first
-                evict_s = _eviction_s(worker, view, num_tokens - cached(worker.worker_id, 0))
+                evict_s = _eviction_s(worker, view, num_tokens - cached_tokens)
             if whole:
                 last_s = _decode_s(worker, view, request)
             prices.append(worker.queued_prefill_s + own + duplicate * (own - least_s) + evict_s + last_s)

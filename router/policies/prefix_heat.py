@@ -2,6 +2,8 @@
 
     uses(prefix) = requests of late that found it cached / workers that would share them, the new one included
 
+Only workers a prompt could go to share them: those of the decode pool hold what they were handed, and compute nothing with it.
+
 A prompt that many send at the same moment looks as popular as one that many will send all day, so nothing counts before a worker has
 said that it holds the prefix: siblings of a burst come earlier.
 """
@@ -11,12 +13,12 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.messages import Place
-from protocol.worker import BlocksStored, WorkerId
+from protocol.worker import BlocksStored
 from router.policies.api import Booked, KvChanged
 
 MAX_PREFIXES = 4096
@@ -39,16 +41,15 @@ class PrefixHeat:
         self._half_life_s = half_life_s
         self._heat: OrderedDict[bytes, _Heat] = OrderedDict()  # by the last block of the prefix, the least recent first
 
-    def uses(self, request: Place, cached_tokens: Mapping[WorkerId, int], now: float) -> float:
-        """Of one more copy of the longest prefix of this prompt that any worker holds."""
-        if not self._heat or not cached_tokens:
+    def uses(self, request: Place, cached_tokens: Sequence[int], now: float) -> float:
+        """Of one more copy of the longest prefix of this prompt that any of the pool's workers has cached; cached_tokens: of each of them."""
+        if not self._heat:
             return 0.0
-        most = max(cached_tokens.values())
+        most = max(cached_tokens)
         heat = self._heat.get(request.block_hashes[most // HASH_BLOCK_SIZE_TOKENS - 1]) if most >= HASH_BLOCK_SIZE_TOKENS else None
         if heat is None or not heat.is_held:
             return 0.0
-        num_holders = list(cached_tokens.values()).count(most)
-        return heat.now(now, self._half_life_s) / (num_holders + 1)
+        return heat.now(now, self._half_life_s) / (cached_tokens.count(most) + 1)
 
     def booked(self, event: Booked, now: float) -> None:
         """Somebody asked for what his worker has cached."""

@@ -15,7 +15,7 @@ from tests.unit.router.router_world import World, chain, place, pools
 pytestmark = pytest.mark.pure
 
 PREFIX = chain("hot", 64)
-CACHED = {"prefill-0": 1024}
+CACHED = [1024]  # of one worker
 
 
 def request(number: int = 0) -> Place:
@@ -41,10 +41,10 @@ def test_requests_of_late_are_shared_among_holders_and_one_more() -> None:
     for _ in range(6):
         heat.booked(booked(), 0.0)
     assert heat.uses(request(), CACHED, 0.0) == pytest.approx(3.0)
-    assert heat.uses(request(), {"prefill-0": 1024, "prefill-1": 1024, "prefill-2": 512}, 0.0) == pytest.approx(2.0)
+    assert heat.uses(request(), [1024, 1024, 512], 0.0) == pytest.approx(2.0)
     assert heat.uses(request(), CACHED, 10.0) == pytest.approx(1.5)
     assert heat.uses(place(7, block_hashes=chain("other", 64)), CACHED, 0.0) == 0.0
-    assert heat.uses(request(), {}, 0.0) == 0.0
+    assert heat.uses(request(), [0, 0], 0.0) == 0.0
 
 
 def test_siblings_of_a_burst_do_not_make_their_prefix_hot_before_a_worker_holds_it() -> None:
@@ -72,7 +72,7 @@ def test_no_half_life_keeps_nothing_and_memory_is_bounded() -> None:
         )
         heat.booked(asked, 0.0)
     first, last = place(0, block_hashes=chain(0, 1)), place(1, block_hashes=chain(MAX_PREFIXES, 1))
-    assert heat.uses(first, {"p": 16}, 0.0) == 0.0 and heat.uses(last, {"p": 16}, 0.0) > 0.0
+    assert heat.uses(first, [16], 0.0) == 0.0 and heat.uses(last, [16], 0.0) > 0.0
 
 
 def test_a_hot_prefix_spreads_to_an_idle_worker_long_before_a_cold_one() -> None:
