@@ -4,15 +4,16 @@
     J(w) = out * TBT(w) + M(w) + N(w)                  decode
     J(w) = both, each term once                        prefilled where it decodes
 
-    D(w) = ((1 + beta * (1 + busy) / 2) / (1 + uses) - 1) * (P(w) - min P)
+    D(w) = max(0, (1 + beta * (1 + busy) / 2) / (1 + uses) - 1) * (P(w) - min P)
 
 Q outstanding seconds; P prefill of what is missed, or pulling a part of it from a peer and the prefill of the rest, whichever is less,
 and loading what lies in host memory; M what would be lost by eviction; N moving KV.
 
-D is what others pay, or gain, when a prefix is computed once more. They wait for it, each second for `beta` where all workers are busy, for
-half of that where all are idle (`busy`: the share that is not). And they will find the copy, so that a prefix asked for again and again
-bears its price together with the next `uses` requests (prefix_heat.py). A prefix nobody has asked for again spreads once Q of its holders
-exceeds 1 + beta times what it saves (section 2 of Preble, ICLR'25), sooner where workers are idle; a hot one much sooner.
+D is what others pay when a prefix is computed once more. They wait for it, each second for `beta` where all workers are busy, for half of
+that where all are idle (`busy`: the share that is not). But they will find the copy, so that a prefix asked for again and again bears its
+price together with the next `uses` requests (prefix_heat.py), and soon none at all: never less, since a request that would be served where
+its prefix lies gains nothing from waiting for a copy. A prefix nobody has asked for again spreads once Q of its holders exceeds 1 + beta
+times what it saves (section 2 of Preble, ICLR'25), sooner where workers are idle; a hot one once Q exceeds what it saves.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class _PrefillPrices:
             self._move(view)
         self._least_s = least_s = min(own_s)
         uses = heat.uses(request, held, now)
-        self._duplicate = duplicate = (1.0 + config.beta * (1.0 + num_busy / len(workers)) / 2.0) / (1.0 + uses) - 1.0
+        self._duplicate = duplicate = max(0.0, (1.0 + config.beta * (1.0 + num_busy / len(workers)) / 2.0) / (1.0 + uses) - 1.0)
         self.seconds: list[float] = []
         prices = self.seconds
         last_s, whole = view.transfer_s, view.pool is Pool.WHOLE

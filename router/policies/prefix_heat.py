@@ -4,8 +4,8 @@
 
 Only workers a prompt could go to share them: those of the decode pool hold what they were handed, and compute nothing with it.
 
-A prompt that many send at the same moment looks as popular as one that many will send all day, so nothing counts before a worker has
-said that it holds the prefix: siblings of a burst come earlier.
+A prompt that many send at the same moment looks as popular as one that many will send all day. So nothing counts before it was asked
+for at a second moment, or a worker has said that it holds the prefix: siblings of a burst come at once, while it is being computed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from protocol.worker import BlocksStored
 from router.policies.api import Booked, KvChanged
 
 MAX_PREFIXES = 4096
+MOMENT_S = 0.05  # siblings that are sent at once reach a router within it
 
 
 @dataclass(slots=True)
 class _Heat:
     count: float  # of requests, each half forgotten after `half_life_s`
     at_s: float  # when that was true
-    is_held: bool  # a worker has said so
+    began_s: float  # its first moment
+    is_lasting: bool = False  # a worker holds it, or it had a second moment
 
     def now(self, now: float, half_life_s: float) -> float:
         return self.count * math.exp2((self.at_s - now) / half_life_s)
@@ -42,12 +44,12 @@ class PrefixHeat:
         self._heat: OrderedDict[bytes, _Heat] = OrderedDict()  # by the last block of the prefix, the least recent first
 
     def uses(self, request: Place, cached_tokens: Sequence[int], now: float) -> float:
-        """Of one more copy of the longest prefix of this prompt that any of the pool's workers has cached; cached_tokens: of each of them."""
+        """Of one more copy of the longest prefix of this prompt that any worker of the pool has; cached_tokens: of each of them."""
         if not self._heat:
             return 0.0
         most = max(cached_tokens)
         heat = self._heat.get(request.block_hashes[most // HASH_BLOCK_SIZE_TOKENS - 1]) if most >= HASH_BLOCK_SIZE_TOKENS else None
-        if heat is None or not heat.is_held:
+        if heat is None or not heat.is_lasting:
             return 0.0
         return heat.now(now, self._half_life_s) / (cached_tokens.count(most) + 1)
 
@@ -56,9 +58,9 @@ class PrefixHeat:
         if event.cached_tokens < HASH_BLOCK_SIZE_TOKENS or not self._half_life_s:
             return
         name = event.request.block_hashes[event.cached_tokens // HASH_BLOCK_SIZE_TOKENS - 1]
-        heat = self._heat.pop(name, None) or _Heat(0.0, now, False)
+        heat = self._heat.pop(name, None) or _Heat(0.0, now, now)
         heat.count, heat.at_s = heat.now(now, self._half_life_s) + 1.0, now
-        heat.is_held |= event.confirmed_tokens == event.cached_tokens
+        heat.is_lasting |= event.confirmed_tokens == event.cached_tokens or now >= heat.began_s + MOMENT_S
         self._heat[name] = heat
         if len(self._heat) > MAX_PREFIXES:
             self._heat.popitem(last=False)
@@ -70,7 +72,7 @@ class PrefixHeat:
 
     def _hold(self, hashes: Iterable[bytes]) -> None:
         for name in self._heat.keys() & set(hashes):
-            self._heat[name].is_held = True
+            self._heat[name].is_lasting = True
 
     def snapshot(self) -> bytes:
         return json.dumps([[name.hex(), asdict(heat)] for name, heat in self._heat.items()]).encode()

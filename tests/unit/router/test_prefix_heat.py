@@ -10,6 +10,7 @@ from router import common_cost, policies
 from router.cost_model import StepCost, Work
 from router.policies.api import Booked, KvChanged
 from router.policies.prefix_heat import MAX_PREFIXES, PrefixHeat
+from tests.unit.router.policy_view import scored, view, workers
 from tests.unit.router.router_world import World, chain, place, pools
 
 pytestmark = pytest.mark.pure
@@ -57,6 +58,33 @@ def test_siblings_of_a_burst_do_not_make_their_prefix_hot_before_a_worker_holds_
     assert heat.uses(request(), CACHED, 0.1) == 0.0
     heat.changed(stored())
     assert heat.uses(request(), CACHED, 0.1) > 3.0
+
+
+def test_a_second_moment_makes_a_prefix_hot_before_a_worker_holds_it() -> None:
+    """How: siblings 10 ms apart, then one 60 ms after the first of them. Seen to fail with `began_s` moved by each of them."""
+    heat = PrefixHeat(half_life_s=10.0)
+    for at_s in (0.0, 0.01, 0.02, 0.03, 0.04):
+        heat.booked(booked(confirmed_tokens=0), at_s)
+    assert heat.uses(request(), CACHED, 0.05) == 0.0
+    heat.booked(booked(confirmed_tokens=0), 0.06)
+    assert heat.uses(request(), CACHED, 0.06) == pytest.approx(3.0, rel=0.01)
+
+
+def test_decode_workers_share_no_prefix_with_those_that_prefill() -> None:
+    """How: one asked, so that of two prefill workers (1 + 1.5 / 2) / (1 + 1 / 2) - 1 = 1 / 6 of the prefix is charged.
+
+    Seen to fail with all workers of `view.cached_tokens` counted.
+    """
+
+    def duplicate_s(cached_tokens: dict[str, int]) -> float:
+        policy = policies.load("prefix_cost")
+        policy.observe(booked(), 100.0)
+        seen = view(workers("prefill-0", "prefill-1"), cached_tokens=cached_tokens)
+        return dict(scored(policy, seen, request())["prefill-1"].terms)["duplicate"]
+
+    alone = {"prefill-0": 1024}
+    assert duplicate_s(alone) == pytest.approx(1.024 / 6)
+    assert duplicate_s(alone | {"decode-0": 1024, "decode-1": 1024}) == duplicate_s(alone)
 
 
 def test_no_half_life_keeps_nothing_and_memory_is_bounded() -> None:

@@ -201,6 +201,23 @@ def test_decode_batch_and_pool_bound_what_is_given_out() -> None:
     assert [a is not None for a in placed] == [True, True, False, False], "1024 tokens of KV hold two requests of 490"
 
 
+@pytest.mark.parametrize(("output_tokens", "is_placed"), [(8, True), (800, False)])
+def test_a_decode_worker_needs_room_when_the_prompt_is_computed_and_not_before(output_tokens: int, is_placed: bool) -> None:
+    """How: its pool is full of two requests that end within some steps, or do not; 3,000 tokens wait before the third prompt.
+
+    Seen to fail with room asked for at once (neither is placed), and with nobody thought to stay (both are).
+    """
+    world = World([address("prefill-0", Role.PREFILL), address("decode-0", Role.DECODE, num_kv_blocks=128)])
+    for number in range(2):
+        request = place(number, num_tokens=480, expected_output_tokens=output_tokens)
+        world.assign(request)
+        world.prefill_done(request)
+    world.now += 0.1
+    world.report("prefill-0", waiting_tokens=3000)
+    world.report("decode-0", num_running=2, running_kv_tokens=1900, num_blocks_owned=120)
+    assert (world.place(place(2, num_tokens=480, expected_output_tokens=8)) is not None) == is_placed
+
+
 def test_queue_bound_refuses_with_retry_after() -> None:
     world = World(pools(1, 1), max_queue=2)
     world.report("prefill-0", waiting_tokens=10_000)
