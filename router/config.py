@@ -39,6 +39,7 @@ class RouterConfig:
     no_worker_wait_s: float = _bounded(10.0, 0.0)  # a respawned worker is back in about this time; then 503
     inbox_steps: float = _bounded(2.0, 0.1)  # prefill work a worker may have waiting, in steps of max_num_batched_tokens
     decode_overcommit: float = _bounded(1.25, 1.0)  # sequences booked on a decode worker, over its max_num_seqs
+    handoff_wait_s: float = _bounded(0.25, 0.0)  # a prompt is begun if its hand-off is expected to wait for decode blocks so long at most
     refuse_by_slo: bool = True  # 429 when no worker can meet the request's SLO
     output_weight: float = _bounded(2.0, 0.0)  # price of an output token against an input token in fairness, w_q / w_p of VTC
     max_tenants: int = _bounded(10_000, 1)

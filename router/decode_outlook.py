@@ -32,7 +32,9 @@ class DecodeOutlook:
     def __init__(self, decoding: Iterable[tuple[Hold, int]], under_way: Iterable[Hold]) -> None:
         """decoding: each with the step at which it began. under_way: those whose prefill is not done elsewhere."""
         ends = sorted((from_step + hold.output_tokens, hold.num_sequences, hold.kv_tokens) for hold, from_step in decoding)
-        lands = sorted((hold.lands_s, hold.num_sequences, hold.kv_tokens) for hold in under_way)
+        coming = [(hold.lands_s, hold.num_sequences, hold.kv_tokens, hold.output_tokens) for hold in under_way]
+        lands = sorted(entry[:3] for entry in coming)
+        self._stay_steps = sum(entry[3] for entry in coming) / max(1, len(coming))  # of those under way, on average
         self._end_steps = [end for end, *_ in ends]
         self._ended = _sums(ends)
         self._lands_s = [at_s for at_s, *_ in lands]
@@ -46,6 +48,12 @@ class DecodeOutlook:
     def landing_after(self, at_s: float) -> BatchLoad:
         """What will not have come by then. One that is late already is expected any moment."""
         return self._landed[-1].less(self._landed[bisect_right(self._lands_s, at_s)])
+
+    def landing_outside(self, begin_s: float, end_s: float, step_s: float) -> BatchLoad:
+        """What is under way and will not decode between two times: it comes later, or has come and, after an average stay, gone."""
+        gone = self._landed[bisect_right(self._lands_s, begin_s - self._stay_steps * step_s)]
+        later = self.landing_after(end_s)
+        return BatchLoad(gone.num_sequences + later.num_sequences, gone.kv_tokens + later.kv_tokens)
 
     def first_end(self, after_step: int, suffices: Callable[[BatchLoad], bool]) -> int | None:
         """The first step after which enough is expected to have ended; None: not even the last suffices."""

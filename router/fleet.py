@@ -255,10 +255,19 @@ class Worker:
     # --- what the batch will be ---
 
     def decode_load_at(self, at_s: float) -> BatchLoad:
-        """The load of the sheet, less what is expected to have ended by then, less what will not have come. Leans high: with no report
-        that is fresh, nothing ends.
+        """What is left of the load of the sheet, less what will not have come."""
+        return self._decode_load_left(at_s).less(self.outlook.landing_after(at_s))
+
+    def decode_load_met(self, at_s: float, output_tokens: int) -> BatchLoad:
+        """What a sequence meets that comes then and decodes so many tokens: what is left, with those that come before it ends, less
+        those that will have come and gone. All that it meets at any time, so it leans high.
         """
-        load = BatchLoad(self.num_sequences, self.kv_tokens).less(self.outlook.landing_after(at_s))
+        step_s = self._step_s
+        return self._decode_load_left(at_s).less(self.outlook.landing_outside(at_s, at_s + output_tokens * step_s, step_s))
+
+    def _decode_load_left(self, at_s: float) -> BatchLoad:
+        """The load of the sheet, less what is expected to have ended by then. Leans high: with no report that is fresh, nothing ends."""
+        load = BatchLoad(self.num_sequences, self.kv_tokens)
         if self.snapshot is None or self._stale_at_s == _FOREVER:
             return load
         num_steps = int((at_s - self.read_at_s) / self._step_s)

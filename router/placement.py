@@ -380,17 +380,17 @@ class Placement:
         return self._with_room(workers, ask.place.num_choices, ask.kv_tokens)
 
     def _decoders_by_then(self, ask: _Ask, workers: Sequence[Worker], prefillers: Sequence[Worker]) -> list[Worker]:
-        """Those that are expected to have room by the time the prompt is computed elsewhere: no block is taken there before. Asked when
-        nobody has room now. Where the expectation fails, the hand-off waits for blocks, on the prefill worker.
+        """Those that are expected to have room soon after the prompt is computed elsewhere: no block is taken there before. Asked when
+        nobody has room now. The hand-off waits for blocks on the prefill worker; with an objective for the time per token it should not.
         """
         begin_s = [w.queued_prefill_s + self._prefill_s(ask, w) for w in self._prefillers(ask, prefillers)]
         if not begin_s:
             return []
-        at_s = ask.now + min(begin_s)
+        at_s = ask.now + min(begin_s) + (self._config.handoff_wait_s if ask.place.slo_tpot_s is None else 0.0)
         num_sequences, kv_tokens, overcommit = ask.place.num_choices, ask.kv_tokens, self._config.decode_overcommit
         with_room = []
         for worker in workers:
-            load = worker.decode_load_at(at_s)
+            load = worker.decode_load_met(at_s, ask.predicted_output_tokens)
             has_slot = load.num_sequences + num_sequences <= overcommit * worker.max_num_seqs
             if has_slot and load.kv_tokens + kv_tokens <= worker.kv_capacity_tokens:
                 with_room.append(worker)

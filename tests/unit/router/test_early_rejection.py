@@ -175,11 +175,13 @@ holds = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 3), st.integers(0,
 def test_the_outlook_is_the_sum_over_its_holds(
     decoding: list[tuple[int, int, int]], under_way: list[tuple[int, int, int]], first: int, last: int, enough: int
 ) -> None:
-    """Against plain sums. Seen to fail with `bisect_left` for `bisect_right` in `ending`."""
+    """Against plain sums; those under way stay for 5 steps of 2 s. Seen to fail with `bisect_left` for `bisect_right` in `ending`, and
+    with the stay left out of `landing_outside`.
+    """
     hold = Hold(key=AttemptKey(request_id="0", attempt=0), phase=Phase.DECODE, worker_id="w")
     outlook = DecodeOutlook(
         [(replace(hold, output_tokens=end - end // 2, num_sequences=n, kv_tokens=kv), end // 2) for end, n, kv in decoding],
-        [replace(hold, lands_s=float(at), num_sequences=n, kv_tokens=kv) for at, n, kv in under_way],
+        [replace(hold, lands_s=float(at), num_sequences=n, kv_tokens=kv, output_tokens=5) for at, n, kv in under_way],
     )
 
     def total(entries: list[tuple[int, int, int]]) -> BatchLoad:
@@ -187,6 +189,9 @@ def test_the_outlook_is_the_sum_over_its_holds(
 
     assert outlook.ending(first, last) == total([e for e in decoding if first < e[0] <= last])
     assert outlook.landing_after(float(first)) == total([e for e in under_way if e[0] > first])
+    begin, end = min(first, last), max(first, last)
+    outside = [e for e in under_way if e[0] + 10 <= begin or e[0] > end]
+    assert outlook.landing_outside(float(begin), float(end), 2.0) == total(outside)
     by_end = sorted(e[0] for e in decoding if e[0] > first)
     ends = [end for end in by_end if total([e for e in decoding if first < e[0] <= end]).num_sequences >= enough]
     assert outlook.first_end(first, lambda ended: ended.num_sequences >= enough) == (ends[0] if ends else None)

@@ -197,8 +197,8 @@ def test_decode_batch_and_pool_bound_what_is_given_out() -> None:
     placed = [world.place(place(n, num_tokens=64)) for n in range(8)]
     assert sum(a is not None for a in placed) == 5, "4 sequences and a quarter more"
     tight = World([address("prefill-0", Role.PREFILL), address("decode-0", Role.DECODE, num_kv_blocks=64)])
-    placed = [tight.place(place(n, num_tokens=480, expected_output_tokens=8)) for n in range(4)]
-    assert [a is not None for a in placed] == [True, True, False, False], "1024 tokens of KV hold two requests of 490"
+    placed = [tight.place(place(n, num_tokens=240, expected_output_tokens=200)) for n in range(4)]
+    assert [a is not None for a in placed] == [True, True, False, False], "1024 tokens of KV hold two requests of 490 that stay"
 
 
 @pytest.mark.parametrize(("output_tokens", "is_placed"), [(8, True), (800, False)])
