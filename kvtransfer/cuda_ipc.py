@@ -161,7 +161,7 @@ class Copies:
         self._events: deque[int] = deque()
 
     def begin(self, source: int, target: int, runs: Runs) -> None:
-        self._runtime.copy_runs(source, target, runs, self._stream)
+        self._runtime.copy_on_device(source, target, runs, self._stream)
         self._events.append(self._runtime.record(self._stream))
 
     def wait(self, look_up: Callable[[float], None], *, num_left: int) -> None:

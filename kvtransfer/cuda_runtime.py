@@ -10,12 +10,17 @@ from __future__ import annotations
 import ctypes
 import glob
 import importlib.util
+import logging
 import os
+import threading
 from collections.abc import Iterator
 from typing import Protocol
 
 from kernels.copy_runs import Runs
+from kernels.copy_runs.device import DeviceCopy, DriverError, fits
 from protocol.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 HANDLE_BYTES = 64  # cudaIpcMemHandle_t
 
@@ -86,6 +91,10 @@ class DeviceRuntime(Protocol):
         """Begin to copy runs [num_runs, 3] int64 of (source offset, target offset, size) in bytes; either side host or device."""
         ...
 
+    def copy_on_device(self, source: int, target: int, runs: Runs, stream: int) -> None:
+        """The same with both sides on the device, where many runs cost little more than one."""
+        ...
+
     def record(self, stream: int) -> int:
         """An event that is done when everything begun on the stream so far has ended."""
         ...
@@ -118,6 +127,9 @@ class CudaRuntime:
         bus_id = ctypes.create_string_buffer(_BUS_ID_BYTES)
         self._call("cudaDeviceGetPCIBusId", bus_id, _BUS_ID_BYTES, device_index)
         self.device_id = f"cuda:{bus_id.value.decode().lower()}"
+        self._loading = threading.Lock()
+        self._kernel: DeviceCopy | None = None
+        self._has_kernel: bool | None = None  # None: nobody has asked
 
     def enter(self) -> None:
         self._call("cudaSetDevice", self._device_index)
@@ -172,6 +184,16 @@ class CudaRuntime:
             if code != _SUCCESS:
                 raise DeviceError("cudaMemcpyAsync", code, self._name(code))
 
+    def copy_on_device(self, source: int, target: int, runs: Runs, stream: int) -> None:
+        kernel = self._copy_kernel()
+        if kernel is None or not fits(source, target, runs):
+            self.copy_runs(source, target, runs, stream)
+            return
+        try:
+            kernel.begin(source, target, runs, stream)
+        except DriverError as error:
+            raise DeviceError(error.call, error.code, "the driver refuses") from error
+
     def record(self, stream: int) -> int:
         event = ctypes.c_void_p()
         self._call("cudaEventCreateWithFlags", ctypes.byref(event), _EVENT_DISABLE_TIMING)
@@ -190,6 +212,17 @@ class CudaRuntime:
 
     def synchronize(self, stream: int) -> None:
         self._call("cudaStreamSynchronize", stream)
+
+    def _copy_kernel(self) -> DeviceCopy | None:
+        """Loaded when the first copy needs it; None where the driver does not take it, and copies go one by one."""
+        with self._loading:
+            if self._has_kernel is None:
+                try:
+                    self._kernel = DeviceCopy()
+                except (OSError, DriverError) as error:
+                    log.warning("blocks are copied one by one: the driver takes no kernel", extra={"reason": str(error)})
+                self._has_kernel = self._kernel is not None
+            return self._kernel
 
     def _call(self, name: str, *arguments: object) -> None:
         code = getattr(self._cuda, name)(*arguments)

@@ -129,6 +129,9 @@ class LoopbackRuntime:
         self.copied_bytes += int(runs[:, 2].sum())
         self._streams[stream].work.put(("copy", (source, target, np.array(runs))))
 
+    def copy_on_device(self, source: int, target: int, runs: Runs, stream: int) -> None:
+        self.copy_runs(source, target, runs, stream)
+
     def record(self, stream: int) -> int:
         self._check("record")
         name = next(self._names)
