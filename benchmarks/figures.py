@@ -13,6 +13,9 @@ from typing import Any
 from baton.bench.disagg import SCHEMA as DISAGG
 from baton.bench.engine_rows import SCHEMA as ENGINE
 from baton.bench.peers import OURS
+from baton.bench.policies import SCHEMA as POLICIES
+from baton.bench.policy_rows import OURS as OUR_POLICY
+from baton.bench.policy_rows import STATISTICS
 from baton.bench.router_rows import SCHEMA as ROUTER
 from baton.bench.start import SCHEMA as START
 from baton.bench.transfer import digest_words
@@ -87,6 +90,7 @@ def all_figures(documents: Sequence[Document]) -> str:
     parts += [_disagg_part(document) for document in documents if document["schema"] == DISAGG]
     parts += [_start_part(document) for document in documents if document["schema"] == START]
     parts += [_router_part(document) for document in documents if document["schema"] == ROUTER]
+    parts += [_policies_part(document) for document in documents if document["schema"] == POLICIES]
     parts += [_transfer_part(document) for document in documents if document["schema"] == TRANSFER]
     return "\n\n".join(parts)
 
@@ -208,6 +212,40 @@ def _router_part(document: Document) -> str:
     return f"{_heading(document)}\n\n{about}\n\n{_table(lines)}"
 
 
+def _policies_part(document: Document) -> str:
+    """A table a workload: figures of each policy, and its first tokens beside those of ours in the same repeats."""
+    rows, parts = _by_name(document), [_heading(document)]
+    cells = document["cells"]
+    num_invalid = sum(bool(cell["invalid"]) for cell in cells)
+    parts.append(
+        f"Live, {document['cluster']['workers']['prefill_workers']} + {document['cluster']['workers']['decode_workers']} paced workers; "
+        f"{document['repeats']} repeats of {document['seconds']:g} s, medians; {num_invalid} of {len(cells)} cells did not count because "
+        f"the machine was the limit. A ratio is that of the other's time to first token over ours, so above 1 ours waits less."
+    )
+    for workload in document["workloads"]:
+        beside = [f"{s} / {OUR_POLICY}, 95 % interval" for s in STATISTICS]
+        lines = [["", *(f"{s} ms" for s in STATISTICS), "hit share", *beside, "counted"]]
+        for policy in document["policies"]:
+            figures = [rows[f"{workload}/ttft_{s}/{policy}"] for s in STATISTICS]
+            ratios = [rows.get(f"{workload}/ttft_{s}/{OUR_POLICY}_vs_{policy}") for s in STATISTICS]
+            said = ["" if r is None else _beside(r) for r in ratios]
+            values = ["-" if f["value"] is None else f"{f['value']:,.0f}" for f in figures]
+            hits = rows[f"{workload}/hit_share/{policy}"]["value"]
+            lines.append([policy, *values, "-" if hits is None else f"{hits:.2f}", *said, str(figures[0]["repeats"])])
+        asked = [f"{name.removeprefix(f'{workload}/')} {_asked(row)}" for name, row in rows.items() if _is_asked(row, name, workload)]
+        parts += [f"**{workload}**", _table(lines), "; ".join(asked) + "."]
+    return "\n\n".join(parts)
+
+
+def _beside(row: Mapping[str, Any]) -> str:
+    low, high = row["interval"]
+    return f"{row['value']:.2f} ({low:.2f} .. {high:.2f}) {row['verdict']}"
+
+
+def _is_asked(row: Mapping[str, Any], name: str, workload: str) -> bool:
+    return name.startswith(f"{workload}/") and row["target"] is not None
+
+
 # --- transfers ---------------------------------------------------------------------------------------------------------
 
 
@@ -296,9 +334,10 @@ def _by_name(document: Document) -> Rows:
 def _heading(document: Document) -> str:
     machine = document["machine"]
     titles = {ENGINE: "The engine", DISAGG: "Prefill and decode apart", START: "Starting", TRANSFER: "KV transfer", ROUTER: "Placement"}
+    titles |= {POLICIES: "Placement policies"}
     titles |= {CORRUPTION: "Damaged blocks", ABORTS: "Aborts and kills"}
     title = titles[document["schema"]]
-    named = {ENGINE: "engines", TRANSFER: "chunks", CORRUPTION: "backends", ROUTER: "stages"}.get(document["schema"])
+    named = {ENGINE: "engines", TRANSFER: "chunks", CORRUPTION: "backends", ROUTER: "stages", POLICIES: "policies"}.get(document["schema"])
     what = document.get("model", "hand-offs") if named is None else ", ".join(document[named])
     chosen = ", ".join(machine["instructions"])
     host = f"{machine['cpu']} ({machine['num_cores']} cores, {chosen}, {machine['memory_gib']:g} GiB)"

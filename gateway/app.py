@@ -131,12 +131,14 @@ class GatewayApp:
         await exchange.answer(200, self.service.metrics.render(), b"text/plain; version=0.0.4; charset=utf-8")
 
     async def _status(self, exchange: Exchange) -> None:
-        await exchange.answer_json(await self.service.status())
+        await exchange.answer_json(await self.service.status(self._eyes(exchange)))
 
     async def _explain(self, exchange: Exchange, name: str) -> None:
+        await exchange.answer_json(await self.service.explain(name, self._eyes(exchange)))
+
+    def _eyes(self, exchange: Exchange) -> str | None:
         """A key tells of its own tenant's requests only; where no key is asked for there is one tenant."""
-        tenant = exchange.tenant if self.service.config.api_keys else None
-        await exchange.answer_json(await self.service.explain(name, tenant))
+        return exchange.tenant if self.service.config.api_keys else None
 
     async def _models(self, exchange: Exchange) -> None:
         await exchange.answer_json({"object": "list", "data": [self._card(name) for name in self.service.model.names]})

@@ -275,8 +275,8 @@ class GatewayService:
         fingerprint = self._fingerprint()
         return f"fp_{fingerprint.hex()[:12]}" if fingerprint else "fp_none"
 
-    async def status(self) -> dict[str, object]:
-        """The document of `GET /status`."""
+    async def status(self, tenant: str | None) -> dict[str, object]:
+        """The document of `GET /status`. `tenant`: for its eyes; None: for everybody's."""
         replies, now, membership = await self.routers.statuses(), self.clock(), self._membership.latest
         return status_document(
             identity=self.identity,
@@ -294,6 +294,7 @@ class GatewayService:
             requests=self._gauges(),
             fallbacks=self.metrics.fallback_counts(),
             membership_version=membership.version,
+            tenant=tenant,
         )
 
     async def explain(self, name: str, tenant: str | None) -> dict[str, object]:

@@ -48,12 +48,22 @@ def worker_status(row: WorkerRow, now: float, *, linked: bool, trouble: str | No
     }
 
 
-def router_status(routers: Routers, replies: Mapping[str, str | None]) -> dict[str, object]:
-    """The router this gateway asks: where it is and its own words about itself; `detail` is None when it did not answer."""
+def router_status(routers: Routers, replies: Mapping[str, str | None], tenant: str | None = None) -> dict[str, object]:
+    """The router this gateway asks: where it is and its own words about itself; `detail` is None when it did not answer.
+
+    tenant: whose eyes it is for, which see nothing of others' requests; None: everybody's.
+    """
     row = routers.current or next(iter(routers.rows.values()), None)
     if row is None:
         return {"name": None, "state": "absent", "pid": None, "address": None, "epoch": None, "ready": False, "reason": "", "detail": None}
-    return _router(row, routers) | {"detail": _detail(replies.get(row.service.name))}
+    detail = _detail(replies.get(row.service.name))
+    if tenant is not None and isinstance(detail, dict):
+        queues = {
+            model_id: queue | {"tenants": {name: count for name, count in queue["tenants"].items() if name == tenant}}
+            for model_id, queue in detail.get("queues", {}).items()
+        }
+        detail |= {"queues": queues, "assignments": []}  # of its own requests GET /explain tells
+    return _router(row, routers) | {"detail": detail}
 
 
 def router_rows(routers: Routers, replies: Mapping[str, str | None]) -> list[dict[str, object]]:
@@ -100,7 +110,9 @@ def status_document(
     requests: Mapping[str, float],
     fallbacks: Mapping[str, float],
     membership_version: int,
+    tenant: str | None,
 ) -> dict[str, object]:
+    """`tenant`: as in `router_status`."""
     return {
         "schema": STATUS_SCHEMA,
         "model": model_names[0],
@@ -109,7 +121,7 @@ def status_document(
         "ready": not reasons_not_ready,
         "reasons_not_ready": reasons_not_ready,
         "workers": workers,
-        "router": router_status(routers, router_replies),
+        "router": router_status(routers, router_replies, tenant),
         "routers": router_rows(routers, router_replies),
         "gateway": {"name": identity.name, "pid": pid, "epoch": identity.epoch, "requests": dict(requests)},
         "gateways": [{"name": g.name, "pid": g.pid, "epoch": g.epoch} for g in gateways],

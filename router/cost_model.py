@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from protocol.worker import WorkerSnapshot
+
 NUM_TERMS = 5
 MIN_SAMPLES = 8  # before that the fit is a guess and nobody is refused by it
 _DECAY = 0.98  # a sample counts half after 34 more
@@ -153,3 +155,21 @@ def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
     for i in reversed(range(n)):
         right[i] = (right[i] - sum(matrix[i][j] * right[j] for j in range(i + 1, n))) / matrix[i][i]
     return right
+
+
+def work_between(before: WorkerSnapshot, after: WorkerSnapshot, context_mean: float) -> Work:
+    """What the worker computed between two of its snapshots, as far as its counters tell."""
+    num_steps = max(0, after.step_count - before.step_count)
+
+    def grown(name: str) -> int:
+        return max(0, after.counters.get(name, 0) - before.counters.get(name, 0))
+
+    prefill_tokens = grown("prompt_tokens_computed")
+    return Work(
+        num_steps=num_steps,
+        prefill_tokens=prefill_tokens,
+        prefill_pairs=prefill_tokens * context_mean,
+        decode_tokens=grown("generated_tokens"),
+        decode_kv_token_steps=num_steps * (before.running_kv_tokens + after.running_kv_tokens) / 2,
+        busy_s=grown("busy_us") * 1e-6,
+    )

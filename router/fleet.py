@@ -17,7 +17,7 @@ from itertools import islice
 from protocol.messages import Membership
 from protocol.request import AttemptKey
 from protocol.worker import Role, WorkerAddress, WorkerId, WorkerSnapshot, WorkerState
-from router.cost_model import CostModel, StepCost, Work
+from router.cost_model import CostModel, StepCost, work_between
 from router.decode_outlook import BatchLoad, DecodeOutlook
 from router.holds import Hold, Phase, Tally
 from router.link_cost import LinkCost
@@ -343,12 +343,7 @@ class Worker:
         self.snapshot, self.read_at_s = snapshot, now - snapshot.age_s
         self.role, self.state = snapshot.role, snapshot.state
         self._changed = True
-        while self._settling:
-            key, since_s = next(iter(self._settling.items()))
-            if since_s + self._settle_s > self.read_at_s:
-                break
-            del self._settling[key]
-            self.fresh.add(self.holds[key], -1)
+        self._settle(snapshot)
         if before is not None:
             self.link.observe(before, snapshot, now)
             self.model.observe(work_between(before, snapshot, self.context_mean))
@@ -358,23 +353,20 @@ class Worker:
                 return self.model.num_samples > 0
         return False
 
-
-def work_between(before: WorkerSnapshot, after: WorkerSnapshot, context_mean: float) -> Work:
-    """What the worker computed between two of its snapshots, as far as its counters tell."""
-    num_steps = max(0, after.step_count - before.step_count)
-
-    def grown(name: str) -> int:
-        return max(0, after.counters.get(name, 0) - before.counters.get(name, 0))
-
-    prefill_tokens = grown("prompt_tokens_computed")
-    return Work(
-        num_steps=num_steps,
-        prefill_tokens=prefill_tokens,
-        prefill_pairs=prefill_tokens * context_mean,
-        decode_tokens=grown("generated_tokens"),
-        decode_kv_token_steps=num_steps * (before.running_kv_tokens + after.running_kv_tokens) / 2,
-        busy_s=grown("busy_us") * 1e-6,
-    )
+    def _settle(self, snapshot: WorkerSnapshot) -> None:
+        """Bookings that show in it leave `fresh`: those made long enough before, and of a prefill worker as many of the oldest others as
+        it shows prompts more than were known to be there. Counted twice, half a burst would look like work enough to send the rest away.
+        """
+        num_arrived = 0
+        if snapshot.role is Role.PREFILL and self.booking_scale == 1.0:
+            num_arrived = snapshot.num_waiting + snapshot.num_running - (self.booked.num_prefills - self.fresh.num_prefills)
+        while self._settling:
+            key, since_s = next(iter(self._settling.items()))
+            if since_s + self._settle_s > self.read_at_s and (since_s > self.read_at_s or num_arrived <= 0):
+                break
+            del self._settling[key]
+            self.fresh.add(self.holds[key], -1)
+            num_arrived -= 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

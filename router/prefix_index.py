@@ -19,6 +19,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import accumulate, filterfalse, pairwise, repeat
 from math import inf
 from operator import and_, or_
@@ -295,14 +296,15 @@ class PrefixIndex:
             return tokens
         alive, get = self._live, masks.get
         for start in range(0, len(hashes), _STRIDE):
-            # survivors[i]: workers that hold every block before start + i
-            survivors = list(accumulate(map(get, hashes[start : start + _STRIDE], repeat(0)), and_, initial=alive))
-            if survivors[-1] == alive:
+            holders = list(map(get, hashes[start : start + _STRIDE], repeat(0)))
+            if reduce(and_, holders, alive) == alive:
                 continue
+            # survivors: workers that hold every block before start, before start + 1, ...
+            survivors = accumulate(holders, and_, initial=alive)
             for depth, (before, after) in enumerate(pairwise(survivors), start):
                 if before != after and depth:
                     self._name(before & ~after, depth, tokens)
-            alive = survivors[-1]
+                alive = after
             if not alive:
                 return tokens
         self._name(alive, len(hashes), tokens)

@@ -2,16 +2,22 @@
 
 What `baton bench policies` measures in an hour of real time, without processes and without the noise of a machine: the same seed is the
 same run. Snapshots, KV events and answers are as late as they are over loopback.
+
+    python -m tests.sim_router --workloads fan_out --repeats 7        the same prompts, arrivals and table as the live bench's
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
-from baton.bench.policy_rows import Cell
-from baton.bench.policy_traffic import NUM_KV_BLOCKS, NUM_WORKERS, Traffic, cluster_config
+import typer
+
+from baton.bench.policies import DEFAULT_POLICIES, DEFAULT_WORKLOADS, Plan, print_cells, split_list
+from baton.bench.policy_rows import Cell, label
+from baton.bench.policy_traffic import NUM_KV_BLOCKS, NUM_WORKERS, Traffic, cluster_config, traffic
 from control.compose import core_config, pool_sizes, step_time
 from control.config import ClusterConfig, load_config
 from engine.core.events import Command as WorkerCommand
@@ -240,3 +246,31 @@ def _address(worker_id: str, role: Role, config: ClusterConfig) -> WorkerAddress
 
 def _nobody(attempt: object) -> tuple[str, str]:
     raise AssertionError("the router places")
+
+
+def main(
+    policies: str = DEFAULT_POLICIES,
+    workloads: str = DEFAULT_WORKLOADS,
+    repeats: int = 7,
+    seconds: float = 20.0,
+    workers: int = NUM_WORKERS,
+    seed: int = 0,
+) -> None:
+    plan = Plan(
+        policies=tuple(split_list(policies)),
+        workloads=tuple(split_list(workloads)),
+        num_repeats=repeats,
+        seconds=seconds,
+        num_workers=workers,
+        seed=seed,
+    )
+    cells = []
+    for repeat, workload, policy in plan.cells():
+        sys.stderr.write(f"{len(cells) + 1} of {plan.num_cells}: {workload}, {label(policy)}, repeat {repeat + 1}\n")
+        asked = traffic(workload, seconds=seconds, seed=plan.seed_of(repeat), num_workers=workers)
+        cells.append(simulated_cell(policy, asked, repeat=repeat, num_workers=workers))
+    print_cells(cells)
+
+
+if __name__ == "__main__":
+    typer.run(main)

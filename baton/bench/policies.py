@@ -118,7 +118,7 @@ def bench_policies(
     if as_json:
         print(json.dumps(document))
     else:
-        _print(cells)
+        print_cells(cells)
 
 
 def measure(plan: Plan, cluster: PolicyCluster) -> Iterator[Cell]:
@@ -172,7 +172,8 @@ def policies_document(plan: Plan, cells: Sequence[Cell], *, took_s: float) -> di
 # --- showing ----------------------------------------------------------------------------------------------------------
 
 
-def _print(cells: Sequence[Cell]) -> None:
+def print_cells(cells: Sequence[Cell]) -> None:
+    """A table a workload, what was asked for and whether it was met, and what did not count."""
     from rich.console import Console
     from rich.table import Table
 
@@ -227,4 +228,4 @@ def _say_line(text: str) -> None:
     sys.stderr.write(f"\r\x1b[K{text}\n" if sys.stderr.isatty() else f"{text}\n")
 
 
-__all__ = ["Plan", "bench_policies", "measure", "policies_document", "split_list"]
+__all__ = ["DEFAULT_POLICIES", "DEFAULT_WORKLOADS", "Plan", "bench_policies", "measure", "policies_document", "print_cells", "split_list"]

@@ -7,7 +7,7 @@
     D(w) = max(0, (1 + beta * (1 + busy) / 2) / (1 + uses) - 1) * (P(w) - min P)
 
 Q outstanding seconds; P prefill of what is missed, or pulling a part of it from a peer and the prefill of the rest, whichever is less,
-and loading what lies in host memory; M what would be lost by eviction; N moving KV.
+and loading what lies in host memory; M what would be lost by eviction; N moving KV that the decode worker lacks and no sibling brings.
 
 D is what others pay when a prefix is computed once more. They wait for it, each second for `beta` where all workers are busy, for half of
 that where all are idle (`busy`: the share that is not). But they will find the copy, so that a prefix asked for again and again bears its
@@ -67,7 +67,7 @@ class PrefixCost:
 
     def price_pool(self, view: PlacementView, request: Place, now: float, rng: Random) -> PoolPrices:
         if view.pool is Pool.DECODE:
-            return _DecodePrices(view, request, self.config)
+            return _DecodePrices(view, request, self.config, soon_on=self._heat.soon_on(request, view.cached_tokens, now))
         return _PrefillPrices(view, request, self.config, self._heat, now)
 
     def observe(self, event: PolicyEvent, now: float) -> None:
@@ -147,12 +147,13 @@ class _PrefillPrices:
 
 
 class _DecodePrices:
-    """Of workers that take the hand-off."""
+    """Of workers that take the hand-off. soon_on: who will have how many tokens of the prompt by then, whatever he has now."""
 
-    __slots__ = ("_evict", "_request", "_transfer_token_s", "_view", "seconds")
+    __slots__ = ("_evict", "_request", "_soon_on", "_transfer_token_s", "_view", "seconds")
 
-    def __init__(self, view: PlacementView, request: Place, config: PrefixCost.Config) -> None:
+    def __init__(self, view: PlacementView, request: Place, config: PrefixCost.Config, *, soon_on: tuple[WorkerId, int]) -> None:
         self._view = view
+        self._soon_on = soon_on
         self._request = request
         self._evict = evict = config.eviction
         num_tokens, cached = request.num_tokens, view.cached_tokens.get
@@ -165,12 +166,16 @@ class _DecodePrices:
             batch, kv = worker.num_sequences + num_choices, worker.kv_tokens + kv_tokens
             decode_s = output * (cost.step_s + batch * cost.decode_sequence_s + kv * cost.decode_kv_token_s)
             evict_s = _eviction_s(worker, view, missed) if evict and missed > worker.free_kv_tokens else 0.0
+            if worker.worker_id == soon_on[0]:
+                missed = min(missed, num_tokens - soon_on[1])
             prices.append(decode_s + evict_s + moved_s * missed)
 
     def parts(self, index: int) -> Parts:
         view, request, worker = self._view, self._request, self._view.workers[index]
         missed = request.num_tokens - view.cached_tokens.get(worker.worker_id, 0)
         evict_s = _eviction_s(worker, view, missed) if self._evict else 0.0
+        if worker.worker_id == self._soon_on[0]:
+            missed = min(missed, request.num_tokens - self._soon_on[1])
         return _DECODE, (_decode_s(worker, view, request), evict_s, self._transfer_token_s * missed)
 
 

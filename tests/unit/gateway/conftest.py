@@ -292,6 +292,7 @@ class FakeRouter:
         self.prefix_source: PrefixSource | None = None  # said in every assignment
         self.cached_tokens = 0  # said in every assignment, and that the first token takes a millisecond
         self.explanations = Explanations(max_count=8)
+        self.status: dict[str, Any] = {"policy": "fake"}
         self.places: list[Place] = []
         self.told: list[PrefillDone | Done] = []
         self._directory_port = directory_port
@@ -326,7 +327,7 @@ class FakeRouter:
         if isinstance(message, Ping):
             connection.send(Pong(nonce=message.nonce))
         elif isinstance(message, StatusRequest):
-            connection.send(StatusReply(reply_id=message.reply_id, json='{"policy": "fake"}'))
+            connection.send(StatusReply(reply_id=message.reply_id, json=json.dumps(self.status)))
         elif isinstance(message, ExplainRequest):
             found = answer(self.explanations, message.name, message.tenant, self._now(), by="router")
             connection.send(StatusReply(reply_id=message.reply_id, json=json.dumps(found)))

@@ -178,6 +178,14 @@ class TestWithKeys:
             assert (await explain(cluster, name, key="secret-b"))[0] == 404
             assert (await explain(cluster, name))[0] == 401
 
+    async def test_a_key_sees_nothing_of_other_tenants_in_the_status(self, cluster: Any) -> None:
+        """Seen to fail with `tenant` given as None."""
+        queue = {"waiting": 2, "tenants": {"a": 10.0, "b": 20.0}}
+        cluster.router.status = {"queues": {"m": queue}, "assignments": [{"request_id": "of-b"}]}
+        async with cluster.http.get("/status", headers={"Authorization": "Bearer secret-a"}) as response:
+            detail = (await response.json())["router"]["detail"]
+        assert detail == {"queues": {"m": {"waiting": 2, "tenants": {"a": 10.0}}}, "assignments": []}
+
 
 @pytest.mark.parametrize(
     ("keys", "header", "shown"),

@@ -191,6 +191,26 @@ def test_inbox_holds_about_two_steps_of_own_bookings_before_any_snapshot_shows_t
     assert len(world.core.bookings) == 9
 
 
+@pytest.mark.parametrize(("num_shown", "seen_tokens"), [(0, 3 * 512), (1, 3 * 512), (3, 3 * 512), (5, 5 * 512)])
+def test_prompts_that_a_report_shows_are_not_counted_as_bookings_too(num_shown: int, seen_tokens: int) -> None:
+    """How: three prompts of 512 tokens booked, and 5 ms later a report that shows some of them, or two more that others sent.
+
+    Seen to fail with bookings that wait 20 ms for a report in any case, and with those that came after it taken off as well.
+    """
+    world = World(pools(1, 1))
+    for number in range(3):
+        world.assign(place(number))
+    world.now += 0.005
+    world.report("prefill-0", num_waiting=num_shown, waiting_tokens=512 * num_shown)
+    (worker,) = [w for w in world.core.fleet if w.worker_id == "prefill-0"]
+    worker.refresh(world.now)
+    assert worker.queued_prefill_tokens == seen_tokens
+    world.assign(place(3))
+    world.report("prefill-0", num_waiting=6, waiting_tokens=512 * 6, age_s=0.002)
+    worker.refresh(world.now)
+    assert worker.queued_prefill_tokens == 7 * 512, "the last came after it was written"
+
+
 def test_decode_batch_and_pool_bound_what_is_given_out() -> None:
     small = [address("prefill-0", Role.PREFILL), address("decode-0", Role.DECODE, max_num_seqs=4)]
     world = World(small)
