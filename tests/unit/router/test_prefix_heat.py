@@ -8,9 +8,9 @@ from protocol.messages import Place
 from protocol.worker import BlocksStored
 from router import common_cost, policies
 from router.cost_model import StepCost, Work
-from router.policies.api import Booked, KvChanged
+from router.policies.api import Booked, KvChanged, Pool
 from router.policies.prefix_heat import MAX_PREFIXES, PrefixHeat
-from tests.unit.router.policy_view import scored, view, workers
+from tests.unit.router.policy_view import scored, seconds, view, workers
 from tests.unit.router.router_world import World, chain, place, pools
 
 pytestmark = pytest.mark.pure
@@ -85,6 +85,19 @@ def test_decode_workers_share_no_prefix_with_those_that_prefill() -> None:
     alone = {"prefill-0": 1024}
     assert duplicate_s(alone) == pytest.approx(1.024 / 6)
     assert duplicate_s(alone | {"decode-0": 1024, "decode-1": 1024}) == duplicate_s(alone)
+
+
+def test_siblings_are_decoded_where_their_prefix_will_be() -> None:
+    """How: one was booked to decode on `d`, which has nothing yet; a token moves in a microsecond. Two seconds later nobody knows.
+
+    Seen to fail with prices of what workers have now, and with a time that never ends.
+    """
+    policy = policies.load("prefix_cost")
+    policy.observe(booked(), 100.0)
+    seen = view(workers("c", "d"), Pool.DECODE, cached_tokens={"prefill-0": 1024}, transfer_s=1.088e-3)
+    soon, later = (seconds(policy, seen, request(), now=now) for now in (100.1, 103.0))
+    assert soon["c"] - soon["d"] == pytest.approx(1024e-6)
+    assert later["c"] == later["d"]
 
 
 def test_no_half_life_keeps_nothing_and_memory_is_bounded() -> None:
