@@ -18,6 +18,7 @@ from baton.chat import chat
 from baton.explain import explain
 from baton.serve import serve_command
 from baton.status import status
+from baton.trace import trace_app
 from protocol.errors import BatonError, ConfigError
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ bench.command("router")(bench_router)
 bench.command("transfer")(bench_transfer)
 bench.command("policies")(bench_policies)
 app.add_typer(bench)
+app.add_typer(trace_app)
 
 
 def _print_version(asked: bool) -> None:
