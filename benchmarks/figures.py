@@ -215,12 +215,12 @@ def _router_part(document: Document) -> str:
 def _policies_part(document: Document) -> str:
     """A table a workload: figures of each policy, and its first tokens beside those of ours in the same repeats."""
     rows, parts = _by_name(document), [_heading(document)]
-    cells = document["cells"]
+    cells, num_rejected = document["cells"], len(document["rejected"])
     num_invalid = sum(bool(cell["invalid"]) for cell in cells)
     parts.append(
         f"Live, {document['cluster']['workers']['prefill_workers']} + {document['cluster']['workers']['decode_workers']} paced workers; "
-        f"{document['repeats']} repeats of {document['seconds']:g} s, medians; {num_invalid} of {len(cells)} cells did not count because "
-        f"the machine was the limit. A ratio is that of the other's time to first token over ours, so above 1 ours waits less."
+        f"{document['repeats']} repeats of {document['seconds']:g} s, medians; {num_rejected} turns that did not count were taken "
+        f"again, {num_invalid} of {len(cells)} do not count. A ratio is the other's time to first token over ours: above 1 ours waits less."
     )
     for workload in document["workloads"]:
         beside = [f"{s} / {OUR_POLICY}, 95 % interval" for s in STATISTICS]

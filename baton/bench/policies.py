@@ -13,14 +13,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from baton.bench.policy_rows import OURS, STATISTICS, Cell, label, rows_of
+from baton.bench.policy_rows import OURS, STATISTICS, Cell, CellKey, label, rows_of
 from baton.bench.report import Row, make_document
 from protocol.errors import ConfigError, ServiceError
 
@@ -73,6 +73,10 @@ def bench_policies(
     plot: Annotated[Path | None, typer.Option(help="Draw the ratios with their intervals into this SVG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the JSON document to this file too, anew after each repeat.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="A document of this bench: measure only what it lacks, or what did not count.")
+    ] = None,
+    retakes: Annotated[int, typer.Option(min=0, help="Times that turns that did not count are taken again, at the end.")] = 1,
 ) -> None:
     """Compare placement policies in one live cluster of paced workers. Ctrl-C ends it with what was measured."""
     from baton.bench.policy_run import policy_cluster
@@ -90,8 +94,8 @@ def bench_policies(
         raise ConfigError("nothing to measure; name a policy and a workload or more")
     for workload in plan.workloads:
         traffic(workload, seconds=seconds, seed=seed)
-    began_s = time.monotonic()
-    cells: list[Cell] = []
+    taken = Taken(plan) if resume is None else read_taken(plan, resume)
+    began_s = time.monotonic() - taken.took_s
     try:
         with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
             _say(f"starting {workers} + {workers} paced workers")
@@ -100,15 +104,20 @@ def bench_policies(
                     cluster.check(policy)
                 _say("warming up")
                 cluster.warm_up(traffic(plan.workloads[0], seconds=WARM_UP_S, seed=plan.seed_of(-1), num_workers=workers))
-                for cell in measure(plan, cluster):
-                    cells.append(cell)
-                    if output is not None and len(cells) % (len(plan.policies) * len(plan.workloads)) == 0:
-                        _write(output, policies_document(plan, cells, took_s=time.monotonic() - began_s))
+                num_taken = 0
+                for _ in range(1 + retakes):
+                    for cell in measure(plan, cluster, taken.missing):
+                        taken.add(cell)
+                        num_taken += 1
+                        if output is not None and num_taken % (len(plan.policies) * len(plan.workloads)) == 0:
+                            taken.took_s = time.monotonic() - began_s
+                            _write(output, policies_document(taken))
     except (KeyboardInterrupt, ServiceError) as end:  # an hour's rows are not thrown away
-        if not cells:
+        if not taken.cells:
             raise
-        _say_line(f"ended early ({str(end) or 'interrupted'}): {len(cells)} of {plan.num_cells} cells were measured")
-    document = policies_document(plan, cells, took_s=time.monotonic() - began_s)
+        _say_line(f"ended early ({str(end) or 'interrupted'}): {len(taken.cells)} of {plan.num_cells} cells were measured")
+    taken.took_s = time.monotonic() - began_s
+    document, cells = policies_document(taken), taken.cells
     if output is not None:
         _write(output, document)
     if plot is not None:
@@ -121,14 +130,14 @@ def bench_policies(
         print_cells(cells)
 
 
-def measure(plan: Plan, cluster: PolicyCluster) -> Iterator[Cell]:
+def measure(plan: Plan, cluster: PolicyCluster, keys: Sequence[CellKey]) -> Iterator[Cell]:
     """Cell after cell, with a line of progress on stderr."""
     from baton.bench.policy_traffic import traffic
 
     began_s = time.monotonic()
-    for index, (repeat, workload, policy) in enumerate(plan.cells()):
-        left_s = (plan.num_cells - index) * ((time.monotonic() - began_s) / index if index else plan.seconds + PAUSE_S)
-        what = f"{index + 1} of {plan.num_cells}: {workload}, {label(policy)}, repeat {repeat + 1}; {left_s / 60:.1f} min left"
+    for index, (repeat, workload, policy) in enumerate(keys):
+        left_s = (len(keys) - index) * ((time.monotonic() - began_s) / index if index else plan.seconds + PAUSE_S)
+        what = f"{index + 1} of {len(keys)}: {workload}, {label(policy)}, repeat {repeat + 1}; {left_s / 60:.1f} min left"
         _say(what)
 
         def on_progress(run: LoadRun, what: str = what) -> None:
@@ -153,10 +162,61 @@ def split_list(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def policies_document(plan: Plan, cells: Sequence[Cell], *, took_s: float) -> dict[str, object]:
+class Taken:
+    """The cells of a plan that were measured so far. One that did not count may be taken again: then the earlier stands in `rejected`."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.rejected: list[Cell] = []
+        self.took_s = 0.0
+        self._cells: dict[CellKey, Cell] = {}
+
+    @property
+    def cells(self) -> list[Cell]:
+        """In the order of the plan."""
+        return [self._cells[key] for key in self.plan.cells() if key in self._cells]
+
+    @property
+    def missing(self) -> list[CellKey]:
+        """Never measured, or not so that it counts."""
+        return [key for key in self.plan.cells() if key not in self._cells or not self._cells[key].is_valid]
+
+    def add(self, cell: Cell) -> None:
+        if cell.key in self._cells:
+            self.rejected.append(self._cells[cell.key])
+        self._cells[cell.key] = cell
+
+
+def read_taken(plan: Plan, path: Path) -> Taken:
+    """What a document of this bench holds of `plan`.
+
+    Raises:
+        ConfigError: it is none, or one of other arrivals or another cluster.
+    """
+    from baton.bench.policy_traffic import cluster_config
+
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    told = {name: document.get(name) for name in ("schema", "seed", "seconds", "cluster")}
+    wanted = {"schema": SCHEMA, "seed": plan.seed, "seconds": plan.seconds, "cluster": cluster_config(plan.num_workers)}
+    for name, value in wanted.items():
+        if told[name] != value:
+            raise ConfigError(f"{path} has {name} {told[name]!r}, this run {value!r}; go on with the same, or start anew")
+    taken = Taken(plan)
+    taken.took_s = document["took_s"]
+    for record in (*document.get("rejected", ()), *document["cells"]):
+        cell = Cell.from_record(record)
+        taken.add(replace(cell, commit=cell.commit or document["commit"]))
+    return taken
+
+
+def policies_document(taken: Taken) -> dict[str, object]:
     """So far: after each cell it is whole."""
     from baton.bench.policy_traffic import SHAPES, cluster_config
 
+    plan, cells = taken.plan, taken.cells
     sections: dict[str, object] = {
         "policies": {label(policy): policy for policy in plan.policies},
         "workloads": {name: {"rate_per_s": SHAPES[name].rate_per_s, "burst_size": SHAPES[name].burst_size} for name in plan.workloads},
@@ -164,7 +224,8 @@ def policies_document(plan: Plan, cells: Sequence[Cell], *, took_s: float) -> di
         "seconds": plan.seconds,
         "cluster": cluster_config(plan.num_workers),
         "cells": [cell.record() for cell in cells],
-        "took_s": round(took_s, 1),
+        "rejected": [cell.record() for cell in taken.rejected],
+        "took_s": round(taken.took_s, 1),
     }
     return make_document(SCHEMA, seed=plan.seed, rows=rows_of(cells), sections=sections)
 
@@ -228,4 +289,15 @@ def _say_line(text: str) -> None:
     sys.stderr.write(f"\r\x1b[K{text}\n" if sys.stderr.isatty() else f"{text}\n")
 
 
-__all__ = ["DEFAULT_POLICIES", "DEFAULT_WORKLOADS", "Plan", "bench_policies", "measure", "policies_document", "print_cells", "split_list"]
+__all__ = [
+    "DEFAULT_POLICIES",
+    "DEFAULT_WORKLOADS",
+    "Plan",
+    "Taken",
+    "bench_policies",
+    "measure",
+    "policies_document",
+    "print_cells",
+    "read_taken",
+    "split_list",
+]

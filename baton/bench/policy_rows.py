@@ -5,9 +5,10 @@ A pair is two policies under the same arrivals in the same repeat; a ratio is th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from statistics import median
+from typing import Any
 
 from baton.bench.report import PairedRatio, Row, Target, Verdict, paired_ratio, percentile
 from router import policies
@@ -27,29 +28,44 @@ class Cell:
     workload: str
     repeat: int
     num_requests: int
-    ttft_s: tuple[float, ...]  # of the requests that ended well
+    ttft: Mapping[str, float]  # milliseconds, by statistic, of the requests that ended well; empty: none did
     hit_share: float  # of prompt tokens asked for, those that nobody computed
     lag_p99_s: float  # between a request's moment and its sending
     busy_share: float  # of the machine's cores, by whomever
     own_share: float  # by the cluster and its client
     decision_p50_s: float | None  # in the router
     invalid: tuple[str, ...]  # why it does not count; none where it does
+    commit: str | None = None  # of the tree that was measured, where the document is of another
+
+    @property
+    def key(self) -> CellKey:
+        return self.repeat, self.workload, self.policy
 
     @property
     def is_valid(self) -> bool:
-        return not self.invalid and bool(self.ttft_s)
+        return not self.invalid and bool(self.ttft)
 
     def ttft_ms(self, statistic: str) -> float:
-        seconds = sum(self.ttft_s) / len(self.ttft_s) if statistic == "mean" else percentile(self.ttft_s, 0.99)
-        return seconds * 1e3
+        return self.ttft[statistic]
 
     def record(self) -> dict[str, object]:
-        """As a member of the document: without the single requests."""
-        told = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(self).items() if name != "ttft_s"}
-        return told | ({s: round(self.ttft_ms(s), 2) for s in STATISTICS} if self.ttft_s else {})
+        """As a member of the document."""
+        told = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(self).items() if name != "ttft"}
+        return told | {statistic: round(ms, 4) for statistic, ms in self.ttft.items()}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Cell:
+        own = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        return cls(**own | {"invalid": tuple(record["invalid"]), "ttft": {s: record[s] for s in STATISTICS if s in record}})
 
 
+CellKey = tuple[int, str, str]  # repeat, workload, policy
 STATISTICS = ("mean", "p99")
+
+
+def ttft_of(seconds: Sequence[float]) -> dict[str, float]:
+    """The statistics of a cell, from each request's time to first token."""
+    return {"mean": sum(seconds) / len(seconds) * 1e3, "p99": percentile(seconds, 0.99) * 1e3} if seconds else {}
 
 
 def label(policy: str) -> str:
@@ -137,4 +153,4 @@ def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-__all__ = ["OURS", "STATISTICS", "Cell", "label", "pair", "rows_of"]
+__all__ = ["OURS", "STATISTICS", "Cell", "CellKey", "label", "pair", "rows_of", "ttft_of"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.bench.load import Endpoint, LoadRun, drive
-from baton.bench.policy_rows import Cell
+from baton.bench.policy_rows import Cell, ttft_of
 from baton.bench.policy_traffic import Traffic, cluster_config
 from baton.bench.processor_time import ProcessorTime, processor_time
 from baton.bench.report import percentile
@@ -145,7 +145,7 @@ def _cell(policy: str, workload: Traffic, repeat: int, run: LoadRun, before: Jso
         workload=workload.shape.name,
         repeat=repeat,
         num_requests=len(run.requests),
-        ttft_s=tuple(latencies_s((r.timeline for r in run.well), "ttft")),
+        ttft=ttft_of(latencies_s((r.timeline for r in run.well), "ttft")),
         hit_share=1.0 - (_computed(after) - _computed(before)) / asked if asked else 0.0,
         lag_p99_s=lag_s,
         busy_share=busy.of_all,

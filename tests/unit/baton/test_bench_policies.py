@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from xml.etree import ElementTree
 
 import pytest
 
-from baton.bench.policies import DEFAULT_POLICIES, DEFAULT_WORKLOADS, Plan, policies_document, split_list
+from baton.bench.policies import DEFAULT_POLICIES, DEFAULT_WORKLOADS, Plan, Taken, policies_document, read_taken, split_list
 from baton.bench.policy_figure import policies_svg
-from baton.bench.policy_rows import Cell, label, rows_of
+from baton.bench.policy_rows import Cell, label, rows_of, ttft_of
 from baton.bench.policy_traffic import (
     BLOCK_TOKENS,
     DOCUMENT_TOKENS,
@@ -128,7 +130,7 @@ def cell(policy: str, workload: str, repeat: int, mean_s: float, **changes: obje
         "workload": workload,
         "repeat": repeat,
         "num_requests": 3,
-        "ttft_s": (0.9 * mean_s, mean_s, 1.1 * mean_s),
+        "ttft": ttft_of((0.9 * mean_s, mean_s, 1.1 * mean_s)),
         "hit_share": 0.5,
         "lag_p99_s": 0.001,
         "busy_share": 0.4,
@@ -194,7 +196,7 @@ def test_an_invalid_cell_takes_its_pair_out_and_is_counted() -> None:
     assert rows["unshared/ttft_mean/prefix_cost"].details["invalid"] == 1
     assert len(rows["unshared/ttft_mean/prefix_cost"].details["values"]) == 6  # type: ignore[arg-type]
     assert rows["unshared/ttft_mean/prefix_cost_vs_least_work"].details["ratios"] == [1.0] * 6
-    broken = named([cell("prefix_cost", "unshared", 0, 1.0, ttft_s=(), invalid=("all failed",))])
+    broken = named([cell("prefix_cost", "unshared", 0, 1.0, ttft={}, invalid=("all failed",))])
     assert broken["unshared/ttft_mean/prefix_cost"].value is None
     assert broken["unshared/ttft_mean/prefix_cost"].details["reason"] == "all failed"
 
@@ -202,8 +204,40 @@ def test_an_invalid_cell_takes_its_pair_out_and_is_counted() -> None:
 def test_a_partial_document_and_its_drawing_are_whole() -> None:
     """As after Ctrl-C: one workload is measured in part. Seen to fail with a drawing that wants every pair."""
     cells = [*planted("shared_prefixes", {"round_robin": 3.0}), cell("round_robin", "fan_out", 0, 0.2)]
-    document = policies_document(PLAN, cells, took_s=1.0)
+    taken = Taken(PLAN)
+    for one in cells:
+        taken.add(one)
+    document = policies_document(taken)
     assert document["schema"] == "baton.bench.policies.v1" and len(document["cells"]) == len(cells)  # type: ignore[arg-type]
     drawing = ElementTree.fromstring(policies_svg(cells))
     circles = drawing.findall(".//{http://www.w3.org/2000/svg}circle")
     assert len(circles) == 2, "mean and p99 of the one pair there is"
+
+
+def test_a_run_goes_on_where_a_document_ends(tmp_path: Path) -> None:
+    """What counted stays, what did not is taken again and told of; a document of other arrivals is refused.
+
+    Seen to fail with cells that did not count left out of `missing`, and with the seed not looked at.
+    """
+    taken = Taken(PLAN)
+    for one in planted("unshared", {"least_work": 1.0}):
+        taken.add(one)
+    late = cell("prefix_cost", "fan_out", 2, 0.4, invalid=("requests left late",))
+    taken.add(late)
+    path = tmp_path / "policies.json"
+    path.write_text(json.dumps(policies_document(taken) | {"commit": "abc"}))
+    again = read_taken(PLAN, path)
+    assert [one.key for one in again.cells] == [one.key for one in taken.cells] and {one.commit for one in again.cells} == {"abc"}
+    for statistic in ("mean", "p99"):
+        assert [one.ttft[statistic] for one in again.cells] == pytest.approx([one.ttft[statistic] for one in taken.cells])
+    assert again.missing == taken.missing
+    assert late.key in again.missing and len(again.missing) == PLAN.num_cells - len(taken.cells) + 1
+    again.add(replace(late, invalid=()))
+    assert late.key not in again.missing and [(one.key, one.invalid) for one in again.rejected] == [(late.key, late.invalid)]
+    path.write_text(json.dumps(policies_document(again)))
+    assert read_taken(PLAN, path).rejected == again.rejected
+    for other, why in ((replace(PLAN, seed=4), "seed 3, this run 4"), (replace(PLAN, num_workers=2), "has cluster")):
+        with pytest.raises(ConfigError, match=why):
+            read_taken(other, path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_taken(PLAN, tmp_path / "none")
