@@ -17,6 +17,7 @@ from baton.bench.transfer import bench_transfer
 from baton.chat import chat
 from baton.explain import explain
 from baton.serve import serve_command
+from baton.sim import sim
 from baton.status import status
 from baton.trace import trace_app
 from protocol.errors import BatonError, ConfigError
@@ -34,6 +35,7 @@ app.command("serve")(serve_command())
 app.command("chat")(chat)
 app.command("status")(status)
 app.command("explain")(explain)
+app.command("sim")(sim)
 
 bench = typer.Typer(
     name="bench",

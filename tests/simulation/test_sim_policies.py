@@ -9,7 +9,7 @@ import pytest
 
 from baton.bench.policy_rows import Cell
 from baton.bench.policy_traffic import NUM_SIBLINGS, OWN_TOKENS, PREFIX_TOKENS, traffic
-from tests.sim_router import RoutedCluster, simulated_cell
+from tests.sim_router import make_cluster, run, simulated_cell
 
 pytestmark = [pytest.mark.pure, pytest.mark.slow]
 
@@ -38,8 +38,8 @@ def test_shared_prefixes_are_found_again_and_waiting_is_shorter() -> None:
 @pytest.mark.parametrize("policy", ["prefix_cost", "e2"])
 def test_every_burst_is_prefilled_once_at_full_load(policy: str) -> None:
     """Seen to fail with guesses that are never made."""
-    cluster, bursts = RoutedCluster(policy), traffic("fan_out", seconds=SECONDS, seed=0)
-    cluster.run(bursts)
+    cluster, bursts = make_cluster(policy), traffic("fan_out", seconds=SECONDS, seed=0)
+    run(cluster, bursts)
     once = bursts.num_requests // NUM_SIBLINGS * (PREFIX_TOKENS + NUM_SIBLINGS * OWN_TOKENS)
     assert cluster.num_computed_tokens <= 1.02 * once
 
@@ -47,9 +47,5 @@ def test_every_burst_is_prefilled_once_at_full_load(policy: str) -> None:
 def test_a_run_is_its_seed() -> None:
     """How: twice the same, down to who got each request. Seen to fail with a router whose ties are drawn from the system."""
 
-    def run() -> tuple[list[float], list[str]]:
-        cluster = RoutedCluster("prefix_cost")
-        ttft_s = cluster.run(traffic("hot_prefix", seconds=2, seed=1))
-        return ttft_s, [ledger.prefill_worker for ledger in cluster.gateway.ledgers.values()]
-
-    assert run() == run()
+    first, again = (run(make_cluster("prefix_cost"), traffic("hot_prefix", seconds=2, seed=1)) for _ in range(2))
+    assert first == again

@@ -125,7 +125,16 @@ def test_pages_say_what_the_results_say() -> None:
 
 def test_results_name_a_clean_commit_and_their_machine() -> None:
     for document in figures.read_results():
-        known = (figures.ENGINE, figures.DISAGG, figures.START, figures.TRANSFER, figures.ROUTER, figures.CORRUPTION, figures.ABORTS)
+        known = (
+            figures.ENGINE,
+            figures.DISAGG,
+            figures.START,
+            figures.TRANSFER,
+            figures.ROUTER,
+            figures.CORRUPTION,
+            figures.ABORTS,
+            figures.POLICIES,
+        )
         assert document["schema"] in known
         assert len(document["commit"]) == 40, "measured in a tree as it was committed"
         assert document["machine"]["cpu"] and document["machine"]["num_cores"]
