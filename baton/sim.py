@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from baton.progress import say
 from baton.trace import read_trace
 from protocol.errors import ConfigError
 
@@ -65,9 +65,9 @@ def sim(
     asked = make_trace(trace, generate, rate=rate, requests=requests, cv=cv, burst=burst, spread_s=spread, seed=seed, folder=traces)
     cluster = load_config(file=config) if config is not None else load_config(DEFAULT_CLUSTER)
     began_s = time.monotonic()
-    served = run_trace(asked, cluster, policy=policy, seed=seed, on_progress=_say)
+    served = run_trace(asked, cluster, policy=policy, seed=seed, on_progress=say)
     took_s = time.monotonic() - began_s
-    _say("")
+    say("")
     summary = summarise(served, Objective(ttft_s=slo_ttft, tpot_s=slo_tpot))
     if table is not None:
         table.write_text("".join(json.dumps(asdict(one)) + "\n" for one in served), encoding="utf-8")
@@ -152,9 +152,3 @@ def _print(asked: Trace, summary: Summary, policy: str, took_s: float) -> None:
     print(f"  in time        {summary.attainment:.1%}, {summary.goodput_per_s:.3g} requests/s")
     print(f"  found cached   {summary.hit_share:.1%} of prompt tokens")
     print(f"  time           {summary.duration_s:,.0f} s of traffic in {took_s:.1f} s, {summary.num_requests / took_s:,.0f} requests/s")
-
-
-def _say(text: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{text}")
-        sys.stderr.flush()

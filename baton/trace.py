@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from baton.progress import say, say_line
 from protocol.errors import ConfigError, ServiceError
 
 if TYPE_CHECKING:
@@ -74,10 +74,10 @@ def fetch(name: Annotated[str, typer.Argument(help="One of `baton trace list`.")
     at = traces_dir(folder)
     at.mkdir(parents=True, exist_ok=True)
     for file in trace.files:
-        size, found = asyncio.run(fetch_file(file, at / file.saved_as, on_progress=_say))
+        size, found = asyncio.run(fetch_file(file, at / file.saved_as, on_progress=say))
         checked = "sha256 as published" if file.sha256 else "its publisher's sha256 is not known here"
-        _say_line(f"{at / file.saved_as}: {size:,} bytes, sha256 {found} ({checked})")
-    _say_line(f"{trace.licence}; cite {trace.citation}")
+        say_line(f"{at / file.saved_as}: {size:,} bytes, sha256 {found} ({checked})")
+    say_line(f"{trace.licence}; cite {trace.citation}")
 
 
 async def fetch_file(file: SourceFile, path: Path, *, on_progress: Callable[[str], None] = lambda text: None) -> tuple[int, str]:
@@ -159,13 +159,3 @@ def read_trace(name: str, folder: Path | None, *, format_name: str = "") -> Trac
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _say(text: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{text}")
-        sys.stderr.flush()
-
-
-def _say_line(text: str) -> None:
-    sys.stderr.write(f"\r\x1b[K{text}\n" if sys.stderr.isatty() else f"{text}\n")

@@ -22,6 +22,7 @@ import typer
 
 from baton.bench.policy_rows import OURS, STATISTICS, Cell, CellKey, label, rows_of
 from baton.bench.report import Row, make_document
+from baton.progress import say, say_line
 from protocol.errors import ConfigError, ServiceError
 
 if TYPE_CHECKING:
@@ -98,11 +99,11 @@ def bench_policies(
     began_s = time.monotonic() - taken.took_s
     try:
         with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
-            _say(f"starting {workers} + {workers} paced workers")
+            say(f"starting {workers} + {workers} paced workers")
             with policy_cluster(Path(scratch), num_workers=workers) as cluster:
                 for policy in plan.policies:
                     cluster.check(policy)
-                _say("warming up")
+                say("warming up")
                 cluster.warm_up(traffic(plan.workloads[0], seconds=WARM_UP_S, seed=plan.seed_of(-1), num_workers=workers))
                 num_taken = 0
                 for _ in range(1 + retakes):
@@ -115,7 +116,7 @@ def bench_policies(
     except (KeyboardInterrupt, ServiceError) as end:  # an hour's rows are not thrown away
         if not taken.cells:
             raise
-        _say_line(f"ended early ({str(end) or 'interrupted'}): {len(taken.cells)} of {plan.num_cells} cells were measured")
+        say_line(f"ended early ({str(end) or 'interrupted'}): {len(taken.cells)} of {plan.num_cells} cells were measured")
     taken.took_s = time.monotonic() - began_s
     document, cells = policies_document(taken), taken.cells
     if output is not None:
@@ -138,17 +139,17 @@ def measure(plan: Plan, cluster: PolicyCluster, keys: Sequence[CellKey]) -> Iter
     for index, (repeat, workload, policy) in enumerate(keys):
         left_s = (len(keys) - index) * ((time.monotonic() - began_s) / index if index else plan.seconds + PAUSE_S)
         what = f"{index + 1} of {len(keys)}: {workload}, {label(policy)}, repeat {repeat + 1}; {left_s / 60:.1f} min left"
-        _say(what)
+        say(what)
 
         def on_progress(run: LoadRun, what: str = what) -> None:
-            _say(f"{what}; {len(run.requests)} of {run.workload.num_requests} sent, {run.num_in_flight} under way")
+            say(f"{what}; {len(run.requests)} of {run.workload.num_requests} sent, {run.num_in_flight} under way")
 
         asked = traffic(workload, seconds=plan.seconds, seed=plan.seed_of(repeat), num_workers=plan.num_workers)
         cell = cluster.run(policy, asked, repeat=repeat, on_progress=on_progress if sys.stderr.isatty() else None)
         if cell.invalid:
-            _say_line(f"does not count: {workload}, {label(policy)}, repeat {repeat + 1}: {'; '.join(cell.invalid)}")
+            say_line(f"does not count: {workload}, {label(policy)}, repeat {repeat + 1}: {'; '.join(cell.invalid)}")
         yield cell
-    _say("")
+    say("")
 
 
 def split_list(text: str) -> list[str]:
@@ -277,16 +278,6 @@ def _ratio_text(rows: Mapping[str, Row], name: str) -> str:
 
 def _write(path: Path, document: dict[str, object]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def _say(text: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{text}")
-        sys.stderr.flush()
-
-
-def _say_line(text: str) -> None:
-    sys.stderr.write(f"\r\x1b[K{text}\n" if sys.stderr.isatty() else f"{text}\n")
 
 
 __all__ = [
