@@ -19,8 +19,8 @@ import aiohttp
 
 from protocol.errors import ServiceError
 from protocol.timeline import Timeline
+from simulator.traces.content import LOWEST_TOKEN_ID
 
-LOWEST_TOKEN_ID = 10  # below it checkpoints tend to keep their special tokens
 EVENT_BYTES_MAX = 1 << 20
 SOCKETS_MAX = 4096
 ERROR_CHARS = 300

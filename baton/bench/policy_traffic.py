@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
-from baton.bench.load import LOWEST_TOKEN_ID, Workload
+from baton.bench.load import Workload
 from protocol.errors import ConfigError
+from simulator.traces.content import LOWEST_TOKEN_ID
 
 BLOCK_TOKENS = 16
 NUM_WORKERS = 8  # of each pool
