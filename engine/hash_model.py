@@ -1,7 +1,8 @@
 """A make-believe model for executors without weights: tokens are a hash of the prefix, read back from real KV blocks.
 
-    word_i  = xxh3_64(word_{i-1} ‖ token_i)                       "the KV of token i": it stands for all tokens up to i
-    next    = xxh3_64(word_0 … word_n as read from the blocks, seed, choice, position) mod vocabulary
+    word_i  = word_{i-1} * K + mix(token_i)  mod 2^64             "the KV of token i": it stands for all tokens up to i
+    read    = sum of word_i * K^i  mod 2^64                       of the words 0 … n as they lie in the blocks
+    next    = xxh3_64(read, seed, choice, position) mod vocabulary
 
 So tokens do not depend on batch, chunk, phase or worker, and one missing, stale or misplaced block changes them. The words read
 are also compared with those the tokens call for (`num_wrong_reads`): a step on blocks that were not verified shows at once.
@@ -11,8 +12,11 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from engine.core.executor import BatchPlan, PlanEntry, Sampled, SampledTokens, SequenceStart
@@ -20,6 +24,10 @@ from protocol.messages import TokenLogprobs
 from protocol.request import SamplingParams
 
 WORD_BYTES = 8
+_K = 0x9E3779B97F4A7C15  # odd, so that it has an inverse
+_MASK = (1 << 64) - 1
+_K_INVERSE = pow(_K, -1, 1 << 64)
+_FEW = 24  # tokens: numpy pays from here on
 
 
 class KvMemory(Protocol):
@@ -39,20 +47,31 @@ class KvMemory(Protocol):
 def prefix_words(previous: int, token_ids: array[int]) -> array[int]:
     """The words of `token_ids`, continuing after word `previous` (0 before the first token). uint64."""
     words = array("Q")
-    digest = xxhash.xxh3_64_intdigest
-    for token_id in token_ids:
-        previous = digest(previous.to_bytes(8, "little") + token_id.to_bytes(4, "little"))
-        words.append(previous)
+    if len(token_ids) < _FEW:
+        for token_id in token_ids:
+            previous = (previous * _K + _mix(token_id)) & _MASK
+            words.append(previous)
+        return words
+    mixed = _mix_all(np.frombuffer(token_ids, dtype=np.uint32))
+    up, down = _powers(len(mixed))
+    before = np.uint64(previous * _K & _MASK)
+    words.frombytes((up * (before + np.cumsum(mixed * down, dtype=np.uint64))).tobytes())
     return words
 
 
-def next_token(words_read: bytes, sampling: SamplingParams, *, choice: int, position: int, vocab_size: int, eos_period: int = 0) -> int:
-    """The token at output `position`. Greedy choices are equal; seeded ones differ.
+def read_of(words: bytes) -> int:
+    """What reading these words, uint64 in native byte order, comes to: another word, or two in each other's place, change it."""
+    read = np.frombuffer(words, dtype=np.uint64)
+    return int((read * _powers(len(read))[0]).sum(dtype=np.uint64)) if len(read) else 0
+
+
+def next_token(read: int, sampling: SamplingParams, *, choice: int, position: int, vocab_size: int, eos_period: int = 0) -> int:
+    """The token at output `position` after `read_of` the context. Greedy choices are equal; seeded ones differ.
 
     eos_period: one position in so many, on average, is EOS; 0: never. Stop tokens do not come before `min_tokens`.
     """
     draw = b"" if sampling.temperature == 0 else (sampling.seed % (1 << 64)).to_bytes(8, "little") + choice.to_bytes(4, "little")
-    value = xxhash.xxh3_64_intdigest(words_read + draw + position.to_bytes(4, "little"))
+    value = xxhash.xxh3_64_intdigest(read.to_bytes(8, "little") + draw + position.to_bytes(4, "little"))
     may_stop = position >= sampling.min_tokens
     if eos_period and may_stop and sampling.eos_token_ids and not sampling.ignore_eos and (value >> 40) % eos_period == 0:
         return sampling.eos_token_ids[0]
@@ -74,8 +93,7 @@ class _Known:
 class HashModel:
     """What an executor remembers and computes; `run` is one forward pass, or several equal ones."""
 
-    def __init__(self, memory: KvMemory | None, *, vocab_size: int, eos_period: int = 0) -> None:
-        """memory: None believes every read (fleet simulations, where KV itself is not simulated)."""
+    def __init__(self, memory: KvMemory, *, vocab_size: int, eos_period: int = 0) -> None:
         self.num_wrong_reads = 0
         self._memory = memory
         self._vocab_size = vocab_size
@@ -93,9 +111,8 @@ class HashModel:
         for start in plan.starts:
             assert start.sequence_id not in self._known, f"sequence {start.sequence_id} starts twice"
             self._known[start.sequence_id] = _Known(start=start, tokens=start.token_ids[:], words=array("Q"))
-        if self._memory is not None:
-            for source, target in plan.block_copies:
-                self._memory.copy(source, target)
+        for source, target in plan.block_copies:
+            self._memory.copy(source, target)
         sampled = [array("I") for _ in plan.samples]
         for step in range(num_steps):
             reads = [self._forward(entry, step) for entry in plan.entries]
@@ -116,20 +133,17 @@ class HashModel:
             for sample, tokens in zip(plan.samples, sampled, strict=True)
         )
 
-    def _forward(self, entry: PlanEntry, step: int) -> bytes:
+    def _forward(self, entry: PlanEntry, step: int) -> int:
         """Write the words of one entry's tokens, read those of the whole context."""
         known = self._known[entry.sequence_id]
         start, end = entry.start + step, entry.start + step + entry.num_tokens
         assert end <= len(known.tokens), f"token {end - 1} of sequence {entry.sequence_id} is not known yet"
         missing = known.tokens[len(known.words) : end]
         known.words += prefix_words(known.words[-1] if known.words else 0, missing)
-        right = known.words[:end].tobytes()
-        if self._memory is None:
-            return right
         self._memory.write(entry.block_table, start, known.words[start:end])
         read = self._memory.read(entry.block_table, end)
-        self.num_wrong_reads += read != right
-        return read
+        self.num_wrong_reads += read != known.words[:end].tobytes()
+        return read_of(read)
 
     def _logprobs(self, sequence_id: int, token_ids: array[int]) -> tuple[TokenLogprobs, ...]:
         count = self._known[sequence_id].start.sampling.num_logprobs
@@ -144,3 +158,27 @@ class HashModel:
             )
             for token_id in token_ids
         )
+
+
+def _mix(token_id: int) -> int:
+    """Bits of a token id, spread over a word."""
+    mixed = (token_id + 1) * _K_INVERSE & _MASK
+    return (mixed ^ mixed >> 29) * _K & _MASK
+
+
+def _mix_all(token_ids: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+    mixed = (token_ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_K_INVERSE)
+    return (mixed ^ mixed >> np.uint64(29)) * np.uint64(_K)
+
+
+def _powers(count: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """K^0, K^1, ... and K^0, K^-1, ... mod 2^64."""
+    up, down = _table(max(10, (count - 1).bit_length()))
+    return up[:count], down[:count]
+
+
+@lru_cache(maxsize=32)
+def _table(bits: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    up, down = (np.full(1 << bits, base, dtype=np.uint64) for base in (_K, _K_INVERSE))
+    up[0] = down[0] = 1
+    return np.cumprod(up, dtype=np.uint64), np.cumprod(down, dtype=np.uint64)

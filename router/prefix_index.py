@@ -329,23 +329,16 @@ class PrefixIndex:
 
     def _store(self, holdings: _Holdings, hashes: Iterable[bytes], tier: Tier) -> None:
         masks, held = (self._device, holdings.device) if tier is Tier.DEVICE else (self._host, holdings.host)
-        get, bit = masks.get, holdings.bit
-        room = (self._max_bytes - self.size_bytes) // (ENTRY_BYTES + PAIR_BYTES)
-        before, after = None, bit  # neighbours in a chain mostly have the same holders, and then share one int
-        for h in hashes:
-            if h in held:
-                continue
-            if room <= 0:
-                self.num_dropped += 1
-                self._open |= bit  # a child may yet come
-                continue
-            room -= 1
-            held.add(h)
-            self._num_pairs += 1
-            mask = get(h)
-            if mask is not before:
-                before, after = mask, bit if mask is None else mask | bit
-            masks[h] = after
+        new = list(filterfalse(held.__contains__, hashes))
+        room = max(0, (self._max_bytes - self.size_bytes) // (ENTRY_BYTES + PAIR_BYTES))
+        if len(new) > room:
+            self.num_dropped += len(new) - room
+            self._open |= holdings.bit  # a child may yet come
+            del new[room:]
+        num_before = len(held)
+        held.update(new)
+        self._num_pairs += len(held) - num_before
+        self._set_bits(masks, new, holdings.bit)
 
     def _remove(self, holdings: _Holdings, hashes: Iterable[bytes], tier: Tier) -> None:
         masks, held = (self._device, holdings.device) if tier is Tier.DEVICE else (self._host, holdings.host)
@@ -357,8 +350,20 @@ class PrefixIndex:
         self._clear_bits(masks, filterfalse(guesses.__contains__, gone) if guesses else gone, holdings.bit)
 
     @staticmethod
+    def _set_bits(masks: dict[bytes, int], hashes: list[bytes], bit: int) -> None:
+        known = list(map(masks.get, hashes))
+        if known.count(None) == len(known):
+            masks.update(dict.fromkeys(hashes, bit))  # one int for all of them
+            return
+        before, after = None, bit  # neighbours in a chain mostly have the same holders, and then share one int
+        for h, mask in zip(hashes, known, strict=True):
+            if mask is not before:
+                before, after = mask, bit if mask is None else mask | bit
+            masks[h] = after
+
+    @staticmethod
     def _clear_bits(masks: dict[bytes, int], hashes: Iterable[bytes], bit: int) -> None:
-        before, after = bit, 0  # as in `_store`
+        before, after = bit, 0  # as in `_set_bits`
         for h in hashes:
             mask = masks.get(h, 0)
             if mask is not before:

@@ -1,7 +1,6 @@
 """A whole cluster on the virtual clock: worker cores, a router core and a gateway, wired as the live ones are. A seed is a run.
 
-Snapshots, KV events and answers are as late as they are over loopback. Workers take the paced executor's time for a step, and make the
-words of a hash model for KV: a block that is mapped wrongly gives another token.
+Snapshots, KV events and answers are as late as they are over loopback. Workers take the paced executor's time for a step.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from router import policies
 from router.core import RouterCore
 from router.events import Event, FromGateway, FromWorker, MembershipChanged, Tick, ToGateway, WorkerUp
 from simulator.loop import VirtualLoop
+from simulator.prompt_tokens import PromptTokens
 from simulator.routed_gateway import RoutedGateway, Served
 from simulator.sim_executor import SimExecutor, SimPool
 from simulator.sim_host_tier import SimHostTier
@@ -40,15 +40,21 @@ TICK_S = 0.05
 SNAPSHOT_S, SNAPSHOT_IDLE_S = 0.05, 0.5  # as cluster/worker_host.py sends them
 BLOCK_S = 2e-5  # to copy one
 DEFAULT_MAX_MODEL_LEN = 1 << 20
+MAX_LEAP_STEPS = 64
 PROGRESS_S = 1.0  # of virtual time between two words about it
 PATIENCE_S = 3600.0
 DEADLINE_S = 90 * 86_400.0  # of virtual time; what is not over then never will be
 
 
 class RoutedCluster:
-    """Pools as `config` has them, all ready at 0 s. `seed`: of the router's draws; `max_tokens`: as in RoutedGateway."""
+    """Pools as `config` has them, all ready at 0 s. `seed`: of the router's draws; `max_tokens`: as in RoutedGateway.
 
-    def __init__(self, config: ClusterConfig, *, policy: str = "", seed: int = 0, max_tokens: int | None = None) -> None:
+    is_checked: KV is simulated, a word a token, so that a block that is mapped wrongly gives another token; steps are taken one by one.
+    """
+
+    def __init__(
+        self, config: ClusterConfig, *, policy: str = "", seed: int = 0, max_tokens: int | None = None, is_checked: bool = False
+    ) -> None:
         """
         Raises:
             ConfigError: workers without a pace or a number of KV blocks.
@@ -56,6 +62,7 @@ class RoutedCluster:
         if config.workers.num_kv_blocks is None:
             raise ConfigError("a simulated worker has no memory to look at; give workers.num_kv_blocks")
         self.config = config
+        self._is_checked = is_checked
         self._num_kv_blocks = config.workers.num_kv_blocks
         self._max_model_len = config.model.max_model_len or DEFAULT_MAX_MODEL_LEN
         self.loop = VirtualLoop()
@@ -140,14 +147,18 @@ class RoutedCluster:
         config, pace = self.config, step_time(self.config)
         if pace is None:
             raise ConfigError("a simulated worker needs a pace; give workers.executor: paced")
-        pool = SimPool(self._num_kv_blocks, config.workers.block_size)
+        pool = SimPool(self._num_kv_blocks, config.workers.block_size, holds_words=self._is_checked)
+        model = HashModel(pool, vocab_size=VOCAB_SIZE) if self._is_checked else PromptTokens(vocab_size=VOCAB_SIZE)
+        core = core_config(config)
+        if not self._is_checked and core.scheduler.max_inflight_steps == 1:
+            core = replace(core, scheduler=replace(core.scheduler, max_leap_steps=MAX_LEAP_STEPS))
         worker = SimWorker(
             self.loop,
             transport,
             worker_id=worker_id,
             epoch=1,
             core=WorkerCore(
-                core_config(config),
+                core,
                 worker_id=worker_id,
                 epoch=1,
                 role=role,
@@ -160,7 +171,7 @@ class RoutedCluster:
                 step_time=pace,
             ),
             pool=pool,
-            executor=SimExecutor(self.loop, HashModel(None, vocab_size=VOCAB_SIZE), pace),
+            executor=SimExecutor(self.loop, model, pace),
             to_gateway=lambda _, message: self.gateway.receive(worker_id, message),
             tier=SimHostTier(self.loop, pool, Random(0)),
         )
@@ -181,13 +192,13 @@ class RoutedCluster:
         """A snapshot, unless there was one in this time."""
         if self.loop.now - self._snapshot_s[worker.worker_id] >= interval_s:
             self._snapshot_s[worker.worker_id] = self.loop.now
-            frame = SnapshotFrame(snapshot=worker.core.snapshot(self.loop.now))
+            frame = SnapshotFrame(snapshot=worker.snapshot())
             self._tell_router(FromWorker(worker_id=worker.worker_id, epoch=1, message=frame))
 
     def _tick(self) -> None:
         self._route(Tick())
         for worker in self.workers.values():
-            self._report(worker, SNAPSHOT_IDLE_S)
+            self._report(worker, SNAPSHOT_S if worker.executor.num_steps_past else SNAPSHOT_IDLE_S)
         self.loop.call_later(TICK_S, self._tick)
 
     def _address(self, worker_id: str, role: Role) -> WorkerAddress:

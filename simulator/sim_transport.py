@@ -19,7 +19,7 @@ from simulator.loop import VirtualLoop
 if TYPE_CHECKING:
     from simulator.sim_worker import SimWorker
 
-_FOLLOW_S = 0.0005  # how often a copy looks whether its source has computed more
+_FOLLOW_S = 0.0005  # until a copy sees that its source has computed more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,12 @@ class SimTransport:
         self._block_s = block_s
         self._cancels: dict[tuple[str, str], Callable[[], None]] = {}  # (target worker, handoff id) of each copy under way
         self._completions: dict[tuple[str, str], Callable[[CompletePull], None]] = {}
+        self._followers: dict[str, list[Callable[[], None]]] = {}  # copies that wait for a worker's next step
+
+    def look_again(self, worker_id: str) -> None:
+        """This worker has computed more, or is gone."""
+        for begin in self._followers.pop(worker_id, ()):
+            self._loop.call_later(_FOLLOW_S, begin)
 
     def send(self, handoff: KVHandoff, event: PeerAcked | PeerDropped | LeaseRenewed) -> None:
         """To the source of `handoff`: later, perhaps never, perhaps twice."""
@@ -102,7 +108,7 @@ class SimTransport:
             if not self._is_fresh(command):
                 end(self._why_stale(command))
             elif not self._is_computed(command):
-                self._loop.call_later(_FOLLOW_S, begin)
+                self._followers.setdefault(handoff.shards[0].worker_id, []).append(begin)
             elif self._rng.random() >= self._faults.hang_pull:
                 copy_s = num_blocks * self._block_s + self._delay_s()
                 self._loop.call_later(copy_s * self._rng.random(), copy)
@@ -110,7 +116,7 @@ class SimTransport:
 
         def copy() -> None:
             source = self._source(handoff)
-            if is_open and source is not None:
+            if is_open and source is not None and target.pool.holds_words:
                 for index, block_id in zip(command.source_indices, command.target_block_ids, strict=True):
                     target.pool.write_block(block_id, source.pool.read_block(handoff.shards[0].block_ids[index]))
 
@@ -178,7 +184,10 @@ class SimTransport:
         if source is None:
             return False
         shard = command.handoff.shards[0]
-        return all(source.pool.generations[shard.block_ids[i]] == shard.generations[i] for i in command.source_indices)
+        found, wanted = source.pool.generations, shard.generations
+        if len(command.source_indices) == len(wanted):
+            return [found[block_id] for block_id in shard.block_ids] == list(wanted)
+        return all(found[shard.block_ids[i]] == wanted[i] for i in command.source_indices)
 
     def _why_stale(self, command: StartPull) -> TransferError:
         if self._source(command.handoff) is None:

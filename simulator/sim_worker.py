@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from engine.core.events import (
     AckSource,
@@ -40,13 +41,16 @@ from engine.core.worker_core import WorkerCore
 from protocol.kv import Endpoint, HandoffCompletion, KVPeer
 from protocol.kv_messages import PrefixOffered, PrefixRefused, RequestPrefix
 from protocol.messages import AttemptFailed, HandoffDone, OfferCompleted, Offered, StepOutput, TransferFailed
-from protocol.worker import KvEvent
+from protocol.worker import KvEvent, WorkerSnapshot
 from simulator.loop import VirtualLoop
 from simulator.sim_executor import SimExecutor, SimPool
 from simulator.sim_host_tier import SimHostTier
 from simulator.sim_transport import SimTransport
 
 FromWorker = StepOutput | Offered | OfferCompleted | HandoffDone | TransferFailed | AttemptFailed
+
+
+_QUIET = (StepDone, Settled, Tick, PeerAcked, LeaseRenewed)  # after these a batch goes on as it was
 
 
 class SimWorker:
@@ -80,7 +84,7 @@ class SimWorker:
         self._to_gateway = to_gateway
         self._tick_s = tick_s
         transport.workers[worker_id] = self
-        executor.after_step = pool.step_done
+        executor.after_step = self._step_done
         executor.start(lambda result: self.take(StepDone(result=result)))
         self._tick()
 
@@ -89,20 +93,43 @@ class SimWorker:
         if not self.is_alive:
             return
         commands = self.core.on(event, self._loop.now)
+        if not isinstance(event, _QUIET) or (commands and isinstance(event, Tick)):
+            self.executor.cut()
         for command in commands:
             self._perform(command)
         self.after_turn(event, commands)
         if commands and isinstance(commands[-1], Settle):
             self.take(Settled())
 
+    def snapshot(self) -> WorkerSnapshot:
+        """What it would tell now, steps included that are over and stand in one result with those to come."""
+        snapshot, num_past = self.core.snapshot(self._loop.now), self.executor.num_steps_past
+        if not num_past:
+            return snapshot
+        num_tokens = num_past * self.executor.num_samples
+        done = {"steps": num_past, "generated_tokens": num_tokens, "busy_us": round(self.executor.past_s * 1e6)}
+        counters = snapshot.counters | {name: snapshot.counters[name] + more for name, more in done.items()}
+        return replace(
+            snapshot,
+            step_count=snapshot.step_count + num_past,
+            running_kv_tokens=snapshot.running_kv_tokens + num_tokens,
+            counters=counters,
+        )
+
     def kill(self) -> None:
         """As by kill -9: nothing is said, nothing is finished."""
         self.is_alive = False
         self.executor.close()
+        self._transport.look_again(self.worker_id)
+
+    def _step_done(self, step_id: int) -> None:
+        self.pool.step_done(step_id)
+        self._transport.look_again(self.worker_id)
 
     def _tick(self) -> None:
         if self.is_alive:
-            self.take(Tick())
+            if self.core.awaits_time:
+                self.take(Tick())
             self._loop.call_later(self._tick_s, self._tick)
 
     def _perform(self, command: Command) -> None:

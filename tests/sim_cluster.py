@@ -23,7 +23,7 @@ from engine.core.events import (
     StepDone,
 )
 from engine.core.worker_core import WorkerCore
-from engine.hash_model import HashModel, next_token, prefix_words
+from engine.hash_model import HashModel, next_token, prefix_words, read_of
 from engine.step_time import LinearStepTime
 from protocol.block_hash import block_hashes
 from protocol.kv import KVLayout, LayerGroup, LayerKind, ShardRectangle
@@ -74,7 +74,9 @@ def undisturbed(request: Request, *, eos_period: int = 0, max_model_len: int = M
         output: list[int] = []
         while True:
             position = len(output)
-            token = next_token(words.tobytes(), sampling, choice=choice, position=position, vocab_size=VOCAB, eos_period=eos_period)
+            token = next_token(
+                read_of(words.tobytes()), sampling, choice=choice, position=position, vocab_size=VOCAB, eos_period=eos_period
+            )
             output.append(token)
             tokens.append(token)
             words += prefix_words(words[-1], array("I", [token]))

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from engine.core.executor import Entries, PlanEntry, SampleEntry, Samples, SequenceStart
-from engine.core.sequence import Sequence
+from engine.core.sequence import Order, Sequence
 from engine.step_time import StepShape
 from protocol.messages import TokenColumns
 
@@ -110,7 +110,7 @@ class Draft:
     retired: list[int] = field(default_factory=list)
     shape: StepShape = field(default_factory=StepShape)
     num_chunks: int = 0
-    is_short_of_blocks: bool = False
+    short_order: Order | None = None  # of the first sequence that found no blocks: those behind it leave it what becomes free
 
     def entries(self) -> Entries:
         batch, prompts = self.batch, Entries.of(self.prompts)

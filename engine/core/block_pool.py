@@ -90,15 +90,14 @@ class BlockPool:
     def allocate(self, count: int) -> array[int]:
         """`count` blocks to be written anew, each owned once, with raised generations. The caller has seen `num_available`."""
         assert count <= self.num_available, f"{count} blocks asked, {self.num_available} available"
-        block_ids = array("I")
-        for _ in range(count):
-            if not self._free:
-                self._evict()
-            block_id = self._free.popleft()
-            assert self.kind(block_id) is BlockKind.FREE
-            self._owners[block_id] = 1
-            self._raised[block_id] = self._generations[block_id] = self._generations[block_id] + 1
-            block_ids.append(block_id)
+        free, owners, generations, raised = self._free, self._owners, self._generations, self._raised
+        while len(free) < count:
+            self._evict()
+        block_ids = array("I", [free.popleft() for _ in range(count)])
+        for block_id in block_ids:
+            assert not owners[block_id] and not self._named[block_id], "a block in the free list is in use"
+            owners[block_id] = 1
+            raised[block_id] = generations[block_id] = generations[block_id] + 1
         self._counts[BlockKind.FREE] -= count
         self._counts[BlockKind.OWNED] += count
         return block_ids
@@ -110,35 +109,70 @@ class BlockPool:
 
     # --- holding ---
 
+    # Each of these looks at one count only: where it stays above zero, the block's kind stays what it is.
+
     def own(self, block_id: int) -> None:
         """One more sequence holds a block that already has content."""
-        assert self.kind(block_id) is not BlockKind.FREE
-        self._change(block_id, self._owners, 1)
+        count = self._owners[block_id]
+        self._owners[block_id] = count + 1
+        if count == 0:
+            if self._pins[block_id]:
+                self._num_retiring -= not self._leases[block_id]
+                return
+            self._counts[BlockKind.OWNED] += 1
+            if self._leases[block_id]:
+                self._counts[BlockKind.LEASED] -= 1
+            else:
+                assert self._named[block_id], "only `allocate` takes a free block"
+                self._counts[BlockKind.CACHED] -= 1
+                del self._lru[block_id]
 
     def disown(self, block_id: int) -> None:
-        self._change(block_id, self._owners, -1)
+        count = self._owners[block_id] - 1
+        assert count >= 0, f"block {block_id} given back more often than taken"
+        self._owners[block_id] = count
+        if count == 0:
+            if self._pins[block_id]:
+                self._num_retiring += not self._leases[block_id]
+            else:
+                self._let_go(block_id, BlockKind.OWNED)
 
     def pin(self, block_id: int) -> None:
         """A step in flight names it."""
-        assert self.kind(block_id) is BlockKind.OWNED
-        self._change(block_id, self._pins, 1)
+        assert self._owners[block_id] or self._pins[block_id]
+        self._pins[block_id] += 1
 
     def unpin(self, block_id: int) -> None:
-        self._change(block_id, self._pins, -1)
+        count = self._pins[block_id] - 1
+        assert count >= 0, f"block {block_id} given back more often than taken"
+        self._pins[block_id] = count
+        if count == 0 and not self._owners[block_id]:
+            self._num_retiring -= not self._leases[block_id]
+            self._let_go(block_id, BlockKind.OWNED)
 
     def lease(self, block_ids: Iterable[int]) -> None:
         """An offer keeps them."""
         for block_id in block_ids:
-            assert self.kind(block_id) is BlockKind.OWNED
-            self._change(block_id, self._leases, 1)
+            count = self._leases[block_id]
+            self._leases[block_id] = count + 1
+            if not self._owners[block_id]:
+                assert self._pins[block_id], "nobody holds what is leased"
+                self._num_retiring -= count == 0
 
     def end_lease(self, block_ids: array[int]) -> None:
         for block_id in reversed(block_ids):
-            self._change(block_id, self._leases, -1)
+            count = self._leases[block_id] - 1
+            assert count >= 0, f"block {block_id} given back more often than taken"
+            self._leases[block_id] = count
+            if count == 0 and not self._owners[block_id]:
+                if self._pins[block_id]:
+                    self._num_retiring += 1
+                else:
+                    self._let_go(block_id, BlockKind.LEASED)
 
     def name(self, block_id: int) -> None:
         """The prefix cache knows its content from now on."""
-        assert not self._named[block_id] and self.kind(block_id) is BlockKind.OWNED
+        assert not self._named[block_id] and (self._owners[block_id] or self._pins[block_id])
         self._named[block_id] = 1
 
     def evict_cached(self) -> int:
@@ -158,24 +192,18 @@ class BlockPool:
         self._counts[BlockKind.FREE] += 1
         self._free.append(block_id)
 
-    def _change(self, block_id: int, counts: list[int], delta: int) -> None:
-        before = self.kind(block_id)
-        retiring = self._is_retiring(block_id)
-        counts[block_id] += delta
-        assert counts[block_id] >= 0, f"block {block_id} given back more often than taken"
-        self._num_retiring += self._is_retiring(block_id) - retiring
-        after = self.kind(block_id)
-        if before is after:
-            return
-        self._counts[before] -= 1
-        self._counts[after] += 1
-        assert before is not BlockKind.FREE, "only `allocate` takes a free block"
-        if before is BlockKind.CACHED:
-            del self._lru[block_id]
-        if after is BlockKind.FREE:
-            self._free.append(block_id)
-        elif after is BlockKind.CACHED:
+    def _let_go(self, block_id: int, before: BlockKind) -> None:
+        """Nobody owns or pins it any more; `before`: what it was until now."""
+        counts = self._counts
+        counts[before] -= 1
+        if self._leases[block_id]:
+            counts[BlockKind.LEASED] += 1
+        elif self._named[block_id]:
+            counts[BlockKind.CACHED] += 1
             self._lru[block_id] = None
+        else:
+            counts[BlockKind.FREE] += 1
+            self._free.append(block_id)
 
     def _is_retiring(self, block_id: int) -> bool:
         return bool(self._pins[block_id]) and not self._owners[block_id] and not self._leases[block_id]

@@ -17,7 +17,8 @@ class KvLog:
 
     def __init__(self) -> None:
         self.last_number = 0
-        self._held: dict[Tier, dict[bytes, _Held]] = {tier: {} for tier in Tier}
+        self._held: dict[Tier, dict[bytes, bytes]] = {tier: {} for tier in Tier}  # name -> the hash in front of it
+        self._again: dict[Tier, dict[bytes, int]] = {tier: {} for tier in Tier}  # how many more blocks hold it than one
         self._stored: _Run | None = None  # event being gathered
         self._removed: list[bytes] = []
         self._removed_tier = Tier.DEVICE
@@ -33,7 +34,7 @@ class KvLog:
     def listing(self, tier: Tier) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
         """(hashes, parent of each) of everything that can be hit in a tier now, parents first."""
         held = self._held[tier]
-        return tuple(held), tuple(h.before for h in held.values())
+        return tuple(held), tuple(held.values())
 
     def snapshot(self, worker_id: WorkerId, epoch: int) -> KvSnapshot:
         """All of it, for one who missed events."""
@@ -49,32 +50,40 @@ class KvLog:
 
     def store(self, tier: Tier, before: bytes, hashes: tuple[bytes, ...]) -> None:
         """A block with these hash blocks, which follow `before`, can be hit."""
-        self._end_removed()
-        held = self._held[tier]
+        if self._removed:
+            self._end_removed()
+        held, again, run = self._held[tier], self._again[tier], self._stored
+        if run is not None and run.last == before and run.tier is tier and held.keys().isdisjoint(hashes):  # mostly
+            held.update(zip(hashes, (before, *hashes), strict=False))
+            run.hashes += hashes
+            run.last = hashes[-1]
+            return
         for name in hashes:
-            known = held.get(name)
-            if known is not None:
-                known.count += 1
+            if name in held:
+                again[name] = again.get(name, 0) + 1
             else:
-                held[name] = _Held(before=before, count=1)
-                if self._stored is None or self._stored.last != before or self._stored.tier is not tier:
+                held[name] = before
+                if run is None or run.last != before or run.tier is not tier:
                     self._end_stored()
-                    self._stored = _Run(tier=tier, parent=before, last=before, hashes=[])
-                self._stored.hashes.append(name)
-                self._stored.last = name
+                    run = self._stored = _Run(tier=tier, parent=before, last=before, hashes=[])
+                run.hashes.append(name)
+                run.last = name
             before = name
 
     def remove(self, tier: Tier, hashes: tuple[bytes, ...]) -> None:
         """That block cannot be hit any more."""
-        self._end_stored()
+        if self._stored is not None:
+            self._end_stored()
         if tier is not self._removed_tier:
             self._end_removed()
             self._removed_tier = tier
-        held = self._held[tier]
+        held, again = self._held[tier], self._again[tier]
         for name in reversed(hashes):
-            known = held[name]
-            known.count -= 1
-            if known.count == 0:
+            if name in again:
+                again[name] -= 1
+                if not again[name]:
+                    del again[name]
+            else:
                 del held[name]
                 self._removed.append(name)
 
@@ -86,8 +95,8 @@ class KvLog:
         self._events = [AllBlocksCleared(number=self.last_number)]
         held, self._held = self._held, {tier: {} for tier in Tier}
         for tier, names in held.items():
-            for name, known in names.items():
-                self.store(tier, known.before, (name,))
+            for name, before in names.items():
+                self.store(tier, before, (name,))
             self._held[tier] = names
 
     def _end_stored(self) -> None:
@@ -102,12 +111,6 @@ class KvLog:
             self.last_number += 1
             self._events.append(BlocksRemoved(number=self.last_number, hashes=tuple(self._removed), tier=self._removed_tier))
             self._removed = []
-
-
-@dataclass(slots=True, kw_only=True)
-class _Held:
-    before: bytes
-    count: int
 
 
 @dataclass(slots=True, kw_only=True)

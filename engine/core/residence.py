@@ -163,11 +163,20 @@ class Residence:
                 sequence.can_store = False
                 return
             if entry.block_id != table[index]:  # another sequence computed the same: hold its block, so that parents outlive children
-                self._pool.own(entry.block_id)
-                self.give_back(table[index : index + 1], sequence.last_step_id)
-                table = sequence.block_table = table[:index] + array("I", [entry.block_id]) + table[index + 1 :]
+                self._swap(sequence, index, entry.block_id)
+                table = sequence.block_table
             sequence.last_stored = entry
             sequence.num_stored_blocks = index + 1
+
+    def _swap(self, sequence: Sequence, index: int, block_id: int) -> None:
+        """Hold this block in place of an equal one of our own; every choice that shares ours does, or it would hold children without it."""
+        ours = sequence.block_table[index]
+        for holder in (sequence, *(s for s in sequence.attempt.sequences.values() if s is not sequence)):
+            table = holder.block_table
+            if index < len(table) and table[index] == ours:
+                self._pool.own(block_id)
+                self.give_back(table[index : index + 1], holder.last_step_id)
+                holder.block_table = table[:index] + array("I", [block_id]) + table[index + 1 :]
 
 
 def div_ceil(count: int, size: int) -> int:

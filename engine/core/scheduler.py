@@ -297,7 +297,7 @@ class Scheduler:
         """From the inbox, in order: prompts while tokens are left. An offer of KV that finds no room holds up those behind it."""
         being_made = self._bytes_being_made()
         may_leave = True
-        while draft.num_tokens_left > 0 and not draft.is_short_of_blocks:
+        while draft.num_tokens_left > 0 and draft.short_order is None:
             sequence = self.waiting.next(may_leave=may_leave)
             if sequence is None or sequence.attempt.handoff is not None:
                 return
@@ -436,8 +436,10 @@ class Scheduler:
         need = max(0, div_ceil(end, size) - len(table)) + is_copied
         if need == 0:
             return True
-        if draft.is_short_of_blocks or not self._make_room(need, sequence, draft):
-            draft.is_short_of_blocks = True  # those behind leave what becomes free to this one
+        if draft.short_order is not None and draft.short_order < sequence.order:
+            return False
+        if not self._make_room(need, sequence, draft):
+            draft.short_order = sequence.order
             return False
         copied = self.residence.extend(sequence, need, is_copied=is_copied)
         if copied is not None:

@@ -315,7 +315,8 @@ class WorkerCore:
     def _step_done(self, result: StepResult, now: float) -> None:
         step = self._scheduler.complete(result)
         duration_s = result.duration_s / result.num_steps
-        self._step_time_ewma_s += (duration_s - self._step_time_ewma_s) * (_EWMA_WEIGHT if self._counters["steps"] else 1.0)
+        weight = 1.0 - (1.0 - _EWMA_WEIGHT) ** result.num_steps if self._counters["steps"] else 1.0
+        self._step_time_ewma_s += (duration_s - self._step_time_ewma_s) * weight
         self._counters["steps"] += result.num_steps
         self._counters["busy_us"] += round(result.duration_s * 1e6)
         if result.error is not None:
@@ -474,6 +475,13 @@ class WorkerCore:
 
     def kv_snapshot(self) -> KvSnapshot:
         return self._cache.log.snapshot(self._worker_id, self._epoch)
+
+    @property
+    def awaits_time(self) -> bool:
+        """True while a Tick may do something: a lease, a pull or a wait can run out, or a step be planned that could not be before."""
+        return not self.is_at_rest and bool(
+            not self._scheduler.inflight or len(self._offers) or len(self._intake) or len(self._prefixes) or self._scheduler.parked
+        )
 
     @property
     def is_at_rest(self) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from random import Random
 
+import numpy as np
 import xxhash
 
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
@@ -31,7 +31,7 @@ class Contents:
         """
         if vocab_size <= LOWEST_TOKEN_ID:
             raise ValueError(f"a vocabulary of {vocab_size} has no tokens from {LOWEST_TOKEN_ID} on")
-        self._ids = range(LOWEST_TOKEN_ID, vocab_size)
+        self._num_ids = vocab_size - LOWEST_TOKEN_ID
         self._seed = seed
         self._kept: OrderedDict[str, array[int]] = OrderedDict()
         self._num_kept = 0
@@ -47,13 +47,21 @@ class Contents:
         kept = self._kept.pop(run.name, None)
         if kept is None or len(kept) < run.num_tokens:
             self._num_kept -= len(kept) if kept is not None else 0
-            kept = array("I", Random(f"{self._seed} {run.name}").choices(self._ids, k=run.num_tokens))
+            kept = self._draw(f"{self._seed} {run.name}", run.num_tokens)
             self._num_kept += len(kept)
         self._kept[run.name] = kept
         while self._num_kept > MAX_KEPT_TOKENS and len(self._kept) > 1:
             _, dropped = self._kept.popitem(last=False)
             self._num_kept -= len(dropped)
         return kept
+
+    def _draw(self, name: str, count: int) -> array[int]:
+        """`count` ids by SplitMix64 (Steele et al., OOPSLA'14) from the hash of the name; a longer draw begins with them."""
+        state = (np.arange(count, dtype=np.uint64) + np.uint64(xxhash.xxh3_64_intdigest(name.encode()))) * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        ids = (state >> np.uint64(32)) % np.uint64(self._num_ids) + np.uint64(LOWEST_TOKEN_ID)
+        return array("I", ids.astype(np.uint32).tobytes())
 
 
 def hashes_of(root: bytes, runs: Sequence[Run]) -> list[bytes]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from control.config import ClusterConfig, load_config
 from engine.demo import DEMO_MODEL_DIR
-from engine.hash_model import next_token, prefix_words
+from engine.hash_model import next_token, prefix_words, read_of
 from kvtransfer.handoff import complete
 from protocol.kv import KVHandoff
 from protocol.links import Target
@@ -65,7 +65,7 @@ def undisturbed(request: Request) -> list[int]:
     words = prefix_words(0, tokens)
     output: list[int] = []
     while len(output) < request.sampling.max_tokens:
-        token = next_token(words.tobytes(), request.sampling, choice=0, position=len(output), vocab_size=VOCAB_SIZE)
+        token = next_token(read_of(words.tobytes()), request.sampling, choice=0, position=len(output), vocab_size=VOCAB_SIZE)
         output.append(token)
         words += prefix_words(words[-1], array("I", [token]))
     return output

@@ -10,7 +10,7 @@ from array import array
 
 import numpy as np
 
-from engine.hash_model import next_token
+from engine.hash_model import next_token, read_of
 from engine.paced import RegionMemory
 from protocol.request import SamplingParams
 
@@ -34,4 +34,4 @@ class EveryRow(RegionMemory):
 
 def first_decoded_token(words: bytes) -> int:
     """What a greedy decode step answers to the KV it read."""
-    return next_token(words, _GREEDY, choice=0, position=1, vocab_size=VOCAB_SIZE)
+    return next_token(read_of(words), _GREEDY, choice=0, position=1, vocab_size=VOCAB_SIZE)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from engine.core.executor import BatchPlan, Entries, PlanEntry, SampleEntry, Samples, SequenceStart, StepResult
-from engine.hash_model import HashModel, next_token, prefix_words
+from engine.hash_model import HashModel, next_token, prefix_words, read_of
 from engine.paced import PacedExecutor, RegionMemory
 from engine.step_time import LinearStepTime
 from kvtransfer.region import PoolMemory
@@ -126,21 +126,21 @@ def test_every_layer_is_touched_by_a_context(pool: PoolMemory) -> None:
 
 
 def test_seeded_choices_differ_and_greedy_ones_do_not() -> None:
-    words = prefix_words(0, array("I", PROMPT)).tobytes()
+    read = read_of(prefix_words(0, array("I", PROMPT)).tobytes())
 
     def draw(choice: int, **sampling: object) -> int:
-        return next_token(words, SamplingParams(max_tokens=9, **sampling), choice=choice, position=0, vocab_size=50_000)  # type: ignore[arg-type]
+        return next_token(read, SamplingParams(max_tokens=9, **sampling), choice=choice, position=0, vocab_size=50_000)  # type: ignore[arg-type]
 
     assert draw(0, temperature=0.0) == draw(1, temperature=0.0)
     assert len({draw(0, seed=1), draw(1, seed=1), draw(0, seed=2)}) == 3
 
 
 def test_eos_comes_only_where_it_was_asked_for() -> None:
-    words = prefix_words(0, array("I", PROMPT)).tobytes()
+    read = read_of(prefix_words(0, array("I", PROMPT)).tobytes())
     sampling = SamplingParams(max_tokens=9, temperature=0.0, eos_token_ids=(0, 1), min_tokens=50, stop_token_ids=(2,))
 
     def tokens(**kind: int) -> list[int]:
-        return [next_token(words, sampling, choice=0, position=p, vocab_size=4, **kind) for p in range(200)]
+        return [next_token(read, sampling, choice=0, position=p, vocab_size=4, **kind) for p in range(200)]
 
     assert set(tokens()[:50]) == {3} and set(tokens()[50:]) == {2, 3}
     assert 0 not in tokens(eos_period=2)[:50] and 60 < tokens(eos_period=2)[50:].count(0) < 90
