@@ -210,8 +210,8 @@ def test_laws_hold_when_prefixes_are_pulled(first: int) -> None:
 
 @pytest.mark.parametrize("seed", [3, 350, 400, 437, 1370, 1526])
 def test_a_seed_that_found_a_bug_runs(seed: int) -> None:
-    """3: a decode short of blocks kept a sequence before it from pre-empting it, and nothing moved any more. 400 and after: a choice took an
-    equal block in place of one that it shared with another choice, and the other held the children without it."""
+    """3: a decode short of blocks kept a sequence before it from pre-empting it, and nothing moved any more. 400 and after: a choice took
+    an equal block in place of one that it shared with another choice, and the other held the children without it."""
     run(seed)
 
 
