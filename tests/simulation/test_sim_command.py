@@ -9,13 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 from baton.__main__ import app
-from baton.sim import DEFAULT_CLUSTER, make_trace, run_trace
 from control.config import load_config
 from protocol.messages import Place
 from router.core import RouterCore
 from simulator.routed_cluster import RoutedCluster
 from simulator.routed_gateway import Served
 from simulator.summary import Objective, summarise
+from simulator.token_accurate import DEFAULT_CLUSTER, run_token_accurate
+from simulator.traces.source import Source
 from simulator.traces.trace import Run, Trace, TraceRequest
 
 pytestmark = pytest.mark.pure
@@ -50,16 +51,16 @@ def test_a_summary_counts_what_was_not_served_as_missed() -> None:
 
 
 def small_trace(num_requests: int = 40) -> Trace:
-    return make_trace("", "fan_out", rate=20.0, requests=num_requests, cv=1.0, burst=8, spread_s=0.0, seed=3, folder=None)
+    return Source(generator="fan_out", rate_per_s=20.0, num_requests=num_requests, burst_size=8).draw(seed=3)
 
 
 def test_a_seed_is_a_run_and_tokens_are_those_of_the_trace() -> None:
     """Seen to fail with the router's ties drawn from the system."""
     config = load_config(SMALL)
-    first, again = (run_trace(small_trace(), config, policy="power_of_two", seed=5) for _ in range(2))
+    first, again = (run_token_accurate(small_trace(), config, policy="power_of_two", seed=5) for _ in range(2))
     assert first == again and all(one.terminal == "finished" for one in first)
     assert [(one.num_prompt_tokens, one.num_output_tokens) for one in first] == [(1088, 64)] * 40
-    assert run_trace(small_trace(), config, policy="power_of_two", seed=6) != first
+    assert run_token_accurate(small_trace(), config, policy="power_of_two", seed=6) != first
 
 
 def test_the_router_is_not_told_how_long_an_answer_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +75,7 @@ def test_the_router_is_not_told_how_long_an_answer_will_be(monkeypatch: pytest.M
         return on(self, event, now)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RouterCore, "on", listen)
-    run_trace(small_trace(8), load_config(SMALL), policy="least_work", seed=0)
+    run_token_accurate(small_trace(8), load_config(SMALL), policy="least_work", seed=0)
     assert {place.expected_output_tokens for place in asked} == {2048} and len(asked) == 8
 
 
@@ -83,7 +84,7 @@ def test_prefixes_of_a_trace_are_found_again() -> None:
         name="t",
         requests=tuple(TraceRequest(at_s=float(i), runs=(Run("p", 512), Run(f"own {i}", 32)), output_tokens=4) for i in range(5)),
     )
-    runs = run_trace(trace, load_config(SMALL), policy="prefix_cost", seed=0)
+    runs = run_token_accurate(trace, load_config(SMALL), policy="prefix_cost", seed=0)
     assert [one.num_cached_tokens for one in runs] == [0] + [512] * 4
 
 

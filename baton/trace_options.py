@@ -1,0 +1,56 @@
+"""The options that say which requests an experiment is made of, the same for every verb that runs one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from baton.trace import traces_dir
+
+if TYPE_CHECKING:
+    from simulator.traces.source import Source
+
+TraceName = Annotated[str, typer.Option("--trace", help="A file, or a name in the folder of traces (`baton trace list`).")]
+Generator = Annotated[
+    str, typer.Option("--generate", help="In place of a trace: toolbench, embodied, programming, video_qa, loogle, fan_out, unshared.")
+]
+Rate = Annotated[float | None, typer.Option("--rate", min=0.0, help="Requests a second; else the trace's own, or 10.")]
+Cv = Annotated[float, typer.Option("--cv", min=0.0, help="Of a generator's gaps: 1 is a Poisson process.")]
+Burst = Annotated[int, typer.Option("--burst", min=1, help="Of a generator: so many arrive at once.")]
+Spread = Annotated[float, typer.Option("--spread", min=0.0, help="Spread arrivals that the trace rounds down to steps of so many seconds.")]
+TracesDir = Annotated[Path | None, typer.Option("--dir", help="Where traces lie.")]
+
+
+def source_of(
+    trace: str,
+    generate: str,
+    *,
+    rate: float | None,
+    requests: int | None,
+    cv: float,
+    burst: int,
+    spread: float,
+    folder: Path | None,
+) -> Source:
+    """What the options ask for.
+
+    Raises:
+        ConfigError: neither a trace nor a generator, or both; or no such trace.
+    """
+    from simulator.traces.catalog import find
+    from simulator.traces.source import Source
+
+    return Source(
+        path=find(trace, traces_dir(folder)) if trace else None,
+        generator=generate,
+        rate_per_s=rate,
+        num_requests=requests,
+        cv=cv,
+        burst_size=burst,
+        spread_s=spread,
+    )
+
+
+__all__ = ["Burst", "Cv", "Generator", "Rate", "Spread", "TraceName", "TracesDir", "source_of"]

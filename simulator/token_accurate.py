@@ -1,0 +1,51 @@
+"""One policy under one trace, token by token: the cluster's own cores on a virtual clock, what each request came to handed back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from control.config import ClusterConfig
+from simulator.routed_cluster import MODEL_ID, VOCAB_SIZE, RoutedCluster
+from simulator.routed_gateway import Served
+from simulator.traces.trace import Trace
+from simulator.workload import requests_of
+
+MAX_TOKENS = 2048  # what clients are taken to allow; how long an answer will be nobody is told
+DEFAULT_CLUSTER: dict[str, dict[str, object]] = {  # for who names none
+    "model": {"path": "demo"},
+    "workers": {
+        "executor": "paced",
+        "prefill_workers": 8,
+        "decode_workers": 8,
+        "num_kv_blocks": 16_384,
+        "max_num_batched_tokens": 2048,
+        "max_waiting": 4096,
+    },
+}
+
+
+def run_token_accurate(
+    trace: Trace,
+    config: ClusterConfig,
+    *,
+    policy: str,
+    seed: int,
+    on_over: Callable[[int, float], None] = lambda num_over, now_s: None,
+) -> list[Served]:
+    """Every request of the trace, in its order, and what came of it. The same arguments are the same run.
+
+    policy: as `router.policies.load` takes it. seed: of the router's draws, the prompts' tokens and the network.
+    on_over(how many requests are over, seconds on the virtual clock) is told now and then.
+
+    Raises:
+        ConfigError: no such policy, or workers that cannot be simulated.
+        AssertionError: a law is broken, or something never ends.
+    """
+    cluster = RoutedCluster(config, policy=policy, seed=seed, max_tokens=MAX_TOKENS)
+    requests = requests_of(trace, model_id=MODEL_ID, vocab_size=VOCAB_SIZE, seed=seed)
+    served = cluster.run(requests, on_over=lambda num_over: on_over(num_over, cluster.loop.now))
+    cluster.router.check()
+    return served
+
+
+__all__ = ["DEFAULT_CLUSTER", "MAX_TOKENS", "run_token_accurate"]
