@@ -11,11 +11,12 @@ import sys
 
 import typer
 
-from baton.bench.policies import DEFAULT_POLICIES, DEFAULT_WORKLOADS, Plan, print_cells, split_list
-from baton.bench.policy_rows import Cell, label, ttft_of
+from baton.bench.policies import DEFAULT_POLICIES, DEFAULT_WORKLOADS, Plan, print_cells
+from baton.bench.policy_rows import Cell, ttft_of
 from baton.bench.policy_traffic import NUM_WORKERS, Traffic, cluster_config, traffic
 from control.config import load_config
 from protocol.request import Request, SamplingParams, token_buffer
+from router.policies import label, split_list
 from simulator.routed_cluster import MODEL_ID, RoutedCluster
 from simulator.routed_gateway import Served
 

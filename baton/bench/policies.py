@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from baton.bench.policy_rows import OURS, STATISTICS, Cell, CellKey, label, rows_of
+from baton.bench.policy_rows import OURS, STATISTICS, Cell, CellKey, rows_of
 from baton.bench.report import Row, make_document
 from baton.progress import say, say_line
 from protocol.errors import ConfigError, ServiceError
+from router.policies import label, split_list
 
 if TYPE_CHECKING:
     from baton.bench.load import LoadRun
@@ -150,17 +151,6 @@ def measure(plan: Plan, cluster: PolicyCluster, keys: Sequence[CellKey]) -> Iter
             say_line(f"does not count: {workload}, {label(policy)}, repeat {repeat + 1}: {'; '.join(cell.invalid)}")
         yield cell
     say("")
-
-
-def split_list(text: str) -> list[str]:
-    """Policies of a list; a part with "=" and no ":" continues the policy before it: `a:x=1,y=2,b` is two."""
-    found: list[str] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        if found and "=" in part and ":" not in part:
-            found[-1] += f",{part}"
-        else:
-            found.append(part)
-    return list(dict.fromkeys(found))
 
 
 class Taken:
@@ -290,5 +280,4 @@ __all__ = [
     "policies_document",
     "print_cells",
     "read_taken",
-    "split_list",
 ]

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from baton.bench.policy_rows import OURS, STATISTICS, Cell, label, pair
+from baton.bench.policy_rows import OURS, STATISTICS, Cell, pair
 from baton.bench.report import PairedRatio, Verdict
+from router.policies import label
 
 WIDTH = 460  # of a panel
 NAMES, RIGHT, TOP, LINE, BOTTOM = 210, 30, 40, 18, 40

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from baton.bench.report import PairedRatio, Row, Target, Verdict, paired_ratio, percentile
-from router import policies
+from router.policies import label
 
 OURS = "prefix_cost"
 BASELINE = "least_work"
@@ -66,14 +66,6 @@ STATISTICS = ("mean", "p99")
 def ttft_of(seconds: Sequence[float]) -> dict[str, float]:
     """The statistics of a cell, from each request's time to first token."""
     return {"mean": sum(seconds) / len(seconds) * 1e3, "p99": percentile(seconds, 0.99) * 1e3} if seconds else {}
-
-
-def label(policy: str) -> str:
-    """Short, for tables: `examples.policies.sglang_like:SglangLike:k=1` is sglang_like:k=1."""
-    name, parameters = policies.split(policy)
-    module, is_own, _ = name.partition(":")
-    short = module.rpartition(".")[2] if is_own else name
-    return f"{short}:{parameters}" if parameters else short
 
 
 def rows_of(cells: Sequence[Cell]) -> list[Row]:
@@ -153,4 +145,4 @@ def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-__all__ = ["OURS", "STATISTICS", "Cell", "CellKey", "label", "pair", "rows_of", "ttft_of"]
+__all__ = ["OURS", "STATISTICS", "Cell", "CellKey", "pair", "rows_of", "ttft_of"]

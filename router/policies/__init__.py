@@ -37,8 +37,10 @@ __all__ = [
     "Pool",
     "Stateless",
     "WorkerView",
+    "label",
     "load",
     "split",
+    "split_list",
 ]
 
 BUILT_IN: dict[str, PolicyClass] = {
@@ -74,6 +76,25 @@ def split(spec: str) -> tuple[str, str]:
         return head, rest
     cls, _, parameters = rest.partition(":")
     return (f"{head}:{cls}" if cls else head), parameters
+
+
+def split_list(text: str) -> list[str]:
+    """Policies of a list; a part with "=" and no ":" continues the policy before it: `a:x=1,y=2,b` is two."""
+    found: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if found and "=" in part and ":" not in part:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return list(dict.fromkeys(found))
+
+
+def label(spec: str) -> str:
+    """Short, for tables: `examples.policies.sglang_like:SglangLike:k=1` is sglang_like:k=1."""
+    name, parameters = split(spec)
+    module, is_own, _ = name.partition(":")
+    short = module.rpartition(".")[2] if is_own else name
+    return f"{short}:{parameters}" if parameters else short
 
 
 def _import(name: str) -> PolicyClass:

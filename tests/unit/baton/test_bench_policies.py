@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from baton.bench.policies import DEFAULT_POLICIES, DEFAULT_WORKLOADS, Plan, Taken, policies_document, read_taken, split_list
+from baton.bench.policies import DEFAULT_POLICIES, DEFAULT_WORKLOADS, Plan, Taken, policies_document, read_taken
 from baton.bench.policy_figure import policies_svg
-from baton.bench.policy_rows import Cell, label, rows_of, ttft_of
+from baton.bench.policy_rows import Cell, rows_of, ttft_of
 from baton.bench.policy_traffic import (
     BLOCK_TOKENS,
     DOCUMENT_TOKENS,
@@ -29,6 +29,7 @@ from baton.bench.policy_traffic import (
 from baton.bench.report import Row
 from control.config import load_config
 from protocol.errors import ConfigError
+from router.policies import label, split_list
 
 PLAN = Plan(
     policies=("prefix_cost", "least_work", "round_robin"), workloads=tuple(SHAPES), num_repeats=7, seconds=20.0, num_workers=8, seed=3
