@@ -18,8 +18,8 @@ from ray.actor import ActorHandle
 
 from cluster.event_log import log_events
 from cluster.loop_thread import LoopThread
-from cluster.user_path import import_last_from
 from protocol.errors import BatonError
+from router.policies.user_path import import_last_from
 
 if TYPE_CHECKING:
     from cluster.router_build import RouterSpec

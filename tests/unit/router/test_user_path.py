@@ -12,7 +12,7 @@ pytestmark = pytest.mark.pure
 
 SCRIPT = """
 import sys
-from cluster.user_path import import_last_from
+from router.policies.user_path import import_last_from
 import_last_from(sys.argv[1])
 import_last_from(sys.argv[1])
 assert sum(type(f).__name__ == "LastResort" for f in sys.meta_path) == 1
