@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from simulator.traces.trace import Trace
 SESSIONS_PER_S = 0.2  # that begin, of a trace that gives times within sessions only; a rate stretches the whole
 GENERATED_RATE_PER_S = 10.0  # where none is asked for
 GENERATED_REQUESTS = 1000
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,17 @@ class Source:
     def __post_init__(self) -> None:
         if (self.path is None) == (not self.generator):
             raise ConfigError("give --trace or --generate, one of them; `baton trace list` names traces, --help generators")
+
+    def sha256(self) -> str | None:
+        """Of the trace's file, unpacked; of a folder, of all its files in the order of their names. None: a generator has none."""
+        if self.path is None:
+            return None
+        digest = hashlib.sha256()
+        for file in sorted(self.path.glob("*.json")) if self.path.is_dir() else [self.path]:
+            with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as data:
+                while chunk := data.read(CHUNK_BYTES):
+                    digest.update(chunk)
+        return digest.hexdigest()
 
     def draw(self, *, seed: int) -> Trace:
         """
