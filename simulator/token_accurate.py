@@ -10,7 +10,7 @@ from simulator.routed_gateway import Served
 from simulator.traces.trace import Trace
 from simulator.workload import requests_of
 
-MAX_TOKENS = 2048  # what clients are taken to allow; how long an answer will be nobody is told
+MAX_TOKENS = 2048
 DEFAULT_CLUSTER: dict[str, dict[str, object]] = {  # for who names none
     "model": {"path": "demo"},
     "workers": {
@@ -30,18 +30,20 @@ def run_token_accurate(
     *,
     policy: str,
     seed: int,
+    max_tokens: int | None = MAX_TOKENS,
     on_over: Callable[[int, float], None] = lambda num_over, now_s: None,
 ) -> list[Served]:
     """Every request of the trace, in its order, and what came of it. The same arguments are the same run.
 
     policy: as `router.policies.load` takes it. seed: of the router's draws, the prompts' tokens and the network.
+    max_tokens: what clients are taken to allow; None, for an oracle alone: the router is told how long each answer will be.
     on_over(how many requests are over, seconds on the virtual clock) is told now and then.
 
     Raises:
         ConfigError: no such policy, or workers that cannot be simulated.
         AssertionError: a law is broken, or something never ends.
     """
-    cluster = RoutedCluster(config, policy=policy, seed=seed, max_tokens=MAX_TOKENS)
+    cluster = RoutedCluster(config, policy=policy, seed=seed, max_tokens=max_tokens)
     requests = requests_of(trace, model_id=MODEL_ID, vocab_size=VOCAB_SIZE, seed=seed)
     served = cluster.run(requests, on_over=lambda num_over: on_over(num_over, cluster.loop.now))
     cluster.router.check()

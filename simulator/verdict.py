@@ -42,6 +42,11 @@ class Comparison:
     def is_different(self) -> bool:
         return self.p_adjusted < 1 - CONFIDENCE
 
+    @property
+    def inverse(self) -> Comparison:
+        """`second` over `first`."""
+        return replace(self, first=self.second, second=self.first, ratio=1 / self.ratio, low=1 / self.high, high=1 / self.low)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
@@ -61,9 +66,17 @@ def compare_all(figures: Mapping[str, Sequence[float]]) -> list[Comparison]:
     """
     if len({len(values) for values in figures.values()}) > 1:
         raise ValueError(f"replicates differ: { ({name: len(values) for name, values in figures.items()}) }")
-    found = [_compare(a, figures[a], b, figures[b]) for a, b in combinations(figures, 2)]
+    found = [compare_pair(a, figures[a], b, figures[b]) for a, b in combinations(figures, 2)]
     adjusted = holm([c.p_value for c in found])
     return [replace(c, p_adjusted=p) for c, p in zip(found, adjusted, strict=True)]
+
+
+def compare_pair(first: str, mine: Sequence[float], second: str, theirs: Sequence[float]) -> Comparison:
+    """As if no other pair were compared."""
+    differences = [log(a / b) for a, b in zip(mine, theirs, strict=True)]
+    estimate, low, high = signed_rank_interval(differences)
+    p = signed_rank_p(differences)
+    return Comparison(first=first, second=second, ratio=exp(estimate), low=exp(low), high=exp(high), p_value=p, p_adjusted=p)
 
 
 def ranking(figures: Mapping[str, Sequence[float]], comparisons: Sequence[Comparison], better: Better) -> list[Standing]:
@@ -113,13 +126,6 @@ def signed_rank_interval(differences: Sequence[float]) -> tuple[float, float, fl
         tail += counts[left_out]
         left_out += 1
     return median(means), means[max(0, left_out - 1)], means[len(means) - max(1, left_out)]
-
-
-def _compare(first: str, mine: Sequence[float], second: str, theirs: Sequence[float]) -> Comparison:
-    differences = [log(a / b) for a, b in zip(mine, theirs, strict=True)]
-    estimate, low, high = signed_rank_interval(differences)
-    p = signed_rank_p(differences)
-    return Comparison(first=first, second=second, ratio=exp(estimate), low=exp(low), high=exp(high), p_value=p, p_adjusted=p)
 
 
 def _double_ranks(sizes: Sequence[float]) -> list[int]:

@@ -1,0 +1,212 @@
+"""From the cells of a tournament to what it says: figures in each replicate, who is better for certain and by how much, and one sentence.
+
+Only replicates that every policy met count, from the first on. Oracles stand beside the ranking: they are compared with the best that
+could serve, and beat nobody. A figure of 0, as a share of hits where nothing is shared, is compared as FLOOR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean, median
+
+import numpy as np
+
+from control.compose import pool_sizes
+from protocol.worker import Role
+from simulator.metrics import METRICS, PRIMARY, Metric
+from simulator.tournament import Cell, Tournament
+from simulator.verdict import MIN_REPLICATES, Comparison, Standing, compare_all, compare_pair, holm, ranking
+
+FLOOR = 1e-6
+NUM_QUANTILES = 101  # at 0, 0.01, ... 1
+
+Cells = Mapping[tuple[str, int], Cell]  # by policy's label and replicate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricResult:
+    """Of one metric, over the replicates that count."""
+
+    metric: Metric
+    values: dict[str, list[float | None]]  # of each policy; None: it has no such figure there
+    standings: list[Standing]
+    comparisons: list[Comparison]
+
+    def record(self) -> dict[str, object]:
+        metric = self.metric
+        return {
+            "name": metric.name,
+            "unit": metric.unit,
+            "better": metric.better.value,
+            "values": self.values,
+            "standings": [asdict(standing) for standing in self.standings],
+            "comparisons": [asdict(comparison) for comparison in self.comparisons],
+        }
+
+    def ratio(self, label: str, reference: str) -> Comparison | None:
+        """`label` over `reference`, whichever way round they were compared; None: they were not."""
+        for pair in self.comparisons:
+            if (pair.first, pair.second) == (label, reference):
+                return pair
+            if (pair.second, pair.first) == (label, reference):
+                return pair.inverse
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a tournament says."""
+
+    tournament: Tournament
+    num_replicates: int  # that count
+    metrics: dict[str, MetricResult]
+    curves: dict[str, list[float]]  # quantiles of TTFT in seconds, of the requests of all replicates
+    reuse_share: float  # of prompt tokens, what a cache without end would find; mean over replicates
+    num_unserved: dict[str, int]  # of each policy: requests that count and were refused, failed or never ended
+
+    @property
+    def is_exploratory(self) -> bool:
+        return self.num_replicates < MIN_REPLICATES
+
+    @property
+    def verdict(self) -> str:
+        """One sentence that may be quoted."""
+        asked, primary = self.tournament, self.metrics[PRIMARY]
+        told = sentence(primary, trace=self.trace_name, oracles={e.label for e in asked.entrants if e.is_oracle})
+        if not self.is_exploratory:
+            return f"{told} ({self.num_replicates} replicates, 95 % intervals, Holm's correction)."
+        return f"Exploratory, {self.num_replicates} of the {MIN_REPLICATES} replicates that a verdict needs: {told}."
+
+    @property
+    def trace_name(self) -> str:
+        replicates = self.tournament.replicates
+        return replicates.trace.name if replicates.trace is not None else replicates.source.generator
+
+    def sections(self) -> dict[str, object]:
+        """The members of the document `baton.compare.v1` beside those that every document has."""
+        asked = self.tournament
+        pools = pool_sizes(asked.config)
+        return {
+            "setting": {
+                "trace": self.trace_name,
+                "trace_sha256": asked.replicates.sha256,
+                "rate_per_s": asked.replicates.rate_per_s,
+                "requests": asked.replicates.num_requests,
+                "replicates": self.num_replicates,
+                "workers": {"prefill": pools[Role.PREFILL], "decode": pools[Role.DECODE]},
+                "fidelity": asked.fidelity.value,
+                "warm_up_s": asked.warm_up_s,
+                "objective": {"ttft_s": asked.objective.ttft_s, "tpot_s": asked.objective.tpot_s},
+                "resampling": asked.replicates.told,
+                "notes": self.notes(),
+            },
+            "is_exploratory": self.is_exploratory,
+            "verdict": self.verdict,
+            "policies": [{"label": e.label, "policy": e.policy, "is_oracle": e.is_oracle} for e in asked.entrants],
+            "metrics": [metric.record() for metric in self.metrics.values()],
+            "ranking": [asdict(standing) for standing in self.metrics[PRIMARY].standings],
+            "curves": {label: {"ttft_s": quantiles} for label, quantiles in self.curves.items()},
+            "bounds": {},
+            "waterfall": {},
+            "regret": {},
+            "estimate_error": [],
+        }
+
+    def notes(self) -> list[str]:
+        """What a reader must know to believe the figures."""
+        asked = self.tournament
+        notes = [
+            "every policy met the same requests with the same seeds; the unit of a test is the replicate",
+            f"requests that arrive in the first {asked.warm_up_s:.4g} s are run and not counted",
+            f"one that is not served misses the objective and counts as {asked.config.router.max_wait_s:g} s to the first token, or as the "
+            "slowest of its run if that is longer; time between tokens and hits are of those served",
+            f"a cache without end would find {self.reuse_share:.1%} of the prompt tokens, mean over replicates",
+            *asked.replicates.notes,
+        ]
+        for label, count in self.num_unserved.items():
+            if count:
+                notes.append(f"{label}: {count:,} requests were not served")
+        if self.num_replicates < asked.num_replicates:
+            notes.append(f"ended early: {self.num_replicates} of {asked.num_replicates} replicates are whole")
+        return notes
+
+
+def result_of(tournament: Tournament, cells: Cells) -> Result:
+    """
+    Raises:
+        ValueError: no replicate was met by every policy.
+    """
+    labels = [entrant.label for entrant in tournament.entrants]
+    whole = range(num_whole(tournament, cells))
+    if not whole:
+        raise ValueError("no replicate was met by every policy")
+    of = {label: [cells[label, index] for index in whole] for label in labels}
+    oracles = {entrant.label for entrant in tournament.entrants if entrant.is_oracle}
+    values = {metric.name: {label: [cell.figures.by_metric[metric.name] for cell in of[label]] for label in labels} for metric in METRICS}
+    return Result(
+        tournament=tournament,
+        num_replicates=len(whole),
+        metrics={metric.name: judge(metric, values[metric.name], oracles) for metric in METRICS},
+        curves={label: _quantiles([ttft_s for cell in of[label] for ttft_s in cell.figures.ttfts_s]) for label in labels},
+        reuse_share=fmean(cell.reuse_share for cell in of[labels[0]]),
+        num_unserved={label: sum(cell.figures.num_unserved for cell in of[label]) for label in labels},
+    )
+
+
+def num_whole(tournament: Tournament, cells: Cells) -> int:
+    """How many replicates, from the first on, every policy has met."""
+    indices = range(tournament.num_replicates)
+    return next((index for index in indices if any((e.label, index) not in cells for e in tournament.entrants)), len(indices))
+
+
+def judge(metric: Metric, values: Mapping[str, Sequence[float | None]], oracles: set[str]) -> MetricResult:
+    """Who is better for certain. A policy without the figure in some replicate is not compared."""
+    told = {label: [max(v, FLOOR) for v in each if v is not None] for label, each in values.items() if None not in each}
+    able = {label: each for label, each in told.items() if label not in oracles}
+    comparisons = compare_all(able)
+    standings = ranking({label: _known(values[label]) for label in able}, comparisons, metric.better)
+    seers = [label for label in told if label in oracles]
+    if seers and standings:
+        best = standings[0].policy
+        against = [compare_pair(seer, told[seer], best, told[best]) for seer in seers]
+        adjusted = holm([pair.p_value for pair in against])
+        comparisons += [replace(pair, p_adjusted=p) for pair, p in zip(against, adjusted, strict=True)]
+    standings += [Standing(policy=seer, figure=median(_known(values[seer])), best_or_tied=False, beaten_by=()) for seer in seers]
+    return MetricResult(
+        metric=metric, values={label: list(each) for label, each in values.items()}, standings=standings, comparisons=comparisons
+    )
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def sentence(primary: MetricResult, *, trace: str, oracles: set[str]) -> str:
+    """Who waits least for the first token, without a full stop."""
+    standings = [standing for standing in primary.standings if standing.policy not in oracles]
+    if len(standings) == 1:
+        return f"{standings[0].policy} has a mean TTFT of {standings[0].figure * 1e3:,.0f} ms under {trace}"
+    unbeaten = [standing.policy for standing in standings if standing.best_or_tied]
+    beaten = [standing.policy for standing in standings if not standing.best_or_tied]
+    if not beaten:
+        return f"no difference in mean TTFT under {trace} is certain among {_listed(unbeaten)}"
+    if len(unbeaten) > 1:
+        return f"{_listed(unbeaten)} are tied for the lowest mean TTFT under {trace}, ahead of {_listed(beaten)}"
+    best = unbeaten[0]
+    second = next(standing.policy for standing in standings if standing.policy != best)
+    pair = primary.ratio(second, best)
+    size = f": {second}, the next, takes {pair.ratio:.2f} [{pair.low:.2f}, {pair.high:.2f}] times as long" if pair is not None else ""
+    return f"{best} has the lowest mean TTFT under {trace}{size}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _quantiles(values: Sequence[float]) -> list[float]:
+    found: list[float] = np.quantile(values, np.linspace(0.0, 1.0, NUM_QUANTILES)).tolist()
+    return found
+
+
+__all__ = ["FLOOR", "MetricResult", "Result", "judge", "num_whole", "result_of", "sentence"]
