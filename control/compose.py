@@ -44,7 +44,7 @@ class WorkerPlan:
     decode: DecodePolicy
     runner: RunnerConfig
     kernels: ChosenKernels  # of this machine
-    step_time: StepTimeModel | None  # None: fitted to the steps seen
+    step_time: StepTimeModel | None  # of the paced executor; None: a real one
 
     @property
     def num_host_blocks(self) -> int:
@@ -104,7 +104,10 @@ def pinned(config: ClusterConfig, plan: WorkerPlan) -> ClusterConfig:
 
 
 def compose_worker_core(plan: WorkerPlan, *, worker_id: WorkerId, epoch: int, role: Role) -> WorkerCore:
-    """The pure core of one worker; `epoch` names this incarnation of its process. Either role has both policies: roles may change."""
+    """The pure core of one worker; `epoch` names this incarnation of its process. Either role has both policies: roles may change.
+
+    No core is told how long a step takes, a paced one neither: it fits what it sees.
+    """
     return WorkerCore(
         plan.core,
         worker_id=worker_id,
@@ -116,7 +119,6 @@ def compose_worker_core(plan: WorkerPlan, *, worker_id: WorkerId, epoch: int, ro
         max_model_len=plan.max_model_len,
         prefill=plan.prefill,
         decode=plan.decode,
-        step_time=plan.step_time,
     )
 
 
