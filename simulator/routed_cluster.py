@@ -1,6 +1,8 @@
 """A whole cluster on the virtual clock: worker cores, a router core and a gateway, wired as the live ones are. A seed is a run.
 
-Snapshots, KV events and answers are as late as they are over loopback. Workers take the paced executor's time for a step.
+Snapshots, KV events and answers are as late as they are over loopback. Workers take the paced executor's time for a step, or that of a
+model of another form (true_steps.py). What decides is told no time but those that workers report: the router by snapshots, a worker's
+scheduler by the steps it saw end.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from random import Random
 
-from control.compose import core_config, pool_sizes, prefill_policy, step_time
+from control.compose import core_config, pool_sizes, prefill_policy
 from control.config import ClusterConfig
 from engine.core.events import Command as WorkerCommand
 from engine.core.events import Event as WorkerEvent
@@ -24,6 +26,7 @@ from protocol.worker import Role, WorkerAddress
 from router import policies
 from router.core import RouterCore
 from router.events import Event, FromGateway, FromWorker, MembershipChanged, Tick, ToGateway, WorkerUp
+from simulator.estimate_error import EXACT, EstimateError, ReportedTimes
 from simulator.loop import VirtualLoop
 from simulator.prompt_tokens import PromptTokens
 from simulator.routed_gateway import RoutedGateway, Served
@@ -31,6 +34,7 @@ from simulator.sim_executor import SimExecutor, SimPool
 from simulator.sim_host_tier import SimHostTier
 from simulator.sim_transport import NetworkFaults, SimTransport
 from simulator.sim_worker import SimWorker
+from simulator.true_steps import TrueSteps, plain_steps
 
 GATEWAY, MODEL_ID = "gateway-0", "simulated"
 FINGERPRINT = b"simulated model."
@@ -53,9 +57,18 @@ class RoutedCluster:
     """
 
     def __init__(
-        self, config: ClusterConfig, *, policy: str = "", seed: int = 0, max_tokens: int | None = None, is_checked: bool = False
+        self,
+        config: ClusterConfig,
+        *,
+        policy: str = "",
+        seed: int = 0,
+        max_tokens: int | None = None,
+        is_checked: bool = False,
+        steps: TrueSteps | None = None,
+        estimate_error: EstimateError = EXACT,
     ) -> None:
-        """
+        """steps: what they take; None: the pace of `config` to the letter. estimate_error: of the times workers report.
+
         Raises:
             ConfigError: workers without a pace or a number of KV blocks.
         """
@@ -65,6 +78,9 @@ class RoutedCluster:
         self._is_checked = is_checked
         self._num_kv_blocks = config.workers.num_kv_blocks
         self._max_model_len = config.model.max_model_len or DEFAULT_MAX_MODEL_LEN
+        self._steps = steps or plain_steps(config)
+        self._estimate_error = estimate_error
+        self._seed = seed
         self.loop = VirtualLoop()
         policy = policy or config.router.policy
         of_decode = policies.load(config.router.decode_policy) if config.router.decode_policy else None
@@ -73,6 +89,7 @@ class RoutedCluster:
         self.gateway = RoutedGateway(self.loop, self._from_gateway, name=GATEWAY, latency_s=LINK_S, max_tokens=max_tokens)
         self.workers: dict[str, SimWorker] = {}
         self._snapshot_s: dict[str, float] = {}
+        self._reported: dict[str, ReportedTimes] = {}
         transport = SimTransport(self.loop, Random(seed), faults=NetworkFaults(), latency_s=LINK_S, block_s=BLOCK_S)
         roles = {f"{role.value}-{i}": role for role, count in pool_sizes(config).items() for i in range(count)}
         for worker_id, role in roles.items():
@@ -144,9 +161,7 @@ class RoutedCluster:
         self.router.catch_up()
 
     def _start(self, worker_id: str, role: Role, transport: SimTransport) -> None:
-        config, pace = self.config, step_time(self.config)
-        if pace is None:
-            raise ConfigError("a simulated worker needs a pace; give workers.executor: paced")
+        config, steps = self.config, self._steps
         pool = SimPool(self._num_kv_blocks, config.workers.block_size, holds_words=self._is_checked)
         model = HashModel(pool, vocab_size=VOCAB_SIZE) if self._is_checked else PromptTokens(vocab_size=VOCAB_SIZE)
         core = core_config(config)
@@ -168,16 +183,16 @@ class RoutedCluster:
                 max_model_len=self._max_model_len,
                 prefill=prefill_policy(config),
                 decode=config.decode,
-                step_time=pace,
             ),
             pool=pool,
-            executor=SimExecutor(self.loop, model, pace),
+            executor=SimExecutor(self.loop, model, steps.model, steps.noise_of(worker_id)),
             to_gateway=lambda _, message: self.gateway.receive(worker_id, message),
             tier=SimHostTier(self.loop, pool, Random(0)),
         )
         worker.after_turn = lambda event, commands: self._look(worker, event, commands)
         self.workers[worker_id] = self.gateway.workers[worker_id] = worker
         self._snapshot_s[worker_id] = -SNAPSHOT_IDLE_S
+        self._reported[worker_id] = ReportedTimes(self._estimate_error, seed=self._seed, worker_id=worker_id)
 
     def _look(self, worker: SimWorker, event: WorkerEvent, commands: Sequence[WorkerCommand]) -> None:
         """What the worker's host would send the router after this turn."""
@@ -192,7 +207,7 @@ class RoutedCluster:
         """A snapshot, unless there was one in this time."""
         if self.loop.now - self._snapshot_s[worker.worker_id] >= interval_s:
             self._snapshot_s[worker.worker_id] = self.loop.now
-            frame = SnapshotFrame(snapshot=worker.snapshot())
+            frame = SnapshotFrame(snapshot=self._reported[worker.worker_id].told(worker.snapshot()))
             self._tell_router(FromWorker(worker_id=worker.worker_id, epoch=1, message=frame))
 
     def _tick(self) -> None:

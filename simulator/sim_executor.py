@@ -14,7 +14,9 @@ from engine.core.executor import NOTHING_SAMPLED, BatchPlan, Sampled, StepResult
 from engine.hash_model import WORD_BYTES
 from engine.step_time import StepShape, StepTimeModel, plan_shape
 from simulator.loop import Timer, VirtualLoop
+from simulator.noise import Lognormal
 
+NO_NOISE = Lognormal(sigma=0.0)
 _LEG_STEPS = 8
 
 
@@ -79,12 +81,15 @@ class SimExecutor:
     A plan for several steps is done whole, unless `cut` ends it with the step that is being computed.
     """
 
-    def __init__(self, loop: VirtualLoop, model: TokenModel, step_time: StepTimeModel) -> None:
+    def __init__(self, loop: VirtualLoop, model: TokenModel, step_time: StepTimeModel, noise: Lognormal = NO_NOISE) -> None:
+        """noise: of each step's time, by its number among all steps of this executor."""
         self.error: Callable[[BatchPlan], str | None] = lambda _: None  # a seeded fault: the whole step fails with this text
         self.after_step: Callable[[int], None] = lambda _: None  # told the id of each step whose KV is written
         self._loop = loop
         self._model = model
         self._step_time = step_time
+        self._noise = noise
+        self._num_steps = 0  # begun, each of a plan for several counted
         self._queued: deque[BatchPlan] = deque()
         self._on_done: Callable[[StepResult], None] | None = None
         self._running: BatchPlan | None = None
@@ -146,7 +151,8 @@ class SimExecutor:
         assert plan is not None
         end_s = ends_s[-1] if ends_s else self._began_s
         for step in range(len(ends_s), min(len(ends_s) + _LEG_STEPS, plan.num_steps)):
-            end_s += self._step_time.step_s(shape if step == 0 else shape.with_decodes(0, step * shape.decodes))
+            step_s = self._step_time.step_s(shape if step == 0 else shape.with_decodes(0, step * shape.decodes))
+            end_s += step_s * self._noise.factor(self._num_steps + step)
             ends_s.append(end_s)
         self._timer = self._loop.call_at(end_s, self._go_on if len(ends_s) < plan.num_steps else self._end)
 
@@ -154,6 +160,7 @@ class SimExecutor:
         plan, num_steps = self._running, len(self._ends_s)
         assert plan is not None
         self._running = self._timer = None
+        self._num_steps += num_steps
         if self._on_done is None:
             return
         error = self.error(plan)
