@@ -85,17 +85,21 @@ class LinearStepTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RooflineStepTime:
-    """The slower of arithmetic and memory traffic, plus a fixed cost a step (launches, sampling).
+    """The slower of arithmetic and memory traffic, plus a fixed cost a step (launches, sampling) and what ranks exchange.
 
-    Weights are read once a step whatever the batch, the KV of each decode once a token; 2 flops a parameter and token.
+    Weights are read once a step whatever the batch, but of experts those that its tokens choose, evenly and one apart from the other;
+    the KV of each decode once a token; 2 flops a parameter and token.
     """
 
-    num_parameters: float
-    weight_bytes: float
+    num_parameters: float  # that a token is multiplied with
+    weight_bytes: float  # of all ranks together, as are the rates
+    expert_bytes: float = 0.0  # of weight_bytes
+    chosen_share: float = 1.0  # of the experts, by each token
     kv_token_bytes: float
     attention_flops_per_read: float  # 4 * num_layers * num_heads * head_dim
     flops_per_s: float
     bytes_per_s: float
+    token_exchange_s: float = 0.0
     overhead_s: float = 0.0
 
     def step_s(self, shape: StepShape) -> float:
@@ -104,8 +108,9 @@ class RooflineStepTime:
         if tokens == 0:
             return 0.0
         compute_s = (2.0 * self.num_parameters * tokens + self.attention_flops_per_read * reads) / self.flops_per_s
-        traffic_s = (self.weight_bytes + self.kv_token_bytes * (shape.decode_reads + tokens)) / self.bytes_per_s
-        return self.overhead_s + max(compute_s, traffic_s)
+        weight_bytes = self.weight_bytes - self.expert_bytes * (1.0 - self.chosen_share) ** tokens
+        traffic_s = (weight_bytes + self.kv_token_bytes * (shape.decode_reads + tokens)) / self.bytes_per_s
+        return self.overhead_s + max(compute_s, traffic_s) + self.token_exchange_s * tokens
 
 
 _NUM_FEATURES = 5
