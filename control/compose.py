@@ -14,8 +14,11 @@ from engine.checkpoint import open_checkpoint
 from engine.core.config import SchedulerConfig, WorkerCoreConfig
 from engine.core.policy import DecodePolicy, PrefillPolicy
 from engine.core.worker_core import WorkerCore
+from engine.hardware import find_gpu
 from engine.models.config import ModelConfig, load_model_config
 from engine.models.memory import memory_plan
+from engine.models.shapes import find_shape
+from engine.roofline import roofline
 from engine.runner.config import RunnerConfig
 from engine.step_time import LinearStepTime, StepTimeModel
 from kernels.native.library import ChosenKernels, choose_kernels
@@ -198,6 +201,8 @@ def step_time(config: ClusterConfig) -> StepTimeModel | None:
     if config.workers.executor != "paced":
         return None
     pace = config.paced
+    if pace.gpu is not None and pace.model is not None:
+        return roofline(find_gpu(pace.gpu), find_shape(pace.model), tensor_parallel=pace.tensor_parallel)
     return LinearStepTime(
         prefill_base_s=pace.prefill_base_s,
         prefill_token_s=pace.prefill_token_s,

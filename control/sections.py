@@ -6,13 +6,15 @@ those of the cluster as a whole stand here. control/config.py is the door they c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from control.binding import check_limits, limited
 from control.supervisor import SupervisorConfig
 from decode_workers.policy import WatermarkDecode
+from engine.hardware import find_gpu
+from engine.models.shapes import find_shape
 from gateway.config import GatewayConfig
 from kvtransfer.config import TransportConfig
 from prefill_workers.policy import PromptOrder
@@ -111,8 +113,14 @@ class PrefillSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PacedSection:
-    """The pace of the paced executor: seconds a unit, in the order of a 7B model on one data-centre GPU."""
+    """The pace of the paced executor and the simulator: seconds a unit, in the order of a 7B model on one data-centre GPU.
 
+    Or those of a model on GPUs by their datasheets (engine/roofline.py); a model alone says how large its KV is.
+    """
+
+    gpu: str | None = None  # A100, H100, H200 or L40S, in place of the seconds below
+    model: str | None = None  # a name such as llama-3-8b (engine/models/shapes.py), or a directory with a config.json
+    tensor_parallel: int = limited(1, minimum=1, maximum=64)  # GPUs of one worker
     prefill_base_s: float = limited(0.005, minimum=0.0)
     prefill_token_s: float = limited(1e-4, minimum=0.0)
     prefill_read_s: float = limited(0.0, minimum=0.0)  # a pair of (query, key)
@@ -120,6 +128,27 @@ class PacedSection:
     decode_sequence_s: float = limited(5e-5, minimum=0.0)
     decode_read_s: float = limited(1e-8, minimum=0.0)  # a token of KV
     eos_period: int = limited(0, minimum=0)  # one token in so many is EOS; 0: none
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if self.model is not None:
+            find_shape(self.model)
+        if self.gpu is None:
+            return
+        find_gpu(self.gpu)
+        if self.model is None:
+            raise ConfigError("model is not given beside gpu; name the one it computes, such as llama-3-8b")
+        for spec in fields(self):
+            if spec.name.endswith("_s") and getattr(self, spec.name) != spec.default:
+                raise ConfigError(f"{spec.name} is given beside gpu, which says what steps take; leave out one of them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationSection:
+    """What only simulated workers have: links as fast as one likes. A worker has one out and one in; copies that meet on it share it."""
+
+    link_bytes_per_s: float = limited(50e9, minimum=1.0)  # 400 Gb/s
+    link_latency_s: float = limited(3e-4, minimum=0.0)  # of a message, and before the first byte of a copy
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -165,6 +194,7 @@ class ClusterConfig:
     prefill: PrefillSection = field(default_factory=PrefillSection)
     decode: WatermarkDecode = field(default_factory=WatermarkDecode)
     paced: PacedSection = field(default_factory=PacedSection)
+    simulation: SimulationSection = field(default_factory=SimulationSection)
     cluster: ClusterSection = field(default_factory=ClusterSection)
     router: RouterConfig = field(default_factory=RouterConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)

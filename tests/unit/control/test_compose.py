@@ -14,9 +14,12 @@ from control.compose import MEMORY_SHARE, WorkerPlan, compose_worker, compose_wo
 from control.config import ClusterConfig, load_config
 from control.memory import available_memory_bytes
 from engine.core.config import SchedulerConfig, WorkerCoreConfig
+from engine.hardware import GPUS
 from engine.models.config import ModelConfig, parse_model_config
+from engine.models.shapes import MODEL_SHAPES
 from engine.models.tensors import expected_tensors
-from engine.step_time import LinearStepTime, StepShape
+from engine.roofline import roofline
+from engine.step_time import FittedStepTime, LinearStepTime, StepShape
 from kernels.native.library import ChosenKernels
 from protocol.errors import ConfigError, ModelDoesNotFit
 from protocol.kv import DigestMode, FailurePolicy, ModelFingerprint
@@ -168,6 +171,19 @@ def test_paced_workers_have_a_pace_and_real_ones_are_measured() -> None:
     assert plan().step_time is None
     paced = plan({"workers": {"executor": "paced"}, "paced": {"decode_base_s": 0.5, "decode_sequence_s": 0, "decode_read_s": 0}}).step_time
     assert isinstance(paced, LinearStepTime) and paced.step_s(StepShape(decodes=9)) == 0.5
+
+
+def test_the_pace_may_be_that_of_a_model_on_gpus() -> None:
+    """Seen to fail with tensor_parallel left out."""
+    paced = plan({"workers": {"executor": "paced"}, "paced": {"gpu": "h100", "model": "llama-3-70b", "tensor_parallel": 4}}).step_time
+    assert paced == roofline(GPUS["H100"], MODEL_SHAPES["llama-3-70b"], tensor_parallel=4)
+
+
+def test_no_core_is_told_how_long_a_step_takes() -> None:
+    """Not a paced one either. Seen to fail with the plan's pace given to the core."""
+    made = plan({"workers": {"executor": "paced"}})
+    core = compose_worker_core(made, worker_id="w", epoch=1, role=Role.BOTH)
+    assert made.step_time is not None and isinstance(core._scheduler._step_time, FittedStepTime)
 
 
 def test_core_is_built_for_each_role() -> None:
