@@ -17,9 +17,12 @@ from engine.core.events import Command as WorkerCommand
 from engine.core.events import Event as WorkerEvent
 from engine.core.events import PublishKvEvents, StepDone
 from engine.core.worker_core import WorkerCore
+from engine.hardware import find_gpu
 from engine.hash_model import HashModel
+from engine.models.shapes import find_shape
+from engine.roofline import kv_capacity_blocks
 from protocol.errors import ConfigError
-from protocol.kv import Endpoint, KVLayout, LayerGroup, LayerKind, ShardRectangle
+from protocol.kv import Endpoint
 from protocol.messages import Assigned, Done, KvEvents, Membership, Place, PrefillDone, Reassigned, Refused, SnapshotFrame
 from protocol.request import Request
 from protocol.worker import Role, WorkerAddress
@@ -42,7 +45,7 @@ VOCAB_SIZE = 1000
 LINK_S = 0.0003  # from one process to another
 TICK_S = 0.05
 SNAPSHOT_S, SNAPSHOT_IDLE_S = 0.05, 0.5  # as cluster/worker_host.py sends them
-BLOCK_S = 2e-5  # to copy one
+DEFAULT_MODEL = "llama-3-8b"  # whose KV workers hold, where paced.model names none
 DEFAULT_MAX_MODEL_LEN = 1 << 20
 MAX_LEAP_STEPS = 64
 PROGRESS_S = 1.0  # of virtual time between two words about it
@@ -72,11 +75,10 @@ class RoutedCluster:
         Raises:
             ConfigError: workers without a pace or a number of KV blocks.
         """
-        if config.workers.num_kv_blocks is None:
-            raise ConfigError("a simulated worker has no memory to look at; give workers.num_kv_blocks")
         self.config = config
         self._is_checked = is_checked
-        self._num_kv_blocks = config.workers.num_kv_blocks
+        self._num_kv_blocks = num_kv_blocks(config)
+        self._layout = find_shape(config.paced.model or DEFAULT_MODEL).kv_layout(config.workers.block_size)
         self._max_model_len = config.model.max_model_len or DEFAULT_MAX_MODEL_LEN
         self._steps = steps or plain_steps(config)
         self._estimate_error = estimate_error
@@ -90,7 +92,10 @@ class RoutedCluster:
         self.workers: dict[str, SimWorker] = {}
         self._snapshot_s: dict[str, float] = {}
         self._reported: dict[str, ReportedTimes] = {}
-        transport = SimTransport(self.loop, Random(seed), faults=NetworkFaults(), latency_s=LINK_S, block_s=BLOCK_S)
+        links = config.simulation
+        transport = SimTransport(
+            self.loop, Random(seed), faults=NetworkFaults(), latency_s=links.link_latency_s, bytes_per_s=links.link_bytes_per_s
+        )
         roles = {f"{role.value}-{i}": role for role, count in pool_sizes(config).items() for i in range(count)}
         for worker_id, role in roles.items():
             self._start(worker_id, role, transport)
@@ -177,7 +182,7 @@ class RoutedCluster:
                 worker_id=worker_id,
                 epoch=1,
                 role=role,
-                layout=_layout(config.workers.block_size),
+                layout=self._layout,
                 num_blocks=self._num_kv_blocks,
                 fingerprint=FINGERPRINT,
                 max_model_len=self._max_model_len,
@@ -234,11 +239,20 @@ class RoutedCluster:
             max_model_len=self._max_model_len,
             max_num_seqs=workers.max_num_seqs,
             max_num_batched_tokens=workers.max_num_batched_tokens,
+            kv_token_bytes=self._layout.token_bytes,
         )
 
 
-def _layout(block_size_tokens: int) -> KVLayout:
-    """Of a model that is not there."""
-    group = LayerGroup(kind=LayerKind.FULL, first_layer=0, num_layers=2, num_kv_heads=1, head_dim=4, dtype="float32")
-    shard = ShardRectangle(first_head=0, last_head=1, first_layer=0, last_layer=2)
-    return KVLayout(block_size_tokens=block_size_tokens, groups=(group,), shard=shard)
+def num_kv_blocks(config: ClusterConfig) -> int:
+    """Of each worker: as given, or what its GPUs hold.
+
+    Raises:
+        ConfigError: neither is said. ModelDoesNotFit: the GPUs do not hold the model.
+    """
+    workers, pace = config.workers, config.paced
+    if workers.num_kv_blocks is not None:
+        return workers.num_kv_blocks
+    if pace.gpu is None or pace.model is None:
+        raise ConfigError("a simulated worker has no memory to look at; give workers.num_kv_blocks, or paced.gpu and paced.model")
+    gpu, shape = find_gpu(pace.gpu), find_shape(pace.model)
+    return kv_capacity_blocks(gpu, shape, tensor_parallel=pace.tensor_parallel, block_size_tokens=workers.block_size)

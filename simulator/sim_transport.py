@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from engine.core.events import CompletePull, Event, LeaseRenewed, PeerAcked, PeerDropped, PeerSaid, StartPull
 from kvtransfer.handoff import step_begin
 from protocol.kv import HandoffShard, KVHandoff, KVPeer, Outcome, TransferError
+from simulator.links import Copy, SharedLinks
 from simulator.loop import VirtualLoop
 
 if TYPE_CHECKING:
@@ -36,10 +37,10 @@ class NetworkFaults:
 
 
 class SimTransport:
-    """All links between the workers of one simulation. `block_s`: seconds to copy a block."""
+    """All links between the workers of one simulation. `bytes_per_s`: of each worker's, in each direction."""
 
     def __init__(
-        self, loop: VirtualLoop, rng: Random, *, faults: NetworkFaults, latency_s: float = 0.0005, block_s: float = 0.0002
+        self, loop: VirtualLoop, rng: Random, *, faults: NetworkFaults, latency_s: float = 0.0005, bytes_per_s: float = 5e6
     ) -> None:
         self.workers: dict[str, SimWorker] = {}
         self.num_stale = 0  # copies that saw a block reused
@@ -47,7 +48,7 @@ class SimTransport:
         self._rng = rng
         self._faults = faults
         self._latency_s = latency_s
-        self._block_s = block_s
+        self._links = SharedLinks(loop, bytes_per_s=bytes_per_s)
         self._cancels: dict[tuple[str, str], Callable[[], None]] = {}  # (target worker, handoff id) of each copy under way
         self._completions: dict[tuple[str, str], Callable[[CompletePull], None]] = {}
         self._followers: dict[str, list[Callable[[], None]]] = {}  # copies that wait for a worker's next step
@@ -79,6 +80,8 @@ class SimTransport:
         key = (target.worker_id, handoff.handoff_id)
         began_s = self._loop.now
         num_blocks = len(command.source_indices)
+        size_bytes = num_blocks * handoff.shards[0].layout.block_bytes
+        on_link: Copy | None = None
         is_open = True
         is_complete = handoff.is_complete
         is_copied = False
@@ -90,6 +93,8 @@ class SimTransport:
                 return
             is_open = False
             deadline.cancel()
+            if on_link is not None:
+                self._links.stop(on_link)
             del self._cancels[key], self._completions[key]
             moved = 0 if error is not None else num_blocks
             on_done(
@@ -110,9 +115,14 @@ class SimTransport:
             elif not self._is_computed(command):
                 self._followers.setdefault(handoff.shards[0].worker_id, []).append(begin)
             elif self._rng.random() >= self._faults.hang_pull:
-                copy_s = num_blocks * self._block_s + self._delay_s()
-                self._loop.call_later(copy_s * self._rng.random(), copy)
-                self._loop.call_later(copy_s, verify)
+                delay_s = self._delay_s()
+                self._loop.call_later((delay_s + self._links.alone_s(size_bytes)) * self._rng.random(), copy)
+                self._loop.call_later(delay_s, cross)
+
+        def cross() -> None:
+            nonlocal on_link
+            if is_open:
+                on_link = self._links.start(handoff.shards[0].worker_id, target.worker_id, size_bytes, verify)
 
         def copy() -> None:
             source = self._source(handoff)
