@@ -6,10 +6,11 @@ from dataclasses import asdict
 
 import pytest
 
-from baton.sim import MAX_TOKENS, make_trace
 from control.config import load_config
 from simulator.routed_cluster import MODEL_ID, VOCAB_SIZE, RoutedCluster
 from simulator.routed_gateway import Served
+from simulator.token_accurate import MAX_TOKENS
+from simulator.traces.generators import Arrivals, generate
 from simulator.workload import requests_of
 
 pytestmark = pytest.mark.pure
@@ -19,7 +20,7 @@ SMALL = {"workers": {"executor": "paced", "prefill_workers": 2, "decode_workers"
 
 def run(generator: str, policy: str, *, is_checked: bool) -> tuple[list[Served], list[dict[str, object]]]:
     """Who was served, and what decode workers said of themselves every 0.2137 s."""
-    trace = make_trace("", generator, rate=8.0, requests=100, cv=1.0, burst=1, spread_s=0.0, seed=3, folder=None)
+    trace = generate(generator, Arrivals(rate_per_s=8.0), num_requests=100, seed=3)
     cluster = RoutedCluster(load_config(SMALL), policy=policy, seed=1, max_tokens=MAX_TOKENS, is_checked=is_checked)
     told: list[dict[str, object]] = []
 
