@@ -1,0 +1,296 @@
+"""What the router believes of the workers of the fast simulation: the router's own fleet and workers, their sheets written from sums.
+
+`router.fleet.Worker` adds up a record for each hold and reads a snapshot for each report. Here a report is worked out when somebody is
+about to choose, from what the worker did since, and holds are a few running sums. The sheet a policy reads is the same (a test holds it to
+`Worker`), and so is everything that reads it: views, placement, policies.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import xxhash
+
+from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
+from protocol.kv import Endpoint
+from protocol.request import AttemptKey
+from protocol.worker import Role, WorkerAddress, WorkerId, WorkerState
+from router.common_cost import share_cost
+from router.config import RouterConfig
+from router.cost_model import CostModel, StepCost, Work
+from router.decode_outlook import BatchLoad, DecodeOutlook
+from router.fleet import Fleet, Pools, Worker
+from router.holds import Hold, Phase
+from router.link_cost import link_to
+from simulator.analytic_worker import DecodeServer, Flight, PrefillServer
+from simulator.prompt_tree import MODEL_ID
+
+LEARN_S = 0.5  # between two reports the pace is learned from, at first
+LEARN_S_MAX = 20.0  # and later: each time this much longer, up to that
+LEARN_GROWTH = 1.25
+_NEVER = float("-inf")
+_FOREVER = float("inf")
+
+
+class AnalyticWorker(Worker):
+    """A worker as the router sees it, over the one that serves (`server`)."""
+
+    __slots__ = (
+        "_done",
+        "_drains_at_s",
+        "_fresh_s",
+        "_learn_s",
+        "_seen_at_s",
+        "booked_kv_tokens",
+        "decoding",
+        "fresh_flights",
+        "fresh_pairs",
+        "fresh_tokens",
+        "has_changed",
+        "late_tokens",
+        "learn_at_s",
+        "local_tokens",
+        "news_at_s",
+        "num_booked",
+        "pending",
+        "server",
+    )
+
+    def __init__(self, address: WorkerAddress, server: PrefillServer | DecodeServer, *, config: RouterConfig, tie_hash: int) -> None:
+        super().__init__(
+            address,
+            model=CostModel(StepCost(), bias=config.estimate_bias),
+            link=link_to(address, config),
+            tie_hash=tie_hash,
+            stale_s=config.snapshot_stale_s,
+            settle_s=config.booking_settle_s,
+        )
+        self.state = WorkerState.READY
+        self.server = server
+        self.has_changed = True
+        self.news_at_s = _FOREVER  # when the next report comes
+        self._drains_at_s = _NEVER  # when what reports show waiting is computed, as believed
+        self._fresh_s = 0.0  # prefill seconds that come on top
+        # Bookings
+        self.fresh_flights: deque[Flight] = deque()  # prompts booked here that no report shows yet
+        self.fresh_tokens = self.fresh_pairs = 0
+        self.late_tokens = 0  # of prompts that came since the steps under way began
+        self.local_tokens = 0  # of prompts computed where they decode
+        self.pending: dict[Flight, None] = {}  # decode here later: their prompts are under way
+        self.decoding: dict[Flight, int] = {}  # at which step each began
+        self.num_booked = self.booked_kv_tokens = 0
+        # What the pace was last learned from
+        self._done = (0.0, 0, 0.0, 0.0, 0.0)
+        self._learn_s = LEARN_S
+        self.learn_at_s = 0.0
+        self._seen_at_s = _NEVER
+
+    # --- the sheet ---
+
+    def refresh(self, now: float) -> None:
+        """Make the sheet true at `now`."""
+        if self.has_changed or now >= self.news_at_s:
+            server = self.server
+            if isinstance(server, PrefillServer):
+                self._write_prefill(server, now)
+            else:
+                self._write_decode(server, now)
+            self.has_changed = False
+        left_s = self._drains_at_s - now
+        self.queued_prefill_s = self._fresh_s + left_s if left_s > 0.0 else self._fresh_s
+
+    def _write_prefill(self, server: PrefillServer, now: float) -> None:
+        waiting, read_at_s, self.news_at_s = server.waiting(now)
+        if server.began_s != self._seen_at_s and read_at_s >= server.began_s:
+            self._seen_at_s, self.late_tokens = server.began_s, 0
+        fresh = self.fresh_flights
+        while fresh and fresh[0].ready_s <= read_at_s:
+            flight = fresh.popleft()
+            self.fresh_tokens -= flight.booked_tokens
+            self.fresh_pairs -= flight.booked_pairs
+            if flight.ready_s > server.began_s:
+                self.late_tokens += flight.prompt.num_tokens
+        waiting += self.late_tokens
+        cost, num_fresh, tokens = self.cost, len(fresh), self.fresh_tokens
+        self._fresh_s = 0.0
+        if num_fresh:
+            num_steps = min(num_fresh, 1 + tokens // self.max_num_batched_tokens)
+            self._fresh_s = num_steps * cost.step_s + tokens * cost.prefill_token_s + self.fresh_pairs * cost.prefill_pair_s
+        self._drains_at_s = _NEVER
+        if waiting:
+            self._drains_at_s = read_at_s + cost.step_s + waiting * (cost.prefill_token_s + cost.prefill_pair_s * self.context_mean)
+        self.queued_prefill_tokens = waiting + tokens
+        cache = server.cache
+        num_held = cache.num_reserved + server.num_pinned
+        self.free_kv_tokens = max(0, cache.num_free * HASH_BLOCK_SIZE_TOKENS - tokens)
+        self.reclaimable_kv_tokens = max(0, cache.num_named - server.num_pinned) * HASH_BLOCK_SIZE_TOKENS
+        self.num_sequences = len(server.running) + len(server.queue)
+        self.kv_tokens = num_held * HASH_BLOCK_SIZE_TOKENS
+        if num_held == 0 and self.booked.num_prefills == 0:
+            self.prompt_room_tokens = self.max_request_tokens
+        else:
+            self.prompt_room_tokens = max(0, (cache.num_blocks - num_held) * HASH_BLOCK_SIZE_TOKENS - tokens)
+        self.read_at_s = read_at_s
+
+    def _write_decode(self, server: DecodeServer, now: float) -> None:
+        cache, cost = server.cache, self.cost
+        self.read_at_s = now
+        self.num_sequences = self.num_booked
+        self.kv_tokens = max(self.booked_kv_tokens, round(server.kv_tokens) + sum([f.booked_kv_tokens for f in self.pending]))
+        self.queued_prefill_tokens = tokens = self.local_tokens
+        self._fresh_s = cost.step_s + tokens * (cost.prefill_token_s + cost.prefill_pair_s * self.context_mean) if tokens else 0.0
+        num_held = cache.num_reserved + server.num_pinned
+        self.free_kv_tokens = cache.num_free * HASH_BLOCK_SIZE_TOKENS
+        self.reclaimable_kv_tokens = max(0, cache.num_named - server.num_pinned) * HASH_BLOCK_SIZE_TOKENS
+        if num_held == 0 and self.booked.num_prefills == 0:
+            self.prompt_room_tokens = self.max_request_tokens
+        else:
+            self.prompt_room_tokens = max(0, (cache.num_blocks - num_held) * HASH_BLOCK_SIZE_TOKENS - tokens)
+
+    # --- bookings ---
+
+    def book_prefill(self, flight: Flight) -> None:
+        self.booked.num_prefills += 1
+        if isinstance(self.server, PrefillServer):
+            self.fresh_flights.append(flight)
+            self.fresh_tokens += flight.booked_tokens
+            self.fresh_pairs += flight.booked_pairs
+        else:
+            self.local_tokens += flight.booked_tokens
+        self.has_changed = True
+
+    def end_prefill(self, flight: Flight) -> None:
+        self.booked.num_prefills -= 1
+        if not isinstance(self.server, PrefillServer):
+            self.local_tokens -= flight.booked_tokens
+        self.has_changed = True
+
+    def book_decode(self, flight: Flight) -> None:
+        self.num_booked += 1
+        self.booked_kv_tokens += flight.booked_kv_tokens
+        self.pending[flight] = None
+        self.has_changed = True
+
+    def begin_decode(self, flight: Flight) -> None:
+        del self.pending[flight]
+        self.decoding[flight] = int(self.server.step) if isinstance(self.server, DecodeServer) else 0
+        self.has_changed = True
+
+    def end_decode(self, flight: Flight) -> None:
+        self.num_booked -= 1
+        self.booked_kv_tokens -= flight.booked_kv_tokens
+        self.pending.pop(flight, None)
+        self.decoding.pop(flight, None)
+        self.has_changed = True
+
+    # --- what the batch will be ---
+
+    def decode_load_met(self, at_s: float, output_tokens: int) -> BatchLoad:
+        """As of `Worker`, from the same outlook. Asked only where nobody has room now."""
+        server = self.server
+        step = int(server.step) if isinstance(server, DecodeServer) else 0
+        step_s = self.cost.decode_step_s(self.num_sequences, self.kv_tokens)
+        decoding = [(_decode_hold(flight, self.worker_id), began) for flight, began in self.decoding.items()]
+        outlook = DecodeOutlook(decoding, [_decode_hold(flight, self.worker_id) for flight in self.pending])
+        load = BatchLoad(self.num_sequences, self.kv_tokens)
+        num_steps = max(0, int((at_s - self.read_at_s) / step_s))
+        return load.less(outlook.ending(step, step + num_steps)).less(outlook.landing_outside(at_s, at_s + output_tokens * step_s, step_s))
+
+    # --- what its pace is ---
+
+    def learn(self, now: float) -> bool:
+        """Fit the pace to what was done since the last time, if it is time for that; True: the price of work here is another."""
+        if now < self.learn_at_s:
+            return False
+        tally, before = self.server.tally, self._done
+        done = (tally.num_steps, tally.prefill_tokens, tally.decode_tokens, tally.decode_kv_token_steps, tally.busy_s)
+        if done[4] <= before[4]:
+            return False
+        self._done, self.learn_at_s = done, now + self._learn_s
+        self._learn_s = min(LEARN_S_MAX, LEARN_GROWTH * self._learn_s)
+        tokens = int(done[1] - before[1])
+        self.model.observe(
+            Work(
+                num_steps=max(1, round(done[0] - before[0])),
+                prefill_tokens=tokens,
+                prefill_pairs=tokens * self.context_mean,
+                decode_tokens=round(done[2] - before[2]),
+                decode_kv_token_steps=done[3] - before[3],
+                busy_s=done[4] - before[4],
+            )
+        )
+        self.model.refit()
+        return True
+
+    def take_common_cost(self, cost: StepCost | None) -> None:
+        super().take_common_cost(cost)
+        self.take_cost()
+
+    def take_cost(self) -> None:
+        """Of work here, from the pool or its own."""
+        self.cost = self.common_cost if self.common_cost is not None else self.model.cost
+        self.has_changed = True
+
+
+class AnalyticFleet(Fleet):
+    """Workers of one model, ready from the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.workers: tuple[AnalyticWorker, ...] = ()
+
+    def join(self, worker: AnalyticWorker) -> None:
+        self.add(worker)
+        self.workers += (worker,)
+
+    def refresh(self, pools: Pools, now: float) -> None:  # type: ignore[override]
+        for worker in self.workers:
+            if now >= worker.learn_at_s and worker.learn(now):
+                self._lend(worker)
+            worker.refresh(now)
+
+    def _lend(self, worker: AnalyticWorker) -> None:
+        """As `WorkerReports` does after a fit."""
+        worker.take_cost()
+        self.lend_cost(worker)
+        share_cost(self.alike(worker))
+        for other in self.workers:
+            other.take_cost()
+
+
+def address_of(
+    worker_id: WorkerId, role: Role, *, num_blocks: int, block_size: int, max_model_len: int, max_seqs: int, max_batched: int
+) -> WorkerAddress:
+    return WorkerAddress(
+        worker_id=worker_id,
+        role=role,
+        epoch=1,
+        host="127.0.0.1",
+        port=1,
+        pid=1,
+        hostname="host",
+        kv_endpoint=Endpoint(),
+        model_id=MODEL_ID,
+        fingerprint=b"simulated model.",
+        block_size_tokens=block_size,
+        num_kv_blocks=num_blocks,
+        max_model_len=max_model_len,
+        max_num_seqs=max_seqs,
+        max_num_batched_tokens=max_batched,
+    )
+
+
+def tie_hash(worker_id: WorkerId, seed: int) -> int:
+    return xxhash.xxh3_64_intdigest(worker_id.encode(), seed=seed)
+
+
+def _decode_hold(flight: Flight, worker_id: WorkerId) -> Hold:
+    return Hold(
+        key=AttemptKey(request_id=flight.served.request_id, attempt=0),
+        phase=Phase.DECODE,
+        worker_id=worker_id,
+        num_sequences=1,
+        kv_tokens=flight.booked_kv_tokens,
+        output_tokens=flight.predicted_output_tokens,
+        lands_s=flight.lands_s,
+    )

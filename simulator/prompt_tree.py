@@ -1,0 +1,223 @@
+"""What the prompts of a trace share, worked out once before anything runs: so that a fast simulation touches a prompt in a few places.
+
+    prompts  system A B      ──►  segments   [system] ─┬─ [A] ─┬─ [B]
+             system A C                                │       └─ [C]
+             system D                                  └─ [D]
+
+A segment is a run of hash blocks between two places where prompts part or end. All its blocks are always asked for together, so a cache
+that evicts the least recently used block, children first, holds a beginning of it: one number a segment says what it holds exactly. A
+block belongs to the segment in which it ends: only prompts that share all its tokens share it, as in protocol.block_hash.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import cast, overload
+
+from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
+from protocol.messages import Place
+from simulator.traces.trace import Trace
+
+MODEL_ID = "simulated"
+
+
+class Segment:
+    """`num_blocks` hash blocks that are shared by the same prompts. `names` of blocks are made for who asks: by index, each but once."""
+
+    __slots__ = ("index", "names", "num_blocks")
+
+    def __init__(self, index: int, num_blocks: int) -> None:
+        self.index = index
+        self.num_blocks = num_blocks
+        self.names: dict[int, bytes] = {}  # those anybody asked for
+
+    def name(self, block: int) -> bytes:
+        name = self.names.get(block)
+        if name is None:
+            name = self.names[block] = b"%d %d" % (self.index, block)
+        return name
+
+    def all_names(self, first: int, last: int) -> tuple[bytes, ...]:
+        """Of its blocks from `first` to before `last`."""
+        return tuple([self.name(block) for block in range(first, last)])
+
+    def asked_names(self, first: int, last: int) -> tuple[bytes, ...]:
+        """Of those of them that anybody ever asked for."""
+        return tuple([name for block, name in self.names.items() if first <= block < last])
+
+
+class BlockNames(Sequence[bytes]):
+    """A prompt's chain of block names, as a router is told it. None is made before it is looked at."""
+
+    __slots__ = ("ends", "segments")
+
+    def __init__(self, segments: tuple[Segment, ...]) -> None:
+        self.segments = segments
+        self.ends = tuple(accumulate([segment.num_blocks for segment in segments]))  # blocks from the start of the prompt
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[bytes, ...]: ...
+    def __getitem__(self, index: int | slice) -> bytes | tuple[bytes, ...]:
+        if isinstance(index, slice):
+            return tuple([self[i] for i in range(*index.indices(len(self)))])
+        if index < 0:
+            index += len(self)
+        which = bisect_right(self.ends, index)
+        if index < 0 or which == len(self.ends):
+            raise IndexError(f"block {index} of {len(self)}")
+        return self.segments[which].name(index - (self.ends[which - 1] if which else 0))
+
+    def __iter__(self) -> Iterator[bytes]:
+        for segment in self.segments:
+            for block in range(segment.num_blocks):
+                yield segment.name(block)
+
+
+@dataclass(slots=True, kw_only=True)
+class Prompt:
+    """One request of the trace, ready to be placed again and again."""
+
+    number: int
+    at_s: float  # from the first arrival
+    num_tokens: int
+    output_tokens: int
+    segments: tuple[Segment, ...]
+    names: BlockNames
+    place: Place  # as a gateway asks for it
+    reusable_tokens: int  # of them, that a cache without end would have found: full blocks that an earlier prompt begins with too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptTree:
+    """A trace, taken apart."""
+
+    prompts: tuple[Prompt, ...]
+    num_segments: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(prompt.num_tokens for prompt in self.prompts)
+
+    @property
+    def reusable_share(self) -> float:
+        """Of all prompt tokens: the most that any caches of the workers can find, in arrival order."""
+        return sum(prompt.reusable_tokens for prompt in self.prompts) / max(1, self.num_tokens)
+
+
+def prompt_tree(trace: Trace, *, max_tokens: int) -> PromptTree:
+    """`max_tokens`: what clients are taken to allow, which is all that whoever places is told of the length of an answer."""
+    ends_of, ends, parents = _nodes(trace)
+    is_boundary = [False] * len(ends)
+    num_children = [0] * len(ends)
+    for node in range(1, len(ends)):
+        num_children[parents[node]] += 1
+    for node in ends_of:
+        is_boundary[node] = True
+    for node in range(len(ends)):
+        is_boundary[node] = is_boundary[node] or num_children[node] > 1
+    is_boundary[0] = True
+    paths: dict[int, tuple[Segment, ...]] = {0: ()}
+    num_segments = 0
+
+    def path_to(node: int) -> tuple[Segment, ...]:
+        nonlocal num_segments
+        below: list[tuple[int, int]] = []  # boundaries whose path is not known yet, deepest first, each with the one above
+        while node not in paths:
+            above = parents[node]
+            while not is_boundary[above]:
+                above = parents[above]
+            below.append((node, above))
+            node = above
+        path = paths[node]
+        for bottom, top in reversed(below):
+            num_blocks = ends[bottom] // HASH_BLOCK_SIZE_TOKENS - ends[top] // HASH_BLOCK_SIZE_TOKENS
+            if num_blocks:
+                path = (*path, Segment(num_segments, num_blocks))
+                num_segments += 1
+            paths[bottom] = path
+        return path
+
+    first_s = trace.requests[0].at_s if trace.requests else 0.0
+    seen: set[int] = set()
+    prompts: list[Prompt] = []
+    names_of: dict[int, BlockNames] = {}
+    for number, (asked, node) in enumerate(zip(trace.requests, ends_of, strict=True)):
+        segments, num_tokens = path_to(node), ends[node]
+        names = names_of.get(node)
+        if names is None:
+            names = names_of[node] = BlockNames(segments)
+        num_known = 0
+        for segment in segments:
+            if segment.index not in seen:
+                break
+            num_known += segment.num_blocks
+        seen.update([segment.index for segment in segments])
+        prompts.append(
+            Prompt(
+                number=number,
+                at_s=asked.at_s - first_s,
+                num_tokens=num_tokens,
+                output_tokens=asked.output_tokens,
+                segments=segments,
+                names=names,
+                place=_place(number, num_tokens, names, max_tokens),
+                reusable_tokens=min(num_known * HASH_BLOCK_SIZE_TOKENS, max(0, num_tokens - 1)),
+            )
+        )
+    return PromptTree(prompts=tuple(prompts), num_segments=num_segments)
+
+
+def _nodes(trace: Trace) -> tuple[list[int], list[int], list[int]]:
+    """(node at which each prompt ends, tokens from the root to each node, its parent). Node 0 is the root.
+
+    A run that begins alike and ends sooner elsewhere is cut there: the longer one hangs below the shorter.
+    """
+    nodes: dict[tuple[int, str, int], int] = {}
+    ends, begins = [0], [0]
+    lengths: dict[tuple[int, str], list[int]] = {}  # nodes of runs of one content from one place
+    ends_of: list[int] = []
+    for request in trace.requests:
+        node = 0
+        for run in request.runs:
+            key = (node, run.name, run.num_tokens)
+            known = nodes.get(key)
+            if known is None:
+                known = nodes[key] = len(ends)
+                ends.append(ends[node] + run.num_tokens)
+                begins.append(node)
+                lengths.setdefault(key[:2], []).append(known)
+            node = known
+        ends_of.append(node)
+    parents = begins
+    for alike in lengths.values():
+        if len(alike) > 1:
+            alike.sort(key=ends.__getitem__)
+            for shorter, longer in pairwise(alike):
+                parents[longer] = shorter
+    return ends_of, ends, parents
+
+
+def _place(number: int, num_tokens: int, names: BlockNames, max_tokens: int) -> Place:
+    return Place(
+        request_id=f"{number:032x}",
+        attempt=0,
+        model_id=MODEL_ID,
+        num_tokens=num_tokens,
+        expected_output_tokens=max_tokens,
+        num_choices=1,
+        block_hashes=cast("tuple[bytes, ...]", names),
+        tenant="",
+        priority=0,
+        slo_ttft_s=None,
+        slo_tpot_s=None,
+        excluded=(),
+        local_only=False,
+    )
