@@ -17,7 +17,8 @@ DEFAULT_CLUSTER: dict[str, dict[str, object]] = {  # for who names none
         "executor": "paced",
         "prefill_workers": 8,
         "decode_workers": 8,
-        "num_kv_blocks": 16_384,
+        "block_size": 64,  # not 16: a prompt of 12k tokens is 190 blocks to book and not 750
+        "num_kv_blocks": 4096,
         "max_num_batched_tokens": 2048,
         "max_waiting": 4096,
     },

@@ -139,7 +139,8 @@ class Scheduler:
                         sequence.num_computed_tokens += leapt
                         sequence.num_planned_tokens += leapt
             if self._config.step_time_budget_s is not None and isinstance(self._step_time, FittedStepTime):
-                self._step_time.observe(step.shape, result.duration_s / result.num_steps)
+                middle = step.shape.with_decodes(0, (result.num_steps - 1) * step.shape.decodes // 2)
+                self._step_time.observe(middle, result.duration_s / result.num_steps)
         return step
 
     def store(self, step: StepInFlight, num_steps: int) -> None:

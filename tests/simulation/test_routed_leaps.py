@@ -15,7 +15,13 @@ from simulator.workload import requests_of
 
 pytestmark = pytest.mark.pure
 
-SMALL = {"workers": {"executor": "paced", "prefill_workers": 2, "decode_workers": 2, "num_kv_blocks": 2048, "max_num_batched_tokens": 512}}
+SMALL = {
+    "workers": {"executor": "paced", "prefill_workers": 2, "decode_workers": 2, "num_kv_blocks": 2048, "max_num_batched_tokens": 512},
+    "router": {
+        "prefix_pull_min_tokens": 1 << 20,
+        "disaggregate": "always",
+    },  # what is chosen by estimates differs with the moment of a report
+}
 
 
 def run(generator: str, policy: str, *, is_checked: bool) -> tuple[list[Served], list[dict[str, object]]]:
