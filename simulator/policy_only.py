@@ -18,6 +18,7 @@ from random import Random
 
 from control.compose import pool_sizes, prefill_policy, step_time
 from control.config import ClusterConfig
+from engine.models.shapes import find_shape
 from prefill_workers.policy import PromptOrder
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.errors import ConfigError
@@ -35,7 +36,7 @@ from simulator.analytic_fleet import AnalyticFleet, AnalyticWorker, address_of, 
 from simulator.analytic_pace import Pace
 from simulator.analytic_worker import DecodeServer, Driver, Flight, PrefillServer
 from simulator.prompt_tree import MODEL_ID, Prompt, PromptTree, prompt_tree
-from simulator.routed_cluster import BLOCK_S, DEFAULT_MAX_MODEL_LEN, LINK_S, SNAPSHOT_S, TICK_S
+from simulator.routed_cluster import DEFAULT_MAX_MODEL_LEN, DEFAULT_MODEL, LINK_S, SNAPSHOT_S, TICK_S
 from simulator.routed_gateway import Served
 from simulator.segment_cache import Piece
 from simulator.segment_index import SegmentIndex, SegmentRegret
@@ -118,6 +119,8 @@ class PolicyOnlyCluster:
         self._now = 0.0
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._num_events = 0
+        layout = find_shape(config.paced.model or DEFAULT_MODEL).kv_layout(HASH_BLOCK_SIZE_TOKENS)
+        self._block_s = layout.block_bytes / config.simulation.link_bytes_per_s
         self.fleet = AnalyticFleet()
         self.index = SegmentIndex(speculative_ttl_s=told.speculative_ttl_s)
         self._regret = SegmentRegret()
@@ -322,7 +325,7 @@ class PolicyOnlyCluster:
         flight.ready_s += 2 * LINK_S
         if there > here:
             flight.pulled_blocks = there
-            flight.ready_s += LINK_S + (there - here) * BLOCK_S
+            flight.ready_s += LINK_S + (there - here) * self._block_s
 
     def _catch_up(self, now: float) -> None:
         """What has come to the router by now."""
@@ -381,7 +384,7 @@ class PolicyOnlyCluster:
             self._pump_if_changed(now)
         else:
             missing = len(prompt.names) - decode.server.cache.match(prompt.segments)
-            late_s = 2 * LINK_S + max(0.0, missing * BLOCK_S - flight.step_s)
+            late_s = 2 * LINK_S + max(0.0, missing * self._block_s - flight.step_s)
             self._call_at(now + late_s, lambda now: flight.decode.join(flight, now))
             self._pump_if_changed(now)
 
