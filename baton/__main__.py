@@ -15,6 +15,7 @@ from baton.bench.serve import bench_serve
 from baton.bench.start import bench_start
 from baton.bench.transfer import bench_transfer
 from baton.chat import chat
+from baton.compare import compare
 from baton.explain import explain
 from baton.serve import serve_command
 from baton.sim import sim
@@ -36,6 +37,7 @@ app.command("chat")(chat)
 app.command("status")(status)
 app.command("explain")(explain)
 app.command("sim")(sim)
+app.command("compare")(compare)
 
 bench = typer.Typer(
     name="bench",

@@ -4,7 +4,6 @@
     summary.json         the document of `baton compare`, without commit and machine
     requests.jsonl.gz    a row for each request of each cell (cell_rows.py)
     decisions.jsonl.gz   where each was placed
-    report.html          drawn from the document
 
 The same command at the same commit makes the same bytes of COMPARED, whatever the machine and the number of processes.
 """
@@ -21,7 +20,7 @@ from protocol.errors import ConfigError
 from simulator.cell_rows import unpack
 from simulator.tournament import Cell
 
-MANIFEST, SUMMARY, REQUESTS, DECISIONS, REPORT = "manifest.json", "summary.json", "requests.jsonl.gz", "decisions.jsonl.gz", "report.html"
+MANIFEST, SUMMARY, REQUESTS, DECISIONS = "manifest.json", "summary.json", "requests.jsonl.gz", "decisions.jsonl.gz"
 COMPARED = (SUMMARY, REQUESTS, DECISIONS)
 NOT_COMPARED = ("machine", "commit")  # members of the document that stand in the manifest
 MAX_SHOWN_CHARS = 160

@@ -36,6 +36,8 @@ CLUSTER = {
 PREFIX_TOKENS, OWN_TOKENS, NEW_TOKENS = 512, 32, 6
 SHARING = ["prefix_cost", "e2"]  # policies that are to put siblings together
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "policies" / "fewest_tokens.py"
+
 FAILING = """
 import time
 from dataclasses import dataclass
@@ -128,6 +130,7 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("policies")
     (folder / "failing_policies.py").write_text(FAILING)  # where `baton serve` runs: a user's own modules are found there
+    (folder / EXAMPLE.name).write_bytes(EXAMPLE.read_bytes())
     server = start(folder, config=CLUSTER)
     yield Cluster(server)
     end(server)
@@ -200,6 +203,27 @@ def test_a_switch_and_a_reset_harm_no_request_in_flight(cluster: Cluster) -> Non
     cluster.operator.reset_caches()
     rows = cluster.serving.wait_at_rest(num_workers=2 * NUM_WORKERS)
     assert all(row["kv_blocks"]["free"] == row["kv_blocks"]["total"] for row in rows.values())
+
+
+def test_the_file_that_was_in_a_tournament_serves(cluster: Cluster) -> None:
+    """How: the example of tests/simulation/test_tournament.py, byte for byte; tokens as under another policy, no decision made in its
+    place, and of two prompts with one prefix the second where the first was.
+
+    Seen to fail with a policy that prices every worker alike, and with a score that raises.
+    """
+    prompts = prompts_of(7, 6, num_shared=256)
+    cluster.use("least_work")
+    tokens = cluster.ask_at_once(prompts)
+    cluster.use("fewest_tokens:FewestTokens:sequence_tokens=40")
+    assert cluster.ask_at_once(prompts) == tokens
+    found = cluster.router()
+    assert found["policy"]["spec"] == "fewest_tokens:FewestTokens:sequence_tokens=40"
+    assert found["policy"]["fallbacks"] == 0 and found["notes"] == []
+    cluster.use("fewest_tokens:FewestTokens")
+    before = cluster.computed()
+    for prompt in prompts:
+        cluster.ask(prompt)
+    assert sum(difference(before, cluster.computed()).values()) == 256 + len(prompts) * (PREFIX_TOKENS + OWN_TOKENS - 256)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,305 @@
+"""`baton compare`: a tournament of placement policies on the virtual clock, over replicates of a trace, with a verdict."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from baton.progress import say, say_line
+from baton.trace_options import Burst, Cv, Generator, Rate, Spread, TraceName, TracesDir, source_of
+from protocol.errors import BatonError, ConfigError
+from simulator.fidelity import Fidelity
+
+if TYPE_CHECKING:
+    from control.config import ClusterConfig
+    from simulator.comparison import Result
+    from simulator.tournament import Cell, Tournament
+
+SCHEMA = "baton.compare.v1"
+MANIFEST_SCHEMA = "baton.compare.manifest.v1"
+DEFAULT_POLICIES = "prefix_cost,e2,least_work,round_robin"
+DEFAULT_REQUESTS, DEFAULT_REPLICATES = 2000, 20
+DEFAULT_TTFT_S, DEFAULT_TPOT_S = 2.0, 0.05
+WARM_UP_SHARE = 0.1  # of a replicate's time, where nobody says otherwise
+PACKAGES = ("numpy", "xxhash")  # whose versions may change a result
+# Of a configuration what a simulation reads; the rest may hold what nobody should find in a folder that is passed on.
+SIMULATED = ("model", "workers", "prefill", "decode", "paced", "router", "transport")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What was asked for, as the manifest has it. Names are those of the command's options."""
+
+    policies: str
+    trace: str = ""  # a path
+    generate: str = ""
+    rate: float | None = None
+    requests: int = DEFAULT_REQUESTS
+    cv: float = 1.0
+    burst: int = 1
+    spread: float = 0.0
+    replicates: int = DEFAULT_REPLICATES
+    fidelity: str = Fidelity.TOKEN_ACCURATE.value
+    slo_ttft: float = DEFAULT_TTFT_S
+    slo_tpot: float = DEFAULT_TPOT_S
+    warm_up: float | None = None
+    seed: int = 0
+    config: str = ""  # a path
+
+    @property
+    def command(self) -> str:
+        """That asks for the same."""
+        told = {field.name: getattr(self, field.name) for field in fields(self)}
+        words = [("--" + name.replace("_", "-"), str(value)) for name, value in told.items() if value not in (None, "")]
+        return shlex.join(["baton", "compare", *(word for pair in words for word in pair)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A tournament that was run, or what of it was."""
+
+    options: Options
+    result: Result
+    cells: tuple[Cell, ...]  # of whole replicates, in the order of the tournament
+    took_s: float
+    num_processes: int
+
+    def document(self) -> dict[str, object]:
+        from baton.bench.report import make_document
+
+        sections = {"command": self.options.command, **self.result.sections()}
+        return make_document(SCHEMA, seed=self.options.seed, rows=[], sections=sections)
+
+    def manifest(self) -> dict[str, object]:
+        """Of the run folder; what a second run needs, and what it may differ in."""
+        from importlib.metadata import version
+
+        from simulator.metrics import METRICS
+
+        tournament = self.result.tournament
+        replicates = tournament.replicates
+        return {
+            "schema": MANIFEST_SCHEMA,
+            "command": self.options.command,
+            "options": asdict(self.options),
+            "cluster": {name: plain(section) for name, section in asdict(tournament.config).items() if name in SIMULATED},
+            "trace_sha256": replicates.sha256,
+            "seeds": [replicates.seed_of(index) for index in range(self.result.num_replicates)],
+            "metrics": [metric.name for metric in METRICS],
+            "packages": {name: version(name) for name in PACKAGES},
+            "took_s": round(self.took_s, 3),
+            "processes": self.num_processes,
+        }
+
+
+def compare(
+    policies: Annotated[
+        str, typer.Option(help="NAME[:k=v,...] or module:Class[:k=v,...], a comma between; oracle_NAME is told output lengths.")
+    ] = DEFAULT_POLICIES,
+    trace: TraceName = "",
+    generate: Generator = "",
+    rate: Rate = None,
+    requests: Annotated[int, typer.Option(min=1, help="In each replicate.")] = DEFAULT_REQUESTS,
+    cv: Cv = 1.0,
+    burst: Burst = 1,
+    spread: Spread = 0.0,
+    replicates: Annotated[int, typer.Option(min=1, help="Traces each policy meets; fewer than 20 explore.")] = DEFAULT_REPLICATES,
+    fidelity: Annotated[Fidelity, typer.Option(help="Every step and token, or placements over modelled queues.")] = (
+        Fidelity.TOKEN_ACCURATE
+    ),
+    slo_ttft: Annotated[float, typer.Option(min=0.0, help="Seconds to the first token that count as served in time.")] = DEFAULT_TTFT_S,
+    slo_tpot: Annotated[float, typer.Option(min=0.0, help="Seconds a token that count as served in time.")] = DEFAULT_TPOT_S,
+    warm_up: Annotated[
+        float | None, typer.Option(min=0.0, help="Requests of the first so many seconds are not counted; else of a tenth of the time.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of whatever is drawn. The same seed is the same tournament.")] = 0,
+    config: Annotated[Path | None, typer.Option(help="A cluster.yaml of paced workers; else 8 + 8 of them.")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one for each core.")] = 0,
+    traces: TracesDir = None,
+    out: Annotated[Path | None, typer.Option(help="Write the run into this folder: manifest, summary, requests, decisions.")] = None,
+    from_folder: Annotated[Path | None, typer.Option("--from", help="Show the run of this folder.")] = None,
+    verify: Annotated[Path | None, typer.Option(help="Run what this folder holds once more and compare byte for byte.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
+) -> None:
+    """Compare placement policies on a virtual clock, with a verdict. Ctrl-C ends it with the replicates that are whole."""
+    from control.config import load_config
+    from router.policies.user_path import import_last_from
+    from simulator.run_folder import read_document, write_run
+    from simulator.token_accurate import DEFAULT_CLUSTER
+
+    import_last_from(str(Path.cwd()))
+    num_processes = jobs or len(os.sched_getaffinity(0))
+    if verify is not None:
+        verify_run(verify, num_processes=num_processes)
+        return
+    if from_folder is not None:
+        document = read_document(from_folder)
+    else:
+        source = source_of(trace, generate, rate=rate, requests=requests, cv=cv, burst=burst, spread=spread, folder=traces)
+        options = Options(
+            policies=policies,
+            trace=str(source.path.resolve()) if source.path is not None else "",
+            generate=generate,
+            rate=rate,
+            requests=requests,
+            cv=cv,
+            burst=burst,
+            spread=spread,
+            replicates=replicates,
+            fidelity=fidelity.value,
+            slo_ttft=slo_ttft,
+            slo_tpot=slo_tpot,
+            warm_up=warm_up,
+            seed=seed,
+            config=str(config.resolve()) if config is not None else "",
+        )
+        cluster = load_config(file=config) if config is not None else load_config(DEFAULT_CLUSTER)
+        run = run_tournament(options, cluster, num_processes=num_processes)
+        document = run.document()
+        if out is not None:
+            write_run(out, document, run.cells, run.manifest())
+            say_line(f"{out} holds the run")
+    if as_json:
+        print(json.dumps(document))
+    else:
+        print_ranking(document)
+
+
+# --- running ------------------------------------------------------------------------------------------------------------
+
+
+def tournament_of(options: Options, config: ClusterConfig) -> Tournament:
+    """
+    Raises:
+        ConfigError: something that does not exist, or does not go together.
+    """
+    from router.policies import split_list
+    from simulator.replicates import Replicates
+    from simulator.summary import Objective
+    from simulator.tournament import Entrant, Tournament
+    from simulator.traces.source import Source
+
+    source = Source(
+        path=Path(options.trace) if options.trace else None,
+        generator=options.generate,
+        rate_per_s=options.rate,
+        cv=options.cv,
+        burst_size=options.burst,
+        spread_s=options.spread,
+    )
+    replicates = Replicates.of(source, num_requests=options.requests, seed=options.seed)
+    warm_up_s = WARM_UP_SHARE * options.requests / replicates.rate_per_s if options.warm_up is None else options.warm_up
+    return Tournament(
+        entrants=tuple(map(Entrant.of, split_list(options.policies))),
+        replicates=replicates,
+        num_replicates=options.replicates,
+        config=config,
+        fidelity=Fidelity(options.fidelity),
+        objective=Objective(ttft_s=options.slo_ttft, tpot_s=options.slo_tpot),
+        warm_up_s=warm_up_s,
+    )
+
+
+def run_tournament(options: Options, config: ClusterConfig, *, num_processes: int, num_replicates: int | None = None) -> Run:
+    """All of it, the first `num_replicates`, or what was whole when it was interrupted.
+
+    Raises:
+        ConfigError: it cannot be run as asked.
+        KeyboardInterrupt: before any replicate was whole.
+    """
+    from simulator.comparison import num_whole, result_of
+    from simulator.crew import run_cells
+
+    tournament = tournament_of(options, config)
+    keys, began_s = tournament.keys, time.monotonic()
+    if num_replicates is not None:
+        keys = [key for key in keys if key.replicate < num_replicates]
+    cells: dict[tuple[str, int], Cell] = {}
+    say(f"{len(keys)} cells: {len(tournament.entrants)} policies, {tournament.num_replicates} replicates; starting")
+    try:
+        with closing(run_cells(tournament, keys, num_processes=num_processes, user_path=str(Path.cwd()))) as done:
+            for cell in counted_aloud(done, len(keys), began_s):
+                cells[cell.key.entrant.label, cell.key.replicate] = cell
+    except KeyboardInterrupt:
+        if not num_whole(tournament, cells):
+            raise
+        say_line(f"interrupted: {num_whole(tournament, cells)} of {tournament.num_replicates} replicates are whole")
+    say("")
+    result = result_of(tournament, cells)
+    return Run(
+        options=options,
+        result=result,
+        cells=tuple(cells[key.entrant.label, key.replicate] for key in keys if key.replicate < result.num_replicates),
+        took_s=time.monotonic() - began_s,
+        num_processes=num_processes,
+    )
+
+
+def counted_aloud(done: Iterator[Cell], num_cells: int, began_s: float) -> Iterator[Cell]:
+    """With a line of progress on stderr."""
+    for number, cell in enumerate(done, 1):
+        left_s = (time.monotonic() - began_s) / number * (num_cells - number)
+        say(f"{number} of {num_cells} cells, {cell.key}; {left_s:.0f} s left")
+        yield cell
+
+
+# --- the folder of a run ------------------------------------------------------------------------------------------------
+
+
+def verify_run(folder: Path, *, num_processes: int) -> None:
+    """Run the folder's tournament again, from its own configuration.
+
+    Raises:
+        ConfigError: no run, or one of another trace.
+        Differs: the bytes are not the same.
+    """
+    from control.config import load_config
+    from simulator.run_folder import first_difference, read_manifest, write_run
+
+    manifest = read_manifest(folder)
+    options, cluster = Options(**manifest["options"]), load_config(manifest["cluster"])  # type: ignore[arg-type]
+    run = run_tournament(options, cluster, num_processes=num_processes, num_replicates=len(manifest["seeds"]))  # type: ignore[arg-type]
+    if manifest["trace_sha256"] != run.result.tournament.replicates.sha256:
+        raise ConfigError(f"{options.trace} is another trace than the one of {folder}: its sha256 differs")
+    with tempfile.TemporaryDirectory(prefix="baton-compare-") as scratch:
+        write_run(Path(scratch), run.document(), run.cells, run.manifest())
+        difference = first_difference(folder, Path(scratch))
+    if difference is not None:
+        raise Differs(f"{folder} and a second run of it differ in {difference}")
+    say_line(f"{folder}: a second run made the same bytes")
+
+
+class Differs(BatonError):
+    """A run that was repeated came out otherwise."""
+
+
+def print_ranking(document: Mapping[str, Any]) -> None:
+    """The best first, with medians over replicates."""
+    width = max(len(standing["policy"]) for standing in document["ranking"])
+    for standing in document["ranking"]:
+        behind = f"behind {', '.join(standing['beaten_by'])}" if standing["beaten_by"] else ""
+        print(f"{standing['policy']:<{width}}  mean TTFT {standing['figure'] * 1e3:8,.0f} ms  {behind}")
+    print(document["verdict"])
+
+
+def plain(value: object) -> object:
+    """As JSON has it."""
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return value.value if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
+
+
+__all__ = ["Differs", "Options", "Run", "compare", "run_tournament", "tournament_of", "verify_run"]
