@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -34,7 +34,7 @@ DEFAULT_TTFT_S, DEFAULT_TPOT_S = 2.0, 0.05
 WARM_UP_SHARE = 0.1  # of a replicate's time, where nobody says otherwise
 PACKAGES = ("numpy", "xxhash")  # whose versions may change a result
 # Of a configuration what a simulation reads; the rest may hold what nobody should find in a folder that is passed on.
-SIMULATED = ("model", "workers", "prefill", "decode", "paced", "router", "transport")
+SIMULATED = ("model", "workers", "prefill", "decode", "paced", "simulation", "router", "transport")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,15 +127,15 @@ def compare(
     config: Annotated[Path | None, typer.Option(help="A cluster.yaml of paced workers; else 8 + 8 of them.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one for each core.")] = 0,
     traces: TracesDir = None,
-    out: Annotated[Path | None, typer.Option(help="Write the run into this folder: manifest, summary, requests, decisions.")] = None,
-    from_folder: Annotated[Path | None, typer.Option("--from", help="Show the run of this folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for the run: manifest, summary, requests, decisions, report.")] = None,
+    from_folder: Annotated[Path | None, typer.Option("--from", help="Show this folder's run, draw its report anew.")] = None,
     verify: Annotated[Path | None, typer.Option(help="Run what this folder holds once more and compare byte for byte.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
 ) -> None:
     """Compare placement policies on a virtual clock, with a verdict. Ctrl-C ends it with the replicates that are whole."""
     from control.config import load_config
     from router.policies.user_path import import_last_from
-    from simulator.run_folder import read_document, write_run
+    from simulator.run_folder import read_document, write_report, write_run
     from simulator.token_accurate import DEFAULT_CLUSTER
 
     import_last_from(str(Path.cwd()))
@@ -145,6 +145,7 @@ def compare(
         return
     if from_folder is not None:
         document = read_document(from_folder)
+        write_report(from_folder, document)
     else:
         source = source_of(trace, generate, rate=rate, requests=requests, cv=cv, burst=burst, spread=spread, folder=traces)
         options = Options(
@@ -169,11 +170,15 @@ def compare(
         document = run.document()
         if out is not None:
             write_run(out, document, run.cells, run.manifest())
+            write_report(out, document)
             say_line(f"{out} holds the run")
     if as_json:
         print(json.dumps(document))
     else:
-        print_ranking(document)
+        from baton.compare_table import print_comparison
+        from simulator.report.document import read_document as read_report
+
+        print_comparison(read_report(document))
 
 
 # --- running ------------------------------------------------------------------------------------------------------------
@@ -282,15 +287,6 @@ def verify_run(folder: Path, *, num_processes: int) -> None:
 
 class Differs(BatonError):
     """A run that was repeated came out otherwise."""
-
-
-def print_ranking(document: Mapping[str, Any]) -> None:
-    """The best first, with medians over replicates."""
-    width = max(len(standing["policy"]) for standing in document["ranking"])
-    for standing in document["ranking"]:
-        behind = f"behind {', '.join(standing['beaten_by'])}" if standing["beaten_by"] else ""
-        print(f"{standing['policy']:<{width}}  mean TTFT {standing['figure'] * 1e3:8,.0f} ms  {behind}")
-    print(document["verdict"])
 
 
 def plain(value: object) -> object:

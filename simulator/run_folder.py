@@ -4,6 +4,7 @@
     summary.json         the document of `baton compare`, without commit and machine
     requests.jsonl.gz    a row for each request of each cell (cell_rows.py)
     decisions.jsonl.gz   where each was placed
+    report.html          drawn from the document
 
 The same command at the same commit makes the same bytes of COMPARED, whatever the machine and the number of processes.
 """
@@ -18,9 +19,11 @@ from pathlib import Path
 
 from protocol.errors import ConfigError
 from simulator.cell_rows import unpack
+from simulator.report import render
 from simulator.tournament import Cell
 
-MANIFEST, SUMMARY, REQUESTS, DECISIONS = "manifest.json", "summary.json", "requests.jsonl.gz", "decisions.jsonl.gz"
+MANIFEST, SUMMARY, REPORT = "manifest.json", "summary.json", "report.html"
+REQUESTS, DECISIONS = "requests.jsonl.gz", "decisions.jsonl.gz"
 COMPARED = (SUMMARY, REQUESTS, DECISIONS)
 NOT_COMPARED = ("machine", "commit")  # members of the document that stand in the manifest
 MAX_SHOWN_CHARS = 160
@@ -35,6 +38,14 @@ def write_run(folder: Path, document: Document, cells: Sequence[Cell], manifest:
     _write_json(folder / SUMMARY, {name: value for name, value in document.items() if name not in NOT_COMPARED})
     (folder / REQUESTS).write_bytes(b"".join(cell.outcomes for cell in cells))
     (folder / DECISIONS).write_bytes(b"".join(cell.decisions for cell in cells))
+
+
+def write_report(folder: Path, document: Document) -> None:
+    """
+    Raises:
+        ConfigError: a document of another kind.
+    """
+    (folder / REPORT).write_text(render(document), encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, object]:
@@ -103,4 +114,4 @@ def _read_json(path: Path) -> dict[str, object]:
     return value
 
 
-__all__ = ["COMPARED", "MANIFEST", "first_difference", "read_document", "read_manifest", "write_run"]
+__all__ = ["COMPARED", "MANIFEST", "first_difference", "read_document", "read_manifest", "write_report", "write_run"]

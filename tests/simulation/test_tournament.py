@@ -240,7 +240,7 @@ def test_the_command_prints_one_document_or_a_table(cluster_yaml: Path) -> None:
     setting = document["setting"]
     assert setting["workers"] == {"prefill": 2, "decode": 2} and setting["warm_up_s"] == pytest.approx(0.1)
     table = runner.invoke(app, command(cluster_yaml))
-    assert table.exit_code == 0 and "Exploratory" in table.stdout and "least_work" in table.stdout
+    assert table.exit_code == 0 and "Exploratory" in table.stdout and "least_work" in table.stdout and "TTFT / best" in table.stdout
 
 
 def test_a_folder_is_shown_again_and_verified(cluster_yaml: Path, tmp_path: Path) -> None:
@@ -250,6 +250,7 @@ def test_a_folder_is_shown_again_and_verified(cluster_yaml: Path, tmp_path: Path
     assert first.exit_code == 0, first.output
     again = runner.invoke(app, ["compare", "--from", str(folder), "--json"])
     assert json.loads(again.stdout) == json.loads(first.stdout)
+    assert (folder / "report.html").read_text().startswith("<!") and "e2:window_s=60" in (folder / "report.html").read_text()
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["command"].startswith("baton compare --policies ") and manifest["cluster"]["workers"]["num_kv_blocks"] == 512
     assert len(manifest["seeds"]) == 3 and "hub" not in manifest["cluster"]
