@@ -193,6 +193,20 @@ class PrefillServer:
         at_s = began_s + num_done * step_s
         return self.waiting_at_begin - num_done * self.step_tokens, at_s, at_s + step_s + self._step_lag_s
 
+    def busy_s(self, now: float) -> float:
+        """Seconds until a prompt that came now would be begun, as will be: what nobody outside can know."""
+        steps_s = max(0.0, self.began_s + (self.num_done_steps_max + 1) * self.step_s - now) if self._step else 0.0
+        planned = {flight: num_tokens for flight, num_tokens in self._step}
+        for flight in self.running:
+            left = flight.remaining - planned.get(flight, 0)
+            if left:
+                steps_s += self._pace.prompt_s(flight.prompt.num_tokens - left, left, self._chunk_tokens)
+        for flight in self.queue:
+            found = max(self.cache.match(flight.prompt.segments), flight.pulled_blocks) * HASH_BLOCK_SIZE_TOKENS
+            found = min(found, flight.prompt.num_tokens - 1)
+            steps_s += self._pace.prompt_s(found, flight.prompt.num_tokens - found, self._chunk_tokens)
+        return steps_s
+
     def _turn(self, now: float) -> None:
         """Steps are over: what is done goes, then the next are planned."""
         done: list[Flight] = []
@@ -449,6 +463,10 @@ class DecodeServer:
         self.num_pinned -= flight.pinned
 
     # --- prompts that are computed here ---
+
+    def busy_s(self, now: float) -> float:
+        """Seconds until a prompt that came now would be begun."""
+        return max(0.0, self._last_s - now)
 
     def submit(self, flight: Flight) -> None:
         """Compute the prompt, then decode; it arrives at flight.ready_s."""

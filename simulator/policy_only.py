@@ -14,7 +14,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from math import inf
 from random import Random
+from types import MappingProxyType
 
 from control.compose import pool_sizes, prefill_policy, step_time
 from control.config import ClusterConfig
@@ -22,19 +24,33 @@ from engine.models.shapes import find_shape
 from prefill_workers.policy import PromptOrder
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.errors import ConfigError
+from protocol.messages import Place
 from protocol.request import AttemptKey
 from protocol.worker import BlocksRemoved, BlocksStored, KvEvent, Role, WorkerId
 from router import policies
 from router.choice import Choice
 from router.guarded_policy import GuardedPolicy, PoolPolicies
 from router.placement import Placement
-from router.policies.api import Booked, Finished, FirstToken, KvChanged, PlacementPolicy, Stateless, Tick, WorkerJoined
+from router.policies.api import (
+    Booked,
+    Finished,
+    FirstToken,
+    KvChanged,
+    PlacementPolicy,
+    PlacementView,
+    Pool,
+    PoolPrices,
+    Stateless,
+    Tick,
+    WorkerJoined,
+)
 from router.policies.prefix_cost import PrefixCost
 from router.policies.round_robin import RoundRobin
 from router.queue import FairQueue, Waiting
 from simulator.analytic_fleet import AnalyticFleet, AnalyticWorker, address_of, tie_hash
 from simulator.analytic_pace import Pace
 from simulator.analytic_worker import DecodeServer, Driver, Flight, PrefillServer
+from simulator.oracle import ORACLE, KnowingQueue, OracleTtft
 from simulator.prompt_tree import MODEL_ID, Prompt, PromptTree, prompt_tree
 from simulator.routed_cluster import DEFAULT_MAX_MODEL_LEN, DEFAULT_MODEL, LINK_S, SNAPSHOT_S, TICK_S
 from simulator.routed_gateway import Served
@@ -73,20 +89,51 @@ def run_policy_only(
     policy: str,
     seed: int,
     prompts: PromptTree | None = None,
-    on_progress: Callable[[str], None] = lambda text: None,
+    lateness: Lateness | None = None,
+    watcher: Watcher | None = None,
+    forced: Mapping[int, WorkerId] | None = None,
 ) -> list[Served]:
-    """Every request of the trace and what came of it, in order.
+    """Every request of the trace and what came of it, in order. `policy`: as the router takes it, or `oracle_ttft` (oracle.py).
 
     prompts: of this trace (`prompt_tree`), for who runs several policies over it; None: made here.
+    lateness: None: as live; of the oracle always none.
+    forced: by number of the request, the prefill worker it goes to, whatever the policy says, as long as that one has room.
 
     Raises:
         ConfigError: workers without a pace or a number of KV blocks, or that do what only the token-accurate simulation knows.
     """
     if prompts is None:
         prompts = prompt_tree(trace, max_tokens=MAX_TOKENS)
-    served = PolicyOnlyCluster(config, policies.load(policy), name=policy, seed=seed).run(prompts)
-    on_progress(f"{len(served):,} requests")
-    return served
+    if policy == ORACLE:
+        oracle, never = OracleTtft(), Lateness(reports_s=0.0, report_interval_s=0.0, kv_events_s=0.0)
+        cluster = PolicyOnlyCluster(config, oracle, name=policy, seed=seed, lateness=never, watcher=watcher)
+        cluster.reveal(oracle, prompts)
+    else:
+        cluster = PolicyOnlyCluster(config, policies.load(policy), name=policy, seed=seed, lateness=lateness, watcher=watcher)
+    cluster.guard.forced = forced or {}
+    return cluster.run(prompts)
+
+
+class _Guard(GuardedPolicy):
+    """Lets decisions be made otherwise, to see what would have come of it."""
+
+    forced: Mapping[int, WorkerId] = MappingProxyType({})  # by number of the request
+
+    def price(self, view: PlacementView, request: Place, now: float) -> tuple[str, PoolPrices]:
+        name, prices = super().price(view, request, now)
+        if self.forced and view.pool is Pool.PREFILL:
+            worker_id = self.forced.get(int(request.request_id, 16))
+            if any(worker.worker_id == worker_id for worker in view.workers):
+                return name, _Forced(prices, [0.0 if worker.worker_id == worker_id else inf for worker in view.workers])
+        return name, prices
+
+
+class _Forced:
+    """One worker alone is taken; what the policy thought of it stays."""
+
+    def __init__(self, prices: PoolPrices, seconds: list[float]) -> None:
+        self.seconds = seconds
+        self.parts = prices.parts
 
 
 class PolicyOnlyCluster:
@@ -116,6 +163,7 @@ class PolicyOnlyCluster:
         self._lateness = lateness or Lateness()
         self._rng = rng = Random(seed)
         tie_seed = rng.getrandbits(64)
+        self.pulls_prefixes = told.prefix_pull
         self._now = 0.0
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._num_events = 0
@@ -125,13 +173,13 @@ class PolicyOnlyCluster:
         self.index = SegmentIndex(speculative_ttl_s=told.speculative_ttl_s)
         self._regret = SegmentRegret()
         self._late_changes: deque[tuple[float, AnalyticWorker, list[Piece], list[Piece]]] = deque()
-        guard = GuardedPolicy(policy, name=policies.split(name)[0], rng=rng, penalty_s=told.policy_penalty_s)
+        self.guard = _Guard(policy, name=policies.split(name)[0], rng=rng, penalty_s=told.policy_penalty_s)
         observe: object = type(policy).observe
         self._is_listening = observe is not Stateless.observe
         self._names_all = not isinstance(policy, _LOOK_UP_GIVEN_NAMES)
-        self._policies = PoolPolicies(guard)
+        self._policies = PoolPolicies(self.guard)
         self._placement = Placement(told, fleet=self.fleet, index=self.index, policies=self._policies, regret=self._regret, rng=rng)
-        self._queue = FairQueue(output_weight=told.output_weight, max_tenants=told.max_tenants)
+        self._queue: FairQueue = FairQueue(output_weight=told.output_weight, max_tenants=told.max_tenants)
         self._flights: dict[str, Flight] = {}  # that wait at the router
         self._tick_s = 0.0
         self._num_kv_events = 0
@@ -140,13 +188,14 @@ class PolicyOnlyCluster:
         driver.prefilled, driver.decoded = self._prefilled, self._decoded
         driver.cache_changed = self._cache_changed
         driver.room_at = self._room_at
-        self._start(config, driver, Pace(pace), tie_seed)
+        self._pace = Pace(pace)
+        self._chunk_tokens = min(workers.max_num_batched_tokens, config.prefill.chunk_tokens_alone)
+        self._start(config, driver, tie_seed)
 
-    def _start(self, config: ClusterConfig, driver: Driver, pace: Pace, tie_seed: int) -> None:
-        workers, told = config.workers, config.router
+    def _start(self, config: ClusterConfig, driver: Driver, tie_seed: int) -> None:
+        workers, told, pace, chunk_tokens = config.workers, config.router, self._pace, self._chunk_tokens
         assert workers.num_kv_blocks is not None
         num_blocks = workers.num_kv_blocks * workers.block_size // HASH_BLOCK_SIZE_TOKENS
-        chunk_tokens = min(workers.max_num_batched_tokens, config.prefill.chunk_tokens_alone)
         for role, count in pool_sizes(config).items():
             for number in range(count):
                 worker_id = f"{role.value}-{number}"
@@ -188,6 +237,19 @@ class PolicyOnlyCluster:
         self._prefillers = [worker for worker in self.fleet.workers if worker.role.prefills]
         self._room_tokens = told.inbox_steps * workers.max_num_batched_tokens
 
+    def reveal(self, oracle: OracleTtft, tree: PromptTree) -> None:
+        """Let it look into the workers, and know how long answers will be; so does the queue, and with it who decides on shapes."""
+
+        def output_tokens(place: Place) -> int:
+            return tree.prompts[int(place.request_id, 16)].output_tokens
+
+        self._queue = queue = KnowingQueue(output_weight=self._config.output_weight, max_tenants=self._config.max_tenants)
+        queue.know(output_tokens)
+        oracle.see({w.worker_id: w.server for w in self.fleet.workers}, self._pace, output_tokens, self._chunk_tokens)
+
+    def server(self, worker_id: WorkerId) -> PrefillServer | DecodeServer:
+        return self._by_id[worker_id].server
+
     # --- time ---
 
     def run(self, tree: PromptTree) -> list[Served]:
@@ -195,7 +257,6 @@ class PolicyOnlyCluster:
         served = [
             Served(request_id=prompt.place.request_id, arrived_s=prompt.at_s, num_prompt_tokens=prompt.num_tokens) for prompt in prompts
         ]
-        inf = float("inf")
         arrivals = zip(prompts, served, strict=True)
         prompt, record = next(arrivals, (None, None))
         due_s = prompt.at_s + LINK_S if prompt is not None else inf

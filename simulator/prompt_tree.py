@@ -102,6 +102,9 @@ class PromptTree:
     prompts: tuple[Prompt, ...]
     num_segments: int
 
+    def first(self, count: int) -> PromptTree:
+        return PromptTree(prompts=self.prompts[:count], num_segments=self.num_segments)
+
     @property
     def num_tokens(self) -> int:
         return sum(prompt.num_tokens for prompt in self.prompts)

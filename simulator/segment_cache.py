@@ -41,6 +41,10 @@ class SegmentCache:
                 break
         return num_found
 
+    def num_held(self, segment: Segment) -> int:
+        """Leading blocks of one segment; those above it may be gone only if these are."""
+        return self._held.get(segment, 0)
+
     def touch(self, segments: Sequence[Segment]) -> None:
         """The prompt is let go of: deepest block first, so that children are older than their parents."""
         held = self._held
