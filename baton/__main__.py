@@ -14,6 +14,7 @@ from baton.bench.router import bench_router
 from baton.bench.serve import bench_serve
 from baton.bench.start import bench_start
 from baton.bench.transfer import bench_transfer
+from baton.calibrate import calibrate
 from baton.chat import chat
 from baton.compare import compare
 from baton.explain import explain
@@ -38,6 +39,7 @@ app.command("status")(status)
 app.command("explain")(explain)
 app.command("sim")(sim)
 app.command("compare")(compare)
+app.command("calibrate")(calibrate)
 
 bench = typer.Typer(
     name="bench",
