@@ -6,7 +6,7 @@ A policy tried on the model it believes in shows how well it solves equations, n
     noise(seed, worker, number of the step) * (base(shape, padded) + knee)
 
     padded   prompt tokens to whole tiles of the matrix product; decodes to the batch sizes a CUDA graph is captured for
-    base     what the configuration calls for: of a GPU the slower of arithmetic and traffic, which is no sum
+    base     what the configuration calls for, with arithmetic and memory traffic at the same time: the slower of them, which is no sum
     knee     beyond a batch size each further sequence costs more, as in DistServe's two sets of decode constants (simdistserve: B >= 95)
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from control.compose import step_time
 from control.config import ClusterConfig
-from engine.step_time import StepShape, StepTimeModel
+from engine.step_time import LinearStepTime, StepShape, StepTimeModel
 from protocol.errors import ConfigError
 from simulator.noise import Lognormal
 
@@ -50,6 +50,23 @@ class TiledStepTime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OverlappedStepTime:
+    """A `StepTimeModel` from the terms of a linear one: prompts are arithmetic, decodes and weights traffic, and the slower counts.
+
+    No step is shorter than one decode without a context, since the weights are read by all.
+    """
+
+    terms: LinearStepTime
+
+    def step_s(self, shape: StepShape) -> float:
+        if not shape.prefill_tokens + shape.decodes:
+            return 0.0
+        arithmetic = StepShape(prefill_tokens=shape.prefill_tokens, prefill_reads=shape.prefill_reads)
+        traffic = StepShape(decodes=max(1, shape.decodes), decode_reads=shape.decode_reads)
+        return max(self.terms.step_s(arithmetic), self.terms.step_s(traffic))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrueSteps:
     """Of all workers of one simulation. `sigma`: of the noise of a single step."""
 
@@ -63,12 +80,13 @@ class TrueSteps:
 
 
 def true_steps(config: ClusterConfig, *, seed: int, sigma: float = STEP_SIGMA) -> TrueSteps:
-    """Tiles, knee and noise around the pace of `config`.
+    """Tiles, knee and noise around the pace of `config`, whose arithmetic and traffic overlap.
 
     Raises:
         ConfigError: its workers have no pace.
     """
-    return TrueSteps(model=tiled(pace_of(config)), sigma=sigma, seed=seed)
+    pace = pace_of(config)
+    return TrueSteps(model=tiled(OverlappedStepTime(terms=pace) if isinstance(pace, LinearStepTime) else pace), sigma=sigma, seed=seed)
 
 
 def plain_steps(config: ClusterConfig) -> TrueSteps:

@@ -24,7 +24,7 @@ from simulator.prompt_tokens import PromptTokens
 from simulator.routed_cluster import RoutedCluster
 from simulator.routed_gateway import Served
 from simulator.sim_executor import SimExecutor
-from simulator.true_steps import TiledStepTime, TrueSteps, plain_steps, true_steps
+from simulator.true_steps import OverlappedStepTime, TiledStepTime, TrueSteps, plain_steps, true_steps
 from tests.sim_router import run
 
 pytestmark = pytest.mark.pure
@@ -37,7 +37,7 @@ WORKERS = {
     "max_num_batched_tokens": 512,
     "step_time_budget_s": 0.05,
 }
-TRUTH = (TrueSteps, TiledStepTime, RooflineStepTime, LinearStepTime, SimExecutor, VirtualLoop, RoutedCluster)
+TRUTH = (TrueSteps, TiledStepTime, OverlappedStepTime, RooflineStepTime, LinearStepTime, SimExecutor, VirtualLoop, RoutedCluster)
 
 
 def config() -> ClusterConfig:
