@@ -28,7 +28,7 @@ from simulator.analytic_pace import Pace
 from simulator.oracle import ORACLE
 from simulator.policy_only import MAX_TOKENS, run_policy_only
 from simulator.prompt_tree import PromptTree, Segment, prompt_tree
-from simulator.routed_cluster import LINK_S
+from simulator.routed_cluster import LINK_S, num_kv_blocks
 from simulator.routed_gateway import Served
 from simulator.segment_cache import SegmentCache
 from simulator.traces.trace import Trace
@@ -63,7 +63,7 @@ def bounds_of(trace: Trace, config: ClusterConfig, *, seed: int, prompts: Prompt
     tree = prompts if prompts is not None else prompt_tree(trace, max_tokens=MAX_TOKENS)
     workers = config.workers
     num_prefillers = workers.prefill_workers + workers.mixed_workers
-    num_blocks = (workers.num_kv_blocks or 0) * workers.block_size // HASH_BLOCK_SIZE_TOKENS
+    num_blocks = num_kv_blocks(config) * workers.block_size // HASH_BLOCK_SIZE_TOKENS
     ttfts_s = [one.ttft_s for one in run_policy_only(trace, config, policy=ORACLE, seed=seed, prompts=tree) if one.ttft_s is not None]
     return Bounds(
         infinite_cache=tree.reusable_share,

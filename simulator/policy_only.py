@@ -52,7 +52,7 @@ from simulator.analytic_pace import Pace
 from simulator.analytic_worker import DecodeServer, Driver, Flight, PrefillServer
 from simulator.oracle import ORACLE, KnowingQueue, OracleTtft
 from simulator.prompt_tree import MODEL_ID, Prompt, PromptTree, prompt_tree
-from simulator.routed_cluster import DEFAULT_MAX_MODEL_LEN, DEFAULT_MODEL, LINK_S, SNAPSHOT_S, TICK_S
+from simulator.routed_cluster import DEFAULT_MAX_MODEL_LEN, DEFAULT_MODEL, LINK_S, SNAPSHOT_S, TICK_S, num_kv_blocks
 from simulator.routed_gateway import Served
 from simulator.segment_cache import Piece
 from simulator.segment_index import SegmentIndex, SegmentRegret
@@ -150,8 +150,7 @@ class PolicyOnlyCluster:
         watcher: Watcher | None = None,
     ) -> None:
         workers, pace = config.workers, step_time(config)
-        if workers.num_kv_blocks is None:
-            raise ConfigError("a simulated worker has no memory to look at; give workers.num_kv_blocks")
+        self._num_kv_blocks = num_kv_blocks(config)
         if pace is None:
             raise ConfigError("a simulated worker needs a pace; give workers.executor: paced")
         if prefill_policy(config).order_by is not PromptOrder.FIRST_COME:
@@ -194,15 +193,14 @@ class PolicyOnlyCluster:
 
     def _start(self, config: ClusterConfig, driver: Driver, tie_seed: int) -> None:
         workers, told, pace, chunk_tokens = config.workers, config.router, self._pace, self._chunk_tokens
-        assert workers.num_kv_blocks is not None
-        num_blocks = workers.num_kv_blocks * workers.block_size // HASH_BLOCK_SIZE_TOKENS
+        num_blocks = self._num_kv_blocks * workers.block_size // HASH_BLOCK_SIZE_TOKENS
         for role, count in pool_sizes(config).items():
             for number in range(count):
                 worker_id = f"{role.value}-{number}"
                 address = address_of(
                     worker_id,
                     role,
-                    num_blocks=workers.num_kv_blocks,
+                    num_blocks=self._num_kv_blocks,
                     block_size=workers.block_size,
                     max_model_len=config.model.max_model_len or DEFAULT_MAX_MODEL_LEN,
                     max_seqs=workers.max_num_seqs,
