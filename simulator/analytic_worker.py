@@ -451,9 +451,9 @@ class DecodeServer:
         num_blocks = -(-(prompt.num_tokens + prompt.output_tokens) // HASH_BLOCK_SIZE_TOKENS)
         flight.num_reserved, flight.pinned = num_blocks - num_named, num_named
         self.num_pinned += num_named
-        evicted = cache.reserve(flight.num_reserved)
-        stored, more = cache.store(prompt.segments)
-        evicted += more
+        if evicted := cache.reserve(flight.num_reserved):  # perhaps of what is stored next: told before that
+            self._driver.cache_changed(self.worker_id, [], evicted, now)
+        stored, evicted = cache.store(prompt.segments)
         if stored or evicted:
             self._driver.cache_changed(self.worker_id, stored, evicted, now)
 
