@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from baton.progress import say
+from baton.progress import say, say_line
 
 if TYPE_CHECKING:
     from baton.bench.calibration import Calibration, StepBench
@@ -38,7 +38,9 @@ def calibrate(
 ) -> None:
     """Measure what steps of an engine take on this machine, and fit the pace of paced workers to them."""
     from baton.bench import calibration
+    from baton.bench.engine_run import OTHERS_MAX
     from baton.bench.models import label_of, make_checkpoint, resolve_model
+    from baton.bench.processor_time import others_between, processor_time
     from baton.bench.report import make_document
 
     named = resolve_model(model)
@@ -53,8 +55,12 @@ def calibrate(
             max_kv_tokens=plan.num_kv_blocks * plan.layout.block_size_tokens,
         )
         with _engine(model_dir, plan, seed) as bench:
+            before = processor_time(())
             found = calibration.calibrate(bench, points, num_rounds=rounds, rng=Random(f"{seed} order"), say=say)
+            others = others_between(before, processor_time(()))
     say("")
+    if others >= OTHERS_MAX:
+        say_line(f"others used {others:.2f} cores meanwhile, more than {OTHERS_MAX:.2f} disturb; measure again where it is quiet")
     if output is not None:
         output.write_text(as_yaml(found, label, plan.num_kv_blocks), encoding="utf-8")
     if as_json:
@@ -63,6 +69,7 @@ def calibrate(
             "threads": threads,
             "rounds": rounds,
             "kernels": plan.kernels.name,
+            "others": round(others, 3),
             "paced": asdict(found.pace),
             "steps": calibration.told_steps(found.points),
             "took_s": round(time.monotonic() - began_s, 1),
