@@ -38,6 +38,11 @@ class SharedLinks:
         self._out: defaultdict[str, dict[Copy, None]] = defaultdict(dict)  # in the order they began
         self._in: defaultdict[str, dict[Copy, None]] = defaultdict(dict)
 
+    @property
+    def num_copies(self) -> int:
+        """Under way."""
+        return sum(map(len, self._out.values()))
+
     def alone_s(self, size_bytes: int) -> float:
         """What a copy takes that shares no link: none is quicker."""
         return size_bytes / self._bytes_per_s

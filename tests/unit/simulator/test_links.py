@@ -62,6 +62,33 @@ def test_a_copy_that_is_stopped_leaves_its_share_and_never_ends() -> None:
     assert ends == [("kept", 15.0)]
 
 
+def slow_cluster(**workers: object) -> RoutedCluster:
+    """1 + 1 workers of OPT-13B that hand every prompt over, 100 MB/s between them."""
+    return RoutedCluster(
+        load_config(
+            {
+                "workers": {"executor": "paced", "num_kv_blocks": 512, **workers},
+                "paced": {"model": "opt-13b"},
+                "router": {"disaggregate": "always"},
+                "simulation": {"link_bytes_per_s": 1e8},
+            }
+        )
+    )
+
+
+def test_a_copy_whose_deadline_passes_leaves_the_link() -> None:
+    """891 MB take 9 s, the deadline comes after half a second and the prompt is computed again where it decodes.
+
+    Seen to fail with copies that stay on the link until their last byte.
+    """
+    cluster = slow_cluster(pull_deadline_s=0.5)
+    (served,) = run(cluster, Traffic(num_requests=1, request_rate=1.0, input_len=1088, output_len=2, seed=0, shape=SHAPES["unshared"]))
+    counters = {name: worker.core.snapshot(0.0).counters for name, worker in cluster.workers.items()}
+    assert served.terminal == "finished" and counters["decode-0"]["transfer_failures"] == 1
+    (links,) = {worker._transport._links for worker in cluster.workers.values()}
+    assert links.num_copies == 0
+
+
 def second_token_s(link_bytes_per_s: float, latency_s: float) -> float:
     """Of one prompt of 1,088 tokens prefilled on one worker and decoded on another: seconds from the first token to the second."""
     config = load_config(
