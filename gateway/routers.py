@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from protocol.links import Links, Target
+from protocol.links import Link, Links, MakeLinks, Target
 from protocol.messages import (
     Assigned,
     Done,
@@ -33,7 +33,7 @@ from protocol.messages import (
     StatusRequest,
 )
 from protocol.peering import RouterReadiness
-from protocol.wire import Connection, Identity
+from protocol.wire import Identity
 
 log = logging.getLogger("baton.gateway")
 
@@ -68,6 +68,7 @@ class Routers:
         on_up: Callable[[], None],
         on_lost: Callable[[list[str]], None],
         on_message: Callable[[Any], None],
+        links: MakeLinks = Links,
     ) -> None:
         """on_up: there is a router, after there was none. on_lost(request_ids): who had these asked to place cannot be relied on."""
         self.rows: dict[str, Router] = {}
@@ -77,7 +78,7 @@ class Routers:
         self._on_up = on_up
         self._on_lost = on_lost
         self._on_message = on_message
-        self._links = Links(identity, secret, on_up=self._up, on_down=self._down, on_message=self._receive)
+        self._links = links(identity, secret, on_up=self._up, on_down=self._down, on_message=self._receive)
         self._asked: dict[str, list[str]] = {}  # request -> routers that were asked to place it, the newest last; until its Done
         self._now = 0.0  # of the last tick
         self._waiting: dict[int, asyncio.Future[str]] = {}
@@ -168,7 +169,7 @@ class Routers:
     async def close(self) -> None:
         await self._links.close()
 
-    def _up(self, name: str, _: Connection) -> None:
+    def _up(self, name: str, _: Link) -> None:
         row = self.rows.get(name)
         if row is not None:  # it counts once it has said how it is
             row.readiness, row.is_silent, row.pinged_s = None, False, None

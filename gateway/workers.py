@@ -14,7 +14,7 @@ from typing import Any
 from gateway.config import GatewayConfig
 from gateway.events import WorkerSaid
 from protocol.kv import KVPeer
-from protocol.links import Links, Target
+from protocol.links import Link, Links, MakeLinks, Target
 from protocol.messages import (
     AttemptFailed,
     Cancel,
@@ -30,7 +30,7 @@ from protocol.messages import (
     Subscribe,
     TransferFailed,
 )
-from protocol.wire import Connection, Identity
+from protocol.wire import Identity
 from protocol.worker import Role, WorkerAddress, WorkerSnapshot, WorkerState
 
 log = logging.getLogger("baton.gateway")
@@ -95,13 +95,14 @@ class Workers:
         clock: Callable[[], float],
         on_fact: Callable[[WorkerSaid], None],
         on_lost: Callable[[str], None],
+        links: MakeLinks = Links,
     ) -> None:
         self.rows: dict[str, WorkerRow] = {}
         self._config = config
         self._clock = clock
         self._on_fact = on_fact
         self._on_lost = on_lost
-        self._links = Links(identity, secret, on_up=self._up, on_down=self._down, on_message=self._receive)
+        self._links = links(identity, secret, on_up=self._up, on_down=self._down, on_message=self._receive)
         self._pending: dict[
             str, deque[tuple[float, Submit | OfferCompleted | Cancel]]
         ] = {}  # for a worker still being dialed: (until, message)
@@ -180,7 +181,7 @@ class Workers:
 
     # --- links ---
 
-    def _up(self, worker_id: str, connection: Connection) -> None:
+    def _up(self, worker_id: str, connection: Link) -> None:
         log.info("worker up", extra={"worker_id": worker_id, "epoch": connection.peer.epoch})
         if worker_id in self._lost:
             self._lost.remove(worker_id)

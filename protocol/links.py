@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from protocol.errors import WireError
 from protocol.messages import Membership, Watch
@@ -28,6 +28,40 @@ class Target:
     epoch: int
     host: str
     port: int
+
+
+class Link(Protocol):
+    """An open connection, as who uses it sees it."""
+
+    @property
+    def peer(self) -> Identity: ...
+    @property
+    def is_open(self) -> bool: ...
+    def send(self, message: object) -> None: ...
+    def abort(self) -> None: ...
+
+
+class LinkSet(Protocol):
+    """`Links` below, or what stands for them where there are no sockets (simulator/sim_network.py)."""
+
+    def set_targets(self, targets: list[Target]) -> None: ...
+    def get(self, name: str) -> Link | None: ...
+    def send(self, name: str, message: object) -> bool: ...
+    async def close(self) -> None: ...
+
+
+class MakeLinks(Protocol):
+    """As `Links` is made."""
+
+    def __call__(
+        self,
+        identity: Identity,
+        secret: bytes,
+        *,
+        on_up: Callable[[str, Link], None],
+        on_down: Callable[[str, int], None],
+        on_message: Callable[[str, Any], None],
+    ) -> LinkSet: ...
 
 
 class Links:

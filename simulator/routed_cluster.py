@@ -7,34 +7,33 @@ scheduler by the steps it saw end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from random import Random
 
 from control.compose import core_config, pool_sizes, prefill_policy
 from control.config import ClusterConfig
-from engine.core.events import Command as WorkerCommand
-from engine.core.events import Event as WorkerEvent
-from engine.core.events import PublishKvEvents, StepDone
 from engine.core.worker_core import WorkerCore
 from engine.hardware import find_gpu
 from engine.hash_model import HashModel
 from engine.models.shapes import find_shape
 from engine.roofline import kv_capacity_blocks
+from engine.step_time import StepTimeModel
 from protocol.errors import ConfigError
 from protocol.kv import Endpoint
-from protocol.messages import Assigned, Done, KvEvents, Membership, Place, PrefillDone, Reassigned, Refused, SnapshotFrame
+from protocol.messages import Membership, ServiceAddress
 from protocol.request import Request
 from protocol.worker import Role, WorkerAddress
 from router import policies
 from router.core import RouterCore
-from router.events import Event, FromGateway, FromWorker, MembershipChanged, Tick, ToGateway, WorkerUp
 from simulator.estimate_error import EXACT, EstimateError, ReportedTimes
 from simulator.loop import VirtualLoop
 from simulator.prompt_tokens import PromptTokens
 from simulator.routed_gateway import RoutedGateway, Served
 from simulator.sim_executor import SimExecutor, SimPool
 from simulator.sim_host_tier import SimHostTier
+from simulator.sim_network import SimNetwork
+from simulator.sim_processes import SNAPSHOT_IDLE_S, SNAPSHOT_S, SimRouterProcess, SimWorkerProcess
 from simulator.sim_transport import NetworkFaults, SimTransport
 from simulator.sim_worker import SimWorker
 from simulator.true_steps import TrueSteps, plain_steps
@@ -44,7 +43,6 @@ FINGERPRINT = b"simulated model."
 VOCAB_SIZE = 1000
 LINK_S = 0.0003  # from one process to another
 TICK_S = 0.05
-SNAPSHOT_S, SNAPSHOT_IDLE_S = 0.05, 0.5  # as cluster/worker_host.py sends them
 DEFAULT_MODEL = "llama-3-8b"  # whose KV workers hold, where paced.model names none
 DEFAULT_MAX_MODEL_LEN = 1 << 20
 MAX_LEAP_STEPS = 64
@@ -83,27 +81,28 @@ class RoutedCluster:
         self._steps = steps or plain_steps(config)
         self._estimate_error = estimate_error
         self._seed = seed
+        self._policy = policy or config.router.policy
+        self._router_epoch = self._membership_version = 0
         self.loop = VirtualLoop()
-        policy = policy or config.router.policy
-        of_decode = policies.load(config.router.decode_policy) if config.router.decode_policy else None
-        told = replace(config.router, policy=policy)
-        self.router = RouterCore(told, policy=policies.load(policy), decode_policy=of_decode, rng=Random(seed))
-        self.gateway = RoutedGateway(self.loop, self._from_gateway, name=GATEWAY, latency_s=LINK_S, max_tokens=max_tokens)
+        self.network = SimNetwork(self.loop, latency_s=LINK_S)
         self.workers: dict[str, SimWorker] = {}
-        self._snapshot_s: dict[str, float] = {}
-        self._reported: dict[str, ReportedTimes] = {}
+        self.processes: dict[str, SimWorkerProcess] = {}
         links = config.simulation
-        transport = SimTransport(
+        self.transport = SimTransport(
             self.loop, Random(seed), faults=NetworkFaults(), latency_s=links.link_latency_s, bytes_per_s=links.link_bytes_per_s
         )
-        roles = {f"{role.value}-{i}": role for role, count in pool_sizes(config).items() for i in range(count)}
-        for worker_id, role in roles.items():
-            self._start(worker_id, role, transport)
-        members = tuple(self._address(worker_id, role) for worker_id, role in roles.items())
-        self._route(MembershipChanged(membership=Membership(version=1, workers=members, services=())))
-        for worker_id in roles:
-            self._route(WorkerUp(worker_id=worker_id, epoch=1))
+        for role, count in pool_sizes(config).items():
+            for i in range(count):
+                self._start(f"{role.value}-{i}", role, epoch=1)
+        self.router_process = self._start_router()
+        self.gateway = RoutedGateway(self.loop, self.network, config.gateway, name=GATEWAY, max_tokens=max_tokens)
+        self.router_process.follow(self.membership())
+        self.loop.call_later(SNAPSHOT_IDLE_S, lambda: self.gateway.follow(self.membership()))  # the router knows all of them then
         self._tick()
+
+    @property
+    def router(self) -> RouterCore:
+        return self.router_process.core
 
     def run(self, requests: Iterable[tuple[float, Request]], *, on_over: Callable[[int], None] = lambda num_over: None) -> list[Served]:
         """Send each at its time, in seconds from a moment at which all have reported, in order; wait until all is over and at rest.
@@ -150,37 +149,45 @@ class RoutedCluster:
         """Of prompts, on all workers."""
         return sum(w.core.snapshot(self.loop.now).counters["prompt_tokens_computed"] for w in self.workers.values())
 
-    def _from_gateway(self, message: Place | PrefillDone | Done) -> None:
-        self._tell_router(FromGateway(gateway=GATEWAY, message=message))
+    def membership(self) -> Membership:
+        """What the directory would say now."""
+        self._membership_version += 1
+        router = self.router_process.identity
+        service = ServiceAddress(name=router.name, kind="router", epoch=router.epoch, host="127.0.0.1", port=1, pid=1)
+        return Membership(
+            version=self._membership_version,
+            workers=tuple(process.address for process in self.processes.values() if process.worker.is_alive),
+            services=(service,) if self.router_process.is_alive else (),
+        )
 
-    def _tell_router(self, event: Event) -> None:
-        self.loop.call_later(LINK_S, lambda: self._route(event))
+    def _start_router(self) -> SimRouterProcess:
+        config, policy = self.config.router, self._policy
+        self._router_epoch += 1
+        core = RouterCore(
+            replace(config, policy=policy),
+            policy=policies.load(policy),
+            decode_policy=policies.load(config.decode_policy) if config.decode_policy else None,
+            rng=Random(self._seed),
+        )
+        return SimRouterProcess(self.loop, self.network, core, epoch=self._router_epoch)
 
-    def _route(self, event: Event) -> None:
-        for command in self.router.on(event, self.loop.now):
-            message = (
-                command.message if isinstance(command, ToGateway) else None
-            )  # else a Subscribe: everything is sent from the first event on
-            if isinstance(message, (Assigned, Reassigned, Refused)):
-                self.loop.call_later(LINK_S, lambda message=message: self.gateway.receive_routed(message))  # type: ignore[misc]
-        self.router.catch_up()
-
-    def _start(self, worker_id: str, role: Role, transport: SimTransport) -> None:
+    def _start(self, worker_id: str, role: Role, *, epoch: int) -> None:
         config, steps = self.config, self._steps
         pool = SimPool(self._num_kv_blocks, config.workers.block_size, holds_words=self._is_checked)
         model = HashModel(pool, vocab_size=VOCAB_SIZE) if self._is_checked else PromptTokens(vocab_size=VOCAB_SIZE)
         core = core_config(config)
         if not self._is_checked and core.scheduler.max_inflight_steps == 1:
             core = replace(core, scheduler=replace(core.scheduler, max_leap_steps=MAX_LEAP_STEPS))
+        process = self._process(self._address(worker_id, role, epoch))
         worker = SimWorker(
             self.loop,
-            transport,
+            self.transport,
             worker_id=worker_id,
-            epoch=1,
+            epoch=epoch,
             core=WorkerCore(
                 core,
                 worker_id=worker_id,
-                epoch=1,
+                epoch=epoch,
                 role=role,
                 layout=self._layout,
                 num_blocks=self._num_kv_blocks,
@@ -190,43 +197,39 @@ class RoutedCluster:
                 decode=config.decode,
             ),
             pool=pool,
-            executor=SimExecutor(self.loop, model, steps.model, steps.noise_of(worker_id)),
-            to_gateway=lambda _, message: self.gateway.receive(worker_id, message),
+            executor=SimExecutor(self.loop, model, self._step_time(worker_id), steps.noise_of(worker_id)),
+            to_gateway=process.send,
             tier=SimHostTier(self.loop, pool, Random(0)),
         )
-        worker.after_turn = lambda event, commands: self._look(worker, event, commands)
-        self.workers[worker_id] = self.gateway.workers[worker_id] = worker
-        self._snapshot_s[worker_id] = -SNAPSHOT_IDLE_S
-        self._reported[worker_id] = ReportedTimes(self._estimate_error, seed=self._seed, worker_id=worker_id)
+        process.start(worker)
+        self.workers[worker_id], self.processes[worker_id] = worker, process
+        self._started(process)
 
-    def _look(self, worker: SimWorker, event: WorkerEvent, commands: Sequence[WorkerCommand]) -> None:
-        """What the worker's host would send the router after this turn."""
-        for command in commands:
-            if isinstance(command, PublishKvEvents):
-                message = KvEvents(worker_id=worker.worker_id, epoch=1, events=command.events)
-                self._tell_router(FromWorker(worker_id=worker.worker_id, epoch=1, message=message))
-        if isinstance(event, StepDone):
-            self._report(worker, SNAPSHOT_S)
+    # What faults replace (simulator/faulty_cluster.py).
 
-    def _report(self, worker: SimWorker, interval_s: float) -> None:
-        """A snapshot, unless there was one in this time."""
-        if self.loop.now - self._snapshot_s[worker.worker_id] >= interval_s:
-            self._snapshot_s[worker.worker_id] = self.loop.now
-            frame = SnapshotFrame(snapshot=self._reported[worker.worker_id].told(worker.snapshot()))
-            self._tell_router(FromWorker(worker_id=worker.worker_id, epoch=1, message=frame))
+    def _process(self, address: WorkerAddress) -> SimWorkerProcess:
+        reported = ReportedTimes(self._estimate_error, seed=self._seed, worker_id=address.worker_id)
+        return SimWorkerProcess(self.loop, self.network, address, reported=reported)
+
+    def _step_time(self, worker_id: str) -> StepTimeModel:
+        return self._steps.model
+
+    def _started(self, process: SimWorkerProcess) -> None:
+        """For whoever wants to look at it."""
 
     def _tick(self) -> None:
-        self._route(Tick())
-        for worker in self.workers.values():
-            self._report(worker, SNAPSHOT_S if worker.executor.num_steps_past else SNAPSHOT_IDLE_S)
+        self.router_process.tick()
+        for process in self.processes.values():
+            process.report(SNAPSHOT_S if process.worker.executor.num_steps_past else SNAPSHOT_IDLE_S)
+        self.gateway.tick()
         self.loop.call_later(TICK_S, self._tick)
 
-    def _address(self, worker_id: str, role: Role) -> WorkerAddress:
+    def _address(self, worker_id: str, role: Role, epoch: int) -> WorkerAddress:
         workers = self.config.workers
         return WorkerAddress(
             worker_id=worker_id,
             role=role,
-            epoch=1,
+            epoch=epoch,
             host="127.0.0.1",
             port=1,
             pid=1,

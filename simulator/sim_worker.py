@@ -77,6 +77,7 @@ class SimWorker:
         self.executor = executor
         self.tier = tier
         self.is_alive = True
+        self._held: list[Event] | None = None  # what happened while the process stood still; None: it runs
         self.kv_events: list[KvEvent] = []
         self.after_turn: Callable[[Event, list[Command]], None] = lambda _event, _commands: None  # checkers look here
         self._loop = loop
@@ -91,6 +92,9 @@ class SimWorker:
     def take(self, event: Event) -> None:
         """One turn: an event in, its commands performed."""
         if not self.is_alive:
+            return
+        if self._held is not None:
+            self._held.append(event)
             return
         commands = self.core.on(event, self._loop.now)
         if not isinstance(event, _QUIET) or (commands and isinstance(event, Tick)):
@@ -126,9 +130,24 @@ class SimWorker:
         self.pool.step_done(step_id)
         self._transport.look_again(self.worker_id)
 
+    @property
+    def is_running(self) -> bool:
+        """Alive, and not stopped."""
+        return self.is_alive and self._held is None
+
+    def stop(self) -> None:
+        """As by SIGSTOP: what happens from now on is taken in when the process goes on."""
+        if self._held is None:
+            self._held = []
+
+    def go_on(self) -> None:
+        held, self._held = self._held, None
+        for event in held or ():
+            self.take(event)
+
     def _tick(self) -> None:
         if self.is_alive:
-            if self.core.awaits_time:
+            if self._held is None and self.core.awaits_time:
                 self.take(Tick())
             self._loop.call_later(self._tick_s, self._tick)
 
