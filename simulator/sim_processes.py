@@ -194,6 +194,7 @@ class SimRouterProcess:
         self.core = core
         self.identity = Identity(name=name, kind="router", epoch=epoch)
         self.is_alive = True
+        self.is_stopped = False  # as by SIGSTOP: no time passes for it (hold its links as well)
         self._loop = loop
         self._network = network
         self._gateways: dict[str, SimConnection] = {}
@@ -211,7 +212,8 @@ class SimRouterProcess:
             self._links.set_targets([Target(name=w.worker_id, epoch=w.epoch, host=w.host, port=w.port) for w in membership.workers])
 
     def tick(self) -> None:
-        self.take(Tick())
+        if not self.is_stopped:
+            self.take(Tick())
 
     def take(self, event: RouterEvent) -> None:
         """One turn. All that one gateway is told goes out together."""

@@ -6,8 +6,10 @@ read in between counts only when both held. Outcomes are values; the core decide
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -34,6 +36,17 @@ class NetworkFaults:
     delay_s_max: float = 0.0
     deaf_pull: float = 0.0  # hears neither deadline nor cancellation: writes and ends `deaf_s` after its deadline
     deaf_s: float = 3.0
+    corrupt_pull: float = 0.0  # a copied block is not what the source holds; its digest says so
+
+
+class TransferFault(Enum):
+    """What came to pass of NetworkFaults, or of a network that was cut."""
+
+    WORD_LOST = "a word about a hand-off is lost"
+    HUNG = "nothing of a copy comes, or its end comes late"
+    FAILED = "a copy breaks off"
+    CORRUPT = "what was copied is not what the source holds"
+    CUT = "the two workers do not reach each other"
 
 
 class SimTransport:
@@ -44,9 +57,11 @@ class SimTransport:
     ) -> None:
         self.workers: dict[str, SimWorker] = {}
         self.num_stale = 0  # copies that saw a block reused
+        self.faults = faults
+        self.is_reachable: Callable[[str, str], bool] = lambda one, other: True  # of two workers, now
+        self.on_fault: Callable[[TransferFault, KVHandoff], None] = lambda fault, handoff: None  # one came to pass
         self._loop = loop
         self._rng = rng
-        self._faults = faults
         self._latency_s = latency_s
         self._links = SharedLinks(loop, bytes_per_s=bytes_per_s)
         self._cancels: dict[tuple[str, str], Callable[[], None]] = {}  # (target worker, handoff id) of each copy under way
@@ -58,16 +73,20 @@ class SimTransport:
         for begin in self._followers.pop(worker_id, ()):
             self._loop.call_later(_FOLLOW_S, begin)
 
-    def send(self, handoff: KVHandoff, event: PeerAcked | PeerDropped | LeaseRenewed) -> None:
+    def send(self, sender: SimWorker, handoff: KVHandoff, event: PeerAcked | PeerDropped | LeaseRenewed) -> None:
         """To the source of `handoff`: later, perhaps never, perhaps twice."""
-        self.send_to_peer(handoff.shards[0], event)
+        if not self.send_to_peer(sender, handoff.shards[0], event):
+            self.on_fault(TransferFault.WORD_LOST, handoff)
 
-    def send_to_peer(self, peer: KVPeer | HandoffShard, event: PeerAcked | PeerDropped | LeaseRenewed | PeerSaid) -> None:
-        """To one incarnation of a worker: later, perhaps never, perhaps twice."""
-        if self._rng.random() < self._faults.lose_message:
-            return
-        for _ in range(2 if self._rng.random() < self._faults.repeat_message else 1):
+    def send_to_peer(
+        self, sender: SimWorker, peer: KVPeer | HandoffShard, event: PeerAcked | PeerDropped | LeaseRenewed | PeerSaid
+    ) -> bool:
+        """To one incarnation of a worker: later, perhaps never, perhaps twice. False: it is lost."""
+        if self._rng.random() < self.faults.lose_message or not self.is_reachable(sender.worker_id, peer.worker_id):
+            return False
+        for _ in range(2 if self._rng.random() < self.faults.repeat_message else 1):
             self._loop.call_later(self._delay_s(), lambda: self._deliver(peer, event))
+        return True
 
     def _deliver(self, peer: KVPeer | HandoffShard, event: Event) -> None:
         worker = self._incarnation(peer)
@@ -84,7 +103,7 @@ class SimTransport:
         on_link: Copy | None = None
         is_open = True
         is_complete = handoff.is_complete
-        is_copied = False
+        is_copied = is_corrupt = False
         deadline = self._loop.call_later(command.deadline_s, lambda: end(TransferError.DEADLINE))
 
         def end(error: TransferError | None) -> None:
@@ -92,6 +111,8 @@ class SimTransport:
             if not is_open:
                 return
             is_open = False
+            if is_corrupt and error is None:
+                error = TransferError.DIGEST_MISMATCH
             deadline.cancel()
             if on_link is not None:
                 self._links.stop(on_link)
@@ -112,9 +133,13 @@ class SimTransport:
                 return
             if not self._is_fresh(command):
                 end(self._why_stale(command))
+            elif self._is_cut(target, handoff):
+                end(TransferError.PEER_LOST)
             elif not self._is_computed(command):
                 self._followers.setdefault(handoff.shards[0].worker_id, []).append(begin)
-            elif self._rng.random() >= self._faults.hang_pull:
+            elif self._rng.random() < self.faults.hang_pull:
+                self.on_fault(TransferFault.HUNG, handoff)
+            else:
                 delay_s = self._delay_s()
                 self._loop.call_later((delay_s + self._links.alone_s(size_bytes)) * self._rng.random(), copy)
                 self._loop.call_later(delay_s, cross)
@@ -125,10 +150,16 @@ class SimTransport:
                 on_link = self._links.start(handoff.shards[0].worker_id, target.worker_id, size_bytes, verify)
 
         def copy() -> None:
+            nonlocal is_corrupt
             source = self._source(handoff)
             if is_open and source is not None and target.pool.holds_words:
                 for index, block_id in zip(command.source_indices, command.target_block_ids, strict=True):
                     target.pool.write_block(block_id, source.pool.read_block(handoff.shards[0].block_ids[index]))
+                if self.faults.corrupt_pull and self._rng.random() < self.faults.corrupt_pull:
+                    is_corrupt = True
+                    self.on_fault(TransferFault.CORRUPT, handoff)
+                    spoilt = command.target_block_ids[self._rng.randrange(len(command.target_block_ids))]
+                    target.pool.write_block(spoilt, array("Q", [word ^ 1 for word in target.pool.read_block(spoilt)]))
 
         def verify() -> None:
             nonlocal is_copied
@@ -136,7 +167,10 @@ class SimTransport:
                 return
             if not self._is_fresh(command):
                 end(self._why_stale(command))
-            elif self._rng.random() < self._faults.fail_pull:
+            elif self._is_cut(target, handoff):
+                end(TransferError.PEER_LOST)
+            elif self._rng.random() < self.faults.fail_pull:
+                self.on_fault(TransferFault.FAILED, handoff)
                 end(self._rng.choice((TransferError.PEER_LOST, TransferError.DIGEST_MISMATCH)))
             elif is_complete:
                 end(None)
@@ -155,9 +189,10 @@ class SimTransport:
             copy()
             end(TransferError.DEADLINE)
 
-        if self._faults.deaf_pull and self._rng.random() < self._faults.deaf_pull:
+        if self.faults.deaf_pull and self._rng.random() < self.faults.deaf_pull:
             deadline.cancel()
-            deadline = self._loop.call_later(command.deadline_s + self._faults.deaf_s, come_late)
+            self.on_fault(TransferFault.HUNG, handoff)
+            deadline = self._loop.call_later(command.deadline_s + self.faults.deaf_s, come_late)
             self._cancels[key] = lambda: None
             self._completions[key] = lambda _: None
             return
@@ -184,6 +219,12 @@ class SimTransport:
         worker = self.workers.get(peer.worker_id)
         return worker if worker is not None and worker.is_alive and worker.epoch == peer.epoch else None
 
+    def _is_cut(self, target: SimWorker, handoff: KVHandoff) -> bool:
+        is_cut = not self.is_reachable(target.worker_id, handoff.shards[0].worker_id)
+        if is_cut:
+            self.on_fault(TransferFault.CUT, handoff)
+        return is_cut
+
     def _is_computed(self, command: StartPull) -> bool:
         """Steps are computed at their end; that of an early offer has to be over. Of a source that is gone `_is_fresh` tells."""
         source, shard = self._source(command.handoff), command.handoff.shards[0]
@@ -206,4 +247,4 @@ class SimTransport:
         return TransferError.STALE_GENERATION
 
     def _delay_s(self) -> float:
-        return self._latency_s + self._rng.random() * self._faults.delay_s_max
+        return self._latency_s + self._rng.random() * self.faults.delay_s_max

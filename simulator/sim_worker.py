@@ -180,11 +180,11 @@ class SimWorker:
             case CancelPull():
                 self._transport.cancel_pull(self, command.handoff_id)
             case AckSource():
-                self._transport.send(command.handoff, PeerAcked(handoff_id=command.handoff.handoff_id))
+                self._transport.send(self, command.handoff, PeerAcked(handoff_id=command.handoff.handoff_id))
             case DropSource():
-                self._transport.send(command.handoff, PeerDropped(handoff_id=command.handoff.handoff_id, reason=command.reason))
+                self._transport.send(self, command.handoff, PeerDropped(handoff_id=command.handoff.handoff_id, reason=command.reason))
             case RenewSource():
-                self._transport.send(command.handoff, LeaseRenewed(handoff_id=command.handoff.handoff_id))
+                self._transport.send(self, command.handoff, LeaseRenewed(handoff_id=command.handoff.handoff_id))
             case AskPrefix():
                 request = RequestPrefix(
                     pull_id=command.pull_id,
@@ -195,13 +195,13 @@ class SimWorker:
                     token_ids=command.token_ids,
                     num_held_tokens=command.num_held_tokens,
                 )
-                self._transport.send_to_peer(command.peer, PeerSaid(worker_id=self.worker_id, message=request))
+                self._transport.send_to_peer(self, command.peer, PeerSaid(worker_id=self.worker_id, message=request))
             case OfferPrefix():
                 offered = PrefixOffered(pull_id=command.pull_id, handoff=command.handoff)
-                self._transport.send_to_peer(command.peer, PeerSaid(worker_id=self.worker_id, message=offered))
+                self._transport.send_to_peer(self, command.peer, PeerSaid(worker_id=self.worker_id, message=offered))
             case RefusePrefix():
                 refused = PrefixRefused(pull_id=command.pull_id, reason=command.reason)
-                self._transport.send_to_peer(command.peer, PeerSaid(worker_id=self.worker_id, message=refused))
+                self._transport.send_to_peer(self, command.peer, PeerSaid(worker_id=self.worker_id, message=refused))
             case SaveBlocks():
                 self.tier.save(command)
             case LoadBlocks():

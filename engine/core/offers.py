@@ -48,6 +48,10 @@ class Offers:
     def __len__(self) -> int:
         return len(self._open)
 
+    def is_open(self, handoff_id: str) -> bool:
+        """True while its blocks are kept."""
+        return handoff_id in self._open
+
     def offer_early(self, step: StepInFlight, now: float) -> list[Command]:
         """Offer the prompts whose last tokens this step computes. Of one choice only: its target has nothing to share out meanwhile."""
         commands: list[Command] = []

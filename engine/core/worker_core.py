@@ -476,6 +476,9 @@ class WorkerCore:
     def kv_snapshot(self) -> KvSnapshot:
         return self._cache.log.snapshot(self._worker_id, self._epoch)
 
+    def is_offering(self, handoff_id: str) -> bool:
+        return self._offers.is_open(handoff_id)
+
     @property
     def awaits_time(self) -> bool:
         """True while a Tick may do something: a lease, a pull or a wait can run out, or a step be planned that could not be before."""
