@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -39,6 +40,7 @@ log = logging.getLogger("baton.gateway")
 
 STATUS_TIMEOUT_S = 1.0
 MAX_WAITING_STATUS = 64
+MAX_TOLD_AGAIN = 8192  # ends of attempts
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,6 +82,9 @@ class Routers:
         self._on_message = on_message
         self._links = links(identity, secret, on_up=self._up, on_down=self._down, on_message=self._receive)
         self._asked: dict[str, list[str]] = {}  # request -> routers that were asked to place it, the newest last; until its Done
+        self._over: deque[tuple[float, Done]] = deque(
+            maxlen=MAX_TOLD_AGAIN
+        )  # (when told, what), while a link may still turn out to be dead
         self._now = 0.0  # of the last tick
         self._waiting: dict[int, asyncio.Future[str]] = {}
         self._reply_ids = itertools.count(1)
@@ -112,7 +117,12 @@ class Routers:
         return self.current
 
     def tell(self, said: PrefillDone | Done) -> None:
-        """To the router that placed the request, else to any: they tell each other."""
+        """To the router that placed the request, else to any: they tell each other.
+
+        An end is told again to a router whose link comes up: the one before may have lost it, and a booking would stand until its TTL.
+        """
+        if isinstance(said, Done):
+            self._over.append((self._now, said))
         asked = self._asked.pop(said.request_id, []) if isinstance(said, Done) else self._asked.get(said.request_id, [])
         if not (asked and self._links.send(asked[-1], said)) and self.current is not None:
             self._links.send(self.current.service.name, said)
@@ -165,11 +175,16 @@ class Routers:
             elif now - row.pinged_s > self._silent_s:
                 log.warning("a router does not answer", extra={"router": name, "asked_s": now - row.pinged_s})
                 connection.abort()
+        if all(self._links.get(name) is not None and row.pinged_s is None for name, row in self.rows.items()):
+            while self._over and now - self._over[0][0] > 2 * self._silent_s:
+                self._over.popleft()
 
     async def close(self) -> None:
         await self._links.close()
 
-    def _up(self, name: str, _: Link) -> None:
+    def _up(self, name: str, connection: Link) -> None:
+        for _, done in self._over:
+            connection.send(done)
         row = self.rows.get(name)
         if row is not None:  # it counts once it has said how it is
             row.readiness, row.is_silent, row.pinged_s = None, False, None
