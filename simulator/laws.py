@@ -34,7 +34,7 @@ from engine.core.events import (
     StepDone,
 )
 from engine.core.executor import BatchPlan
-from engine.hash_model import next_token, prefix_words
+from engine.hash_model import next_token, prefix_words, read_of
 from gateway.events import Abandon, Deliver, Fail, Finish, WorkerSaid
 from gateway.events import Event as SessionEvent
 from gateway.session import Session
@@ -207,7 +207,7 @@ class _Choice:
 
     def next(self, vocab_size: int) -> int:
         sampling, position = self._sampling, self.num_tokens
-        token = next_token(self._words.tobytes(), sampling, choice=self._choice, position=position, vocab_size=vocab_size)
+        token = next_token(read_of(self._words.tobytes()), sampling, choice=self._choice, position=position, vocab_size=vocab_size)
         self._words += prefix_words(self._words[-1], array("I", [token]))
         self.num_tokens += 1
         if token in sampling.stop_token_ids and position >= sampling.min_tokens:

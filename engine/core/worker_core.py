@@ -128,6 +128,7 @@ class WorkerCore:
             lease_s=config.lease_s,
             digest_mode=config.digest_mode,
         )
+        self.is_offering = self._offers.is_open  # by hand-off id
         self._intake = Intake(
             config,
             self._scheduler,
@@ -475,9 +476,6 @@ class WorkerCore:
 
     def kv_snapshot(self) -> KvSnapshot:
         return self._cache.log.snapshot(self._worker_id, self._epoch)
-
-    def is_offering(self, handoff_id: str) -> bool:
-        return self._offers.is_open(handoff_id)
 
     @property
     def awaits_time(self) -> bool:
