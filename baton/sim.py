@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from baton.progress import say
+from baton.sim_faults import seeds_of, sim_faults
 from baton.trace_options import Burst, Cv, Generator, Rate, Spread, TraceName, TracesDir, source_of
 
 if TYPE_CHECKING:
@@ -36,8 +37,15 @@ def sim(
     traces: TracesDir = None,
     table: Annotated[Path | None, typer.Option(help="Write a line of JSON for each request into this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
+    faults: Annotated[bool, typer.Option("--faults", help="In place of a trace: a small cluster under faults drawn from --seed.")] = False,
+    kinds: Annotated[str, typer.Option(help="Of faults, as kill,hang; else all of them.")] = "",
+    seeds: Annotated[str, typer.Option(help="FIRST:LAST: with --faults, all of these in place of --seed.")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share --seeds.")] = 1,
 ) -> None:
     """Run a placement policy over a trace, on the cluster's own code and a virtual clock."""
+    if faults:
+        sim_faults(seeds_of(seeds, seed), kinds, jobs=jobs, as_json=as_json)
+        return
     from baton.bench.report import make_document
     from control.config import load_config
     from simulator.summary import Objective, summarise

@@ -10,6 +10,7 @@ from random import Random
 from control.config import ClusterConfig, load_config
 from gateway.events import Event
 from gateway.session import Session
+from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS, block_hashes
 from protocol.request import Request, SamplingParams, token_buffer
 from simulator.faults import LIVE_STATES, FaultInjector, Kind, draw_plan
 from simulator.faulty_cluster import FaultyCluster
@@ -22,6 +23,7 @@ BEGIN_S = 1.0  # all have reported then
 SERVED_WITHIN_S = 240.0  # of virtual time, after the last request came
 AT_REST_WITHIN_S = 60.0
 BOOKING_TTL_S = 8.0
+SPECULATIVE_TTL_S = 0.3
 NUM_KINDS = 3  # that must take effect in a run
 TENANTS = (b"tenant-0 of three", b"tenant-1 of three", b"tenant-2 of three")
 POLICIES = ("prefix_cost", "prefix_cost", "least_work", "round_robin", "power_of_two", "e2")
@@ -97,12 +99,26 @@ class _Run:
         if not loop.run(lambda: not self._unrest(), deadline_s=loop.now + AT_REST_WITHIN_S):
             law, text = self._unrest() or (Law.BLOCKS, "")
             raise LawBroken(law, text)
+        loop.run(lambda: False, deadline_s=loop.now + 2 * SPECULATIVE_TTL_S)  # guesses are over then
         router = cluster.router
         router.check()
+        self._compare_caches()
         for worker in cluster.workers.values():
             worker.core.check()
         if router.counters["bookings_expired"]:
             raise LawBroken(Law.BLOCKS, f"{router.counters['bookings_expired']} bookings were never ended")
+
+    def _compare_caches(self) -> None:
+        """What the router would find for each prompt, beside what lies there."""
+        cluster = self._cluster
+        held = {worker_id: set(worker.core.kv_snapshot().hashes) for worker_id, worker in cluster.workers.items()}
+        for request in self._requests:
+            hashes = block_hashes(request.cache_root, request.prompt_token_ids)
+            depths = {name: next((i for i, h in enumerate(hashes) if h not in names), len(hashes)) for name, names in held.items()}
+            found = cluster.router.index.match(hashes).device_tokens
+            right = {name: depth * HASH_BLOCK_SIZE_TOKENS for name, depth in depths.items() if depth}
+            if found != right:
+                raise LawBroken(Law.INDEX, f"the router finds {found} of {request.request_id}, cached are {right}")
 
     def _unrest(self) -> tuple[Law, str] | None:
         """What is not at rest yet."""
@@ -117,8 +133,8 @@ class _Run:
         if len(router.bookings) or len(router.waiting_room):
             return Law.BLOCKS, f"{len(router.bookings)} bookings and {len(router.waiting_room)} waiting attempts are left at the router"
         for worker_id, worker in cluster.workers.items():
-            told = router.index.told_by(worker_id)
-            if told is None or set(told.hashes) != set(worker.core.kv_snapshot().hashes):
+            told, right = router.index.told_by(worker_id), worker.core.kv_snapshot()
+            if told is None or set(told.hashes) != set(right.hashes) or set(told.host_hashes) != set(right.host_hashes):
                 return Law.INDEX, f"the router does not know what {worker_id} caches"
         return None
 
@@ -185,6 +201,7 @@ def draw_config(rng: Random) -> ClusterConfig:
                 "max_wait_s": 30.0,
                 "no_worker_wait_s": 5.0,
                 "booking_ttl_s": BOOKING_TTL_S,
+                "speculative_ttl_s": SPECULATIVE_TTL_S,
                 "resync_interval_s": 0.2,
                 "ready_wait_s": 0.5,
             },
