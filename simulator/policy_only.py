@@ -52,10 +52,11 @@ from simulator.analytic_pace import Pace
 from simulator.analytic_worker import DecodeServer, Driver, Flight, PrefillServer
 from simulator.oracle import ORACLE, KnowingQueue, OracleTtft
 from simulator.prompt_tree import MODEL_ID, Prompt, PromptTree, prompt_tree
-from simulator.routed_cluster import DEFAULT_MAX_MODEL_LEN, DEFAULT_MODEL, LINK_S, SNAPSHOT_S, TICK_S, num_kv_blocks
+from simulator.routed_cluster import DEFAULT_MAX_MODEL_LEN, DEFAULT_MODEL, LINK_S, TICK_S, num_kv_blocks
 from simulator.routed_gateway import Served
 from simulator.segment_cache import Piece
 from simulator.segment_index import SegmentIndex, SegmentRegret
+from simulator.sim_processes import SNAPSHOT_S
 from simulator.traces.trace import Trace
 
 MAX_TOKENS = 2048  # what clients are taken to allow, as in the token-accurate run
