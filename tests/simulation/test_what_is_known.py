@@ -13,10 +13,10 @@ from baton.bench.policy_traffic import traffic
 from control.config import ClusterConfig, load_config
 from engine.core.executor import BatchPlan, Entries, PlanEntry, SampleEntry, Samples, SequenceStart
 from engine.step_time import FittedStepTime, LinearStepTime, RooflineStepTime
-from protocol.messages import Done, KvEvents, Place, PrefillDone, SnapshotFrame
+from protocol.messages import Done, KvEvents, KvSnapshot, Place, PrefillDone, SnapshotFrame
 from protocol.request import SamplingParams
 from router.core import RouterCore
-from router.events import Event, FromGateway, FromWorker, MembershipChanged, Tick, WorkerUp
+from router.events import Event, FromGateway, FromWorker, GatewayUp, MembershipChanged, Tick, WorkerUp
 from simulator.estimate_error import EXACT, EstimateError
 from simulator.loop import VirtualLoop
 from simulator.noise import Lognormal
@@ -90,7 +90,7 @@ def test_the_router_hears_what_a_live_one_hears(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(RouterCore, "on", listen)
     served(cluster_of())
-    assert heard == {MembershipChanged, WorkerUp, Tick, Place, PrefillDone, Done, SnapshotFrame, KvEvents}
+    assert heard == {MembershipChanged, WorkerUp, GatewayUp, Tick, Place, PrefillDone, Done, SnapshotFrame, KvSnapshot, KvEvents}
 
 
 def test_steps_take_the_true_times_and_a_seed_is_a_run() -> None:
