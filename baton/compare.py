@@ -24,7 +24,7 @@ from simulator.fidelity import Fidelity
 if TYPE_CHECKING:
     from control.config import ClusterConfig
     from simulator.comparison import Result
-    from simulator.tournament import Cell, Tournament
+    from simulator.tournament import Cell, Key, Tournament
 
 SCHEMA = "baton.compare.v1"
 MANIFEST_SCHEMA = "baton.compare.manifest.v1"
@@ -54,6 +54,7 @@ class Options:
     slo_ttft: float = DEFAULT_TTFT_S
     slo_tpot: float = DEFAULT_TPOT_S
     warm_up: float | None = None
+    estimate_error: bool = False
     seed: int = 0
     config: str = ""  # a path
 
@@ -61,8 +62,12 @@ class Options:
     def command(self) -> str:
         """That asks for the same."""
         told = {field.name: getattr(self, field.name) for field in fields(self)}
-        words = [("--" + name.replace("_", "-"), str(value)) for name, value in told.items() if value not in (None, "")]
-        return shlex.join(["baton", "compare", *(word for pair in words for word in pair)])
+        words = ["baton", "compare"]
+        for name, value in told.items():
+            if value is None or value is False or value == "":
+                continue
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        return shlex.join(words)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +90,6 @@ class Run:
         """Of the run folder; what a second run needs, and what it may differ in."""
         from importlib.metadata import version
 
-        from simulator.metrics import METRICS
-
         tournament = self.result.tournament
         replicates = tournament.replicates
         return {
@@ -96,7 +99,7 @@ class Run:
             "cluster": {name: plain(section) for name, section in asdict(tournament.config).items() if name in SIMULATED},
             "trace_sha256": replicates.sha256,
             "seeds": [replicates.seed_of(index) for index in range(self.result.num_replicates)],
-            "metrics": [metric.name for metric in METRICS],
+            "cells": len(tournament.entrants) * self.result.num_replicates * max(1, len(self.result.under_errors)),
             "packages": {name: version(name) for name in PACKAGES},
             "took_s": round(self.took_s, 3),
             "processes": self.num_processes,
@@ -123,6 +126,12 @@ def compare(
     warm_up: Annotated[
         float | None, typer.Option(min=0.0, help="Requests of the first so many seconds are not counted; else of a tenth of the time.")
     ] = None,
+    estimate_error: Annotated[
+        bool,
+        typer.Option(
+            "--estimate-error", help="Also where workers report times wrong: x0.5, 1, 2 and sigma 0, 0.3, 0.6; nine times the work."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of whatever is drawn. The same seed is the same tournament.")] = 0,
     config: Annotated[Path | None, typer.Option(help="A cluster.yaml of paced workers; else 8 + 8 of them.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one for each core.")] = 0,
@@ -162,6 +171,7 @@ def compare(
             slo_ttft=slo_ttft,
             slo_tpot=slo_tpot,
             warm_up=warm_up,
+            estimate_error=estimate_error,
             seed=seed,
             config=str(config.resolve()) if config is not None else "",
         )
@@ -190,6 +200,7 @@ def tournament_of(options: Options, config: ClusterConfig) -> Tournament:
         ConfigError: something that does not exist, or does not go together.
     """
     from router.policies import split_list
+    from simulator.estimate_error import ERROR_GRID
     from simulator.replicates import Replicates
     from simulator.summary import Objective
     from simulator.tournament import Entrant, Tournament
@@ -213,11 +224,12 @@ def tournament_of(options: Options, config: ClusterConfig) -> Tournament:
         fidelity=Fidelity(options.fidelity),
         objective=Objective(ttft_s=options.slo_ttft, tpot_s=options.slo_tpot),
         warm_up_s=warm_up_s,
+        errors=tuple(error for error in ERROR_GRID if not error.is_none) if options.estimate_error else (),
     )
 
 
-def run_tournament(options: Options, config: ClusterConfig, *, num_processes: int, num_replicates: int | None = None) -> Run:
-    """All of it, the first `num_replicates`, or what was whole when it was interrupted.
+def run_tournament(options: Options, config: ClusterConfig, *, num_processes: int, num_cells: int | None = None) -> Run:
+    """All of it, the first `num_cells` cells, or what was whole when it was interrupted.
 
     Raises:
         ConfigError: it cannot be run as asked.
@@ -227,15 +239,13 @@ def run_tournament(options: Options, config: ClusterConfig, *, num_processes: in
     from simulator.crew import run_cells
 
     tournament = tournament_of(options, config)
-    keys, began_s = tournament.keys, time.monotonic()
-    if num_replicates is not None:
-        keys = [key for key in keys if key.replicate < num_replicates]
-    cells: dict[tuple[str, int], Cell] = {}
+    keys, began_s = tournament.keys[:num_cells], time.monotonic()
+    cells: dict[Key, Cell] = {}
     say(f"{len(keys)} cells: {len(tournament.entrants)} policies, {tournament.num_replicates} replicates; starting")
     try:
         with closing(run_cells(tournament, keys, num_processes=num_processes, user_path=str(Path.cwd()))) as done:
             for cell in counted_aloud(done, len(keys), began_s):
-                cells[cell.key.entrant.label, cell.key.replicate] = cell
+                cells[cell.key] = cell
     except KeyboardInterrupt:
         if not num_whole(tournament, cells):
             raise
@@ -245,7 +255,7 @@ def run_tournament(options: Options, config: ClusterConfig, *, num_processes: in
     return Run(
         options=options,
         result=result,
-        cells=tuple(cells[key.entrant.label, key.replicate] for key in keys if key.replicate < result.num_replicates),
+        cells=tuple(cells[key] for key in keys if key.error.is_none and key.replicate < result.num_replicates),
         took_s=time.monotonic() - began_s,
         num_processes=num_processes,
     )
@@ -274,7 +284,7 @@ def verify_run(folder: Path, *, num_processes: int) -> None:
 
     manifest = read_manifest(folder)
     options, cluster = Options(**manifest["options"]), load_config(manifest["cluster"])  # type: ignore[arg-type]
-    run = run_tournament(options, cluster, num_processes=num_processes, num_replicates=len(manifest["seeds"]))  # type: ignore[arg-type]
+    run = run_tournament(options, cluster, num_processes=num_processes, num_cells=manifest["cells"])  # type: ignore[arg-type]
     if manifest["trace_sha256"] != run.result.tournament.replicates.sha256:
         raise ConfigError(f"{options.trace} is another trace than the one of {folder}: its sha256 differs")
     with tempfile.TemporaryDirectory(prefix="baton-compare-") as scratch:

@@ -14,14 +14,15 @@ import numpy as np
 
 from control.compose import pool_sizes
 from protocol.worker import Role
+from simulator.estimate_error import EXACT, EstimateError
 from simulator.metrics import METRICS, PRIMARY, Metric
-from simulator.tournament import Cell, Tournament
+from simulator.tournament import Cell, Key, Tournament
 from simulator.verdict import MIN_REPLICATES, Comparison, Standing, compare_all, compare_pair, holm, ranking
 
 FLOOR = 1e-6
 NUM_QUANTILES = 101  # at 0, 0.01, ... 1
 
-Cells = Mapping[tuple[str, int], Cell]  # by policy's label and replicate
+Cells = Mapping[Key, Cell]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,7 @@ class Result:
     curves: dict[str, list[float]]  # quantiles of TTFT in seconds, of the requests of all replicates
     reuse_share: float  # of prompt tokens, what a cache without end would find; mean over replicates
     num_unserved: dict[str, int]  # of each policy: requests that count and were refused, failed or never ended
+    under_errors: dict[EstimateError, list[Standing]]  # of the primary metric, where all replicates were run with reports so wrong
 
     @property
     def is_exploratory(self) -> bool:
@@ -110,7 +112,10 @@ class Result:
             "bounds": {},
             "waterfall": {},
             "regret": {},
-            "estimate_error": [],
+            "estimate_error": [
+                {"factor": error.factor, "sigma": error.sigma, "standings": [asdict(standing) for standing in standings]}
+                for error, standings in self.under_errors.items()
+            ],
         }
 
     def notes(self) -> list[str]:
@@ -127,9 +132,24 @@ class Result:
         for label, count in self.num_unserved.items():
             if count:
                 notes.append(f"{label}: {count:,} requests were not served")
+        if self.under_errors:
+            notes.append(self._told_errors())
         if self.num_replicates < asked.num_replicates:
             notes.append(f"ended early: {self.num_replicates} of {asked.num_replicates} replicates are whole")
         return notes
+
+    def _told_errors(self) -> str:
+        """Where the first of the ranking still is."""
+        first = self.metrics[PRIMARY].standings[0].policy
+        lost = [e for e, standings in self.under_errors.items() if not any(s.policy == first and s.best_or_tied for s in standings)]
+        if lost:
+            where = ", ".join(f"x{error.factor:g} with sigma {error.sigma:g}" for error in lost)
+            return f"{first} is not best or tied where workers report their times wrong by {where}"
+        factors, sigmas = [e.factor for e in self.under_errors], [e.sigma for e in self.under_errors]
+        return (
+            f"{first} is best or tied wherever workers report their times wrong by x{min(factors):g} to x{max(factors):g} with a lognormal "
+            f"sigma up to {max(sigmas):g}"
+        )
 
 
 def result_of(tournament: Tournament, cells: Cells) -> Result:
@@ -137,27 +157,53 @@ def result_of(tournament: Tournament, cells: Cells) -> Result:
     Raises:
         ValueError: no replicate was met by every policy.
     """
-    labels = [entrant.label for entrant in tournament.entrants]
-    whole = range(num_whole(tournament, cells))
-    if not whole:
+    count = num_whole(tournament, cells)
+    if not count:
         raise ValueError("no replicate was met by every policy")
-    of = {label: [cells[label, index] for index in whole] for label in labels}
+    labels = [entrant.label for entrant in tournament.entrants]
     oracles = {entrant.label for entrant in tournament.entrants if entrant.is_oracle}
-    values = {metric.name: {label: [cell.figures.by_metric[metric.name] for cell in of[label]] for label in labels} for metric in METRICS}
+    of = _by_label(tournament, cells, EXACT, count)
+    values = {metric.name: {label: _figures(of[label], metric) for label in labels} for metric in METRICS}
+    primary = next(metric for metric in METRICS if metric.name == PRIMARY)
+    under_errors = {}
+    for error in tournament.errors:
+        if num_whole(tournament, cells, error) == count:
+            so_wrong = _by_label(tournament, cells, error, count)
+            under_errors[error] = judge(primary, {label: _figures(so_wrong[label], primary) for label in labels}, oracles).standings
+    metrics = {metric.name: judge(metric, values[metric.name], oracles) for metric in METRICS}
+    if under_errors:
+        under_errors[EXACT] = metrics[PRIMARY].standings
     return Result(
         tournament=tournament,
-        num_replicates=len(whole),
-        metrics={metric.name: judge(metric, values[metric.name], oracles) for metric in METRICS},
+        num_replicates=count,
+        metrics=metrics,
         curves={label: _quantiles([ttft_s for cell in of[label] for ttft_s in cell.figures.ttfts_s]) for label in labels},
         reuse_share=fmean(cell.reuse_share for cell in of[labels[0]]),
         num_unserved={label: sum(cell.figures.num_unserved for cell in of[label]) for label in labels},
+        under_errors={error: under_errors[error] for error in sorted(under_errors, key=lambda e: (e.sigma, e.factor))},
     )
 
 
-def num_whole(tournament: Tournament, cells: Cells) -> int:
-    """How many replicates, from the first on, every policy has met."""
+def num_whole(tournament: Tournament, cells: Cells, error: EstimateError = EXACT) -> int:
+    """How many replicates, from the first on, every policy has met with reports so wrong."""
+
+    def is_whole(index: int) -> bool:
+        return all(Key(replicate=index, entrant=entrant, error=error) in cells for entrant in tournament.entrants)
+
     indices = range(tournament.num_replicates)
-    return next((index for index in indices if any((e.label, index) not in cells for e in tournament.entrants)), len(indices))
+    return next((index for index in indices if not is_whole(index)), len(indices))
+
+
+def _by_label(tournament: Tournament, cells: Cells, error: EstimateError, count: int) -> dict[str, list[Cell]]:
+    """The cells of each policy under the first `count` replicates."""
+    return {
+        entrant.label: [cells[Key(replicate=index, entrant=entrant, error=error)] for index in range(count)]
+        for entrant in tournament.entrants
+    }
+
+
+def _figures(cells: Sequence[Cell], metric: Metric) -> list[float | None]:
+    return [cell.figures.by_metric[metric.name] for cell in cells]
 
 
 def judge(metric: Metric, values: Mapping[str, Sequence[float | None]], oracles: set[str]) -> MetricResult:

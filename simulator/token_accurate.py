@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from control.config import ClusterConfig
+from simulator.estimate_error import EXACT, EstimateError
 from simulator.routed_cluster import MODEL_ID, VOCAB_SIZE, RoutedCluster
 from simulator.routed_gateway import Served
 from simulator.traces.trace import Trace
+from simulator.true_steps import TrueSteps
 from simulator.workload import requests_of
 
 MAX_TOKENS = 2048
@@ -32,19 +34,22 @@ def run_token_accurate(
     policy: str,
     seed: int,
     max_tokens: int | None = MAX_TOKENS,
+    steps: TrueSteps | None = None,
+    estimate_error: EstimateError = EXACT,
     on_over: Callable[[int, float], None] = lambda num_over, now_s: None,
 ) -> list[Served]:
     """Every request of the trace, in its order, and what came of it. The same arguments are the same run.
 
     policy: as `router.policies.load` takes it. seed: of the router's draws, the prompts' tokens and the network.
     max_tokens: what clients are taken to allow; None, for an oracle alone: the router is told how long each answer will be.
+    steps, estimate_error: what steps take, and how wrong it is reported, as in RoutedCluster.
     on_over(how many requests are over, seconds on the virtual clock) is told now and then.
 
     Raises:
         ConfigError: no such policy, or workers that cannot be simulated.
         AssertionError: a law is broken, or something never ends.
     """
-    cluster = RoutedCluster(config, policy=policy, seed=seed, max_tokens=max_tokens)
+    cluster = RoutedCluster(config, policy=policy, seed=seed, max_tokens=max_tokens, steps=steps, estimate_error=estimate_error)
     requests = requests_of(trace, model_id=MODEL_ID, vocab_size=VOCAB_SIZE, seed=seed)
     served = cluster.run(requests, on_over=lambda num_over: on_over(num_over, cluster.loop.now))
     cluster.router.check()

@@ -13,13 +13,16 @@ from control.config import ClusterConfig
 from protocol.errors import ConfigError
 from router import policies
 from simulator.cell_rows import decision_rows, outcome_rows, pack
+from simulator.estimate_error import EXACT, EstimateError
 from simulator.fidelity import Fidelity
 from simulator.metrics import Figures, counted, figures_of
+from simulator.prompt_tree import PromptTree, prompt_tree
 from simulator.replicates import Replicates
 from simulator.routed_gateway import Served
 from simulator.summary import Objective
 from simulator.token_accurate import MAX_TOKENS, run_token_accurate
 from simulator.traces.trace import Trace, reuse_share
+from simulator.true_steps import true_steps
 
 ORACLE = "oracle_"  # before a policy's name
 OTHER_DRAWS = "#"  # behind it, with a number
@@ -61,9 +64,11 @@ class Key:
 
     replicate: int
     entrant: Entrant
+    error: EstimateError = EXACT  # of the times that workers report
 
     def __str__(self) -> str:
-        return f"{self.entrant.label} under replicate {self.replicate}"
+        off = "" if self.error.is_none else f", reports x{self.error.factor:g} and sigma {self.error.sigma:g}"
+        return f"{self.entrant.label} under replicate {self.replicate}{off}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +86,18 @@ class Tournament:
     fidelity: Fidelity
     objective: Objective
     warm_up_s: float  # what arrives within it is run and not counted
+    errors: tuple[EstimateError, ...] = ()  # of reported times, under which all is run once more; token-accurate only
 
     def __post_init__(self) -> None:
         labels = [entrant.label for entrant in self.entrants]
+        if self.errors and self.fidelity is not Fidelity.TOKEN_ACCURATE:
+            raise ConfigError(
+                f"reports can be wrong where workers report, which is {Fidelity.TOKEN_ACCURATE.value}; leave --estimate-error out"
+            )
+        if self.fidelity is Fidelity.POLICY_ONLY and any(entrant.is_oracle for entrant in self.entrants):
+            raise ConfigError(
+                f"nobody is told lengths in {self.fidelity.value} runs; take {Fidelity.TOKEN_ACCURATE.value} ones for oracles"
+            )
         if not labels:
             raise ConfigError("no policies to compare; name one or more")
         if len(set(labels)) < len(labels):
@@ -92,7 +106,12 @@ class Tournament:
     @property
     def keys(self) -> list[Key]:
         """In the order they are run."""
-        return [Key(replicate=index, entrant=entrant) for index in range(self.num_replicates) for entrant in self.entrants]
+        return [
+            Key(replicate=index, entrant=entrant, error=error)
+            for error in (EXACT, *self.errors)
+            for index in range(self.num_replicates)
+            for entrant in self.entrants
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,39 +130,62 @@ class CellRunner:
 
     def __init__(self, tournament: Tournament) -> None:
         self.tournament = tournament
-        self._kept: tuple[int, Trace, float] | None = None
+        self._kept: Replicate | None = None
 
     def run(self, key: Key) -> Cell:
         """
         Raises:
             ConfigError: a trace and a cluster that do not go together, or a warm-up that leaves nothing.
         """
-        asked = self.tournament
-        trace, reused = self._replicate(key.replicate)
-        served = self._serve(key, trace)
+        asked, replicate = self.tournament, self._replicate(key.replicate)
+        served = self._serve(key, replicate)
         after = counted(served, asked.warm_up_s)
         if not after:
-            raise ConfigError(f"nothing of {trace.duration_s:.4g} s of requests comes after a warm-up of {asked.warm_up_s:g} s; shorten it")
+            duration_s = replicate.trace.duration_s
+            raise ConfigError(f"nothing of {duration_s:.4g} s of requests comes after a warm-up of {asked.warm_up_s:g} s; shorten it")
         name, is_counted = key.entrant.label, {one.request_id for one in after}
+        is_told = key.error.is_none  # else its figures are all that is kept
         return Cell(
             key=key,
             figures=figures_of(after, asked.objective, unserved_ttft_s=asked.config.router.max_wait_s),
-            reuse_share=reused,
-            outcomes=pack(outcome_rows(name, key.replicate, served, is_counted)),
-            decisions=pack(decision_rows(name, key.replicate, served)),
+            reuse_share=replicate.reuse_share,
+            outcomes=pack(outcome_rows(name, key.replicate, served, is_counted)) if is_told else b"",
+            decisions=pack(decision_rows(name, key.replicate, served)) if is_told else b"",
         )
 
-    def _replicate(self, index: int) -> tuple[Trace, float]:
-        if self._kept is None or self._kept[0] != index:
+    def _replicate(self, index: int) -> Replicate:
+        if self._kept is None or self._kept.index != index:
             trace = self.tournament.replicates.make(index)
-            self._kept = index, trace, reuse_share(trace.requests)
-        return self._kept[1:]
+            prompts = prompt_tree(trace, max_tokens=MAX_TOKENS) if self.tournament.fidelity is Fidelity.POLICY_ONLY else None
+            self._kept = Replicate(index=index, trace=trace, reuse_share=reuse_share(trace.requests), prompts=prompts)
+        return self._kept
 
-    def _serve(self, key: Key, trace: Trace) -> list[Served]:
+    def _serve(self, key: Key, replicate: Replicate) -> list[Served]:
         asked, entrant = self.tournament, key.entrant
         seed = asked.replicates.seed_of(key.replicate) + (entrant.draws - 1) * DRAWS
-        max_tokens = None if entrant.is_oracle else MAX_TOKENS
-        return run_token_accurate(trace, asked.config, policy=entrant.policy, seed=seed, max_tokens=max_tokens)
+        if asked.fidelity is Fidelity.POLICY_ONLY:
+            from simulator.policy_only import run_policy_only
+
+            return run_policy_only(replicate.trace, asked.config, policy=entrant.policy, seed=seed, prompts=replicate.prompts)
+        return run_token_accurate(
+            replicate.trace,
+            asked.config,
+            policy=entrant.policy,
+            seed=seed,
+            max_tokens=None if entrant.is_oracle else MAX_TOKENS,
+            steps=true_steps(asked.config, seed=seed),
+            estimate_error=key.error,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replicate:
+    """One that is being run, and what is worked out of it once for all policies."""
+
+    index: int
+    trace: Trace
+    reuse_share: float
+    prompts: PromptTree | None  # for policy-only runs
 
 
 __all__ = ["Cell", "CellRunner", "Entrant", "Key", "Tournament"]

@@ -96,7 +96,7 @@ def test_few_replicates_explore(trace_file: Path) -> None:
         tournament = tournament_of(asked("least_work", trace_file, replicates=count), small())
         (key,) = [key for key in tournament.keys if key.replicate == 0]
         cell = CellRunner(tournament).run(key)
-        result = result_of(tournament, {("least_work", index): cell for index in range(count)})
+        result = result_of(tournament, {replace(key, replicate=index): cell for index in range(count)})
         assert result.is_exploratory is is_exploratory and result.verdict.startswith("Exploratory") is is_exploratory
 
 
