@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from math import exp, log
 from random import Random
+from statistics import median
 from typing import Any
 
-from simulator.verdict import MIN_REPLICATES, Better, compare_all, ranking
+from simulator.verdict import MIN_REPLICATES, Better, Standing, compare_all, ranking
 
 # Mean TTFT over that of the first, and its scatter between replicates (standard deviation of the logarithm).
 POLICIES = {
@@ -104,11 +105,8 @@ def make_comparison(
         },
         "bounds": {
             "infinite_cache": {"what": "Prompt tokens that one cache without end would find.", "values": ceiling, "unit": "share"},
-            "clairvoyant_ttft": {
-                "what": "Mean TTFT of a policy that knows what comes.",
-                "values": [0.72 * v for v in means[best]],
-                "unit": "s",
-            },
+            "pooled_cache": {"what": "One cache as large as all.", "values": [0.97 * share for share in ceiling], "unit": "share"},
+            "ttft_bound": {"what": "No order of work has a smaller mean TTFT.", "values": [0.72 * v for v in means[best]], "unit": "s"},
         },
         "waterfall": {label: lost(0.62, values[0], rng) for label, values in hits.items()},
         "regret": {
@@ -129,10 +127,22 @@ def make_comparison(
 
 
 def metric(name: str, unit: str, better: Better, values: dict[str, list[float]]) -> dict[str, Any]:
-    comparisons = compare_all(values)
-    standings = [asdict(standing) | {"beaten_by": list(standing.beaten_by)} for standing in ranking(values, comparisons, better)]
-    told = [asdict(comparison) for comparison in comparisons]
-    return {"name": name, "unit": unit, "better": better.value, "values": values, "standings": standings, "comparisons": told}
+    """An oracle is compared with the best of the others, stands behind them and beats nobody."""
+    able = {label: each for label, each in values.items() if label != ORACLE}
+    comparisons = compare_all(able)
+    standings = ranking(able, comparisons, better)
+    if ORACLE in values:
+        best = standings[0].policy
+        comparisons += compare_all({ORACLE: values[ORACLE], best: values[best]})
+        standings.append(Standing(policy=ORACLE, figure=median(values[ORACLE]), best_or_tied=False, beaten_by=()))
+    return {
+        "name": name,
+        "unit": unit,
+        "better": better.value,
+        "values": values,
+        "standings": [asdict(standing) | {"beaten_by": list(standing.beaten_by)} for standing in standings],
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+    }
 
 
 def scaled(values: dict[str, list[float]], by: float, rng: Random) -> dict[str, list[float]]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import isfinite
-from statistics import median
 
-from simulator.report.document import Bound, Report, Waterfall
+from simulator.report.document import Bound, Report, Waterfall, middle_of
 from simulator.report.labels import DIGIT_EM, width_of
 from simulator.report.markup import Markup, element, together
 from simulator.report.palette import colour_class
@@ -25,6 +24,7 @@ PARTS = {
 }
 NARROWEST = 320  # px of a bar's column in a page 800 wide
 TICK_SIZE = 11
+SHARES = Column.of("share", [])
 
 
 def hit_shares(report: Report) -> Markup | None:
@@ -33,25 +33,20 @@ def hit_shares(report: Report) -> Markup | None:
     if metric is None or not metric.standings:
         return None
     ceiling = report.bounds.get(CEILING)
-    limit = _middle(ceiling.values) if ceiling is not None else float("nan")
-    column = Column.of("share", [])
+    limit = ceiling.middle if ceiling is not None else float("nan")
+    others = [bound for bound in report.bounds.values() if bound.unit == "share" and bound is not ceiling]
     figures = {standing.policy: standing.figure for standing in metric.standings}
-    full = _largest((*figures.values(), limit))
+    full = _largest((*figures.values(), *(bound.middle for bound in others), limit))
     lines = []
     for policy in report.in_order:
-        figure = figures.get(policy.label, float("nan"))
-        bar = _bar(0.0, figure / full, "bar")
-        top = [upright(_at(limit / full), 0, "100%", "ceiling")] if isfinite(limit) else []
-        drawn = plot(together(*top), bar, title=policy.label, style=colour_class(policy.place))
-        of_ceiling = _of_ceiling(metric.values.get(policy.label, ()), ceiling)
-        told = Column.of("share", []).shown(of_ceiling) if isfinite(of_ceiling) else element("span", "not measured", class_="absent")
-        cells = [
-            cell("figure", column.shown(figure)),
-            cell("cell", drawn),
-            cell("figure", told),
-        ]
-        lines.append(element("tr", policy_cell(policy), *cells))
-    said = "not measured" if not isfinite(limit) else together("median ", column.shown(limit, with_unit=True))
+        figure, values = figures.get(policy.label, float("nan")), metric.values.get(policy.label, ())
+        drawn = _hit_bar(figure / full, limit / full, title=policy.label, style=colour_class(policy.place))
+        lines.append(element("tr", policy_cell(policy), *_hit_cells(figure, drawn, _of_ceiling(values, ceiling))))
+    for bound in others:
+        drawn = _hit_bar(bound.middle / full, limit / full, title=bound.title, style="")
+        name = element("th", bound.title, scope="row", class_="policy", title=bound.what)
+        lines.append(element("tr", name, *_hit_cells(bound.middle, drawn, _of_ceiling(bound.values, ceiling)), class_="bound"))
+    said = "not measured" if not isfinite(limit) else together("median ", SHARES.shown(limit, with_unit=True))
     heads = [
         heading("policy"),
         heading("found, %", style="figure"),
@@ -66,7 +61,6 @@ def waterfall(report: Report) -> Markup | None:
     told = [(policy, report.waterfall[policy.label]) for policy in report.in_order if policy.label in report.waterfall]
     if not told:
         return None
-    column = Column.of("share", [])
     full = _largest([value for _, each in told for value in (_stacked(each), each.available)])
     lines = []
     for policy, each in told:
@@ -76,7 +70,7 @@ def waterfall(report: Report) -> Markup | None:
             bars.append(_bar(at, wide, f"part {name}"))
             at += wide
         drawn = plot(Markup(""), *bars, title=policy.label)
-        figures = [cell("figure", column.shown(share)) for _, share in [("available", each.available), *_parts(each)]]
+        figures = [cell("figure", SHARES.shown(share)) for _, share in [("available", each.available), *_parts(each)]]
         lines.append(element("tr", policy_cell(policy), cell("cell", drawn), *figures))
     heads = [heading("policy"), heading("share of prompt tokens"), heading("there to be found, %", style="figure")]
     heads += [heading(element("i", "", class_=f"swatch part {name}"), f"{words}, %", style="figure") for name, words in PARTS.items()]
@@ -89,7 +83,7 @@ def regret(report: Report) -> Markup | None:
     if not told:
         return None
     waits = [value for _, each in told for value in (each.mean_s, each.p90_s)]
-    column, shares = Column.of("s", waits), Column.of("share", [])
+    column = Column.of("s", waits)
     full = _largest(waits)
     lines = []
     for policy, each in told:
@@ -102,13 +96,23 @@ def regret(report: Report) -> Markup | None:
             cell("cell", drawn),
             cell("figure", column.shown(each.mean_s)),
             cell("figure", column.shown(each.p90_s)),
-            cell("figure", shares.shown(each.best_share)),
+            cell("figure", SHARES.shown(each.best_share)),
             cell("figure", count(each.num_forks)),
         ]
         lines.append(element("tr", policy_cell(policy), *cells))
     figures = (f"mean, {column.unit}", f"p90, {column.unit}", "best worker chosen, %", "decisions")
     heads = [heading("policy"), heading("TTFT over that of the best worker; bar: mean, line: up to p90")]
     return table("bars", [*heads, *(heading(words, style="figure") for words in figures)], lines)
+
+
+def _hit_bar(share: float, limit: float, *, title: str, style: str) -> Markup:
+    ceiling = [upright(_at(limit), 0, "100%", "ceiling")] if isfinite(limit) else []
+    return plot(together(*ceiling), _bar(0.0, share, "bar"), title=title, style=style)
+
+
+def _hit_cells(figure: float, drawn: Markup, of_ceiling: float) -> list[Markup]:
+    told = SHARES.shown(of_ceiling) if isfinite(of_ceiling) else element("span", "not measured", class_="absent")
+    return [cell("figure", SHARES.shown(figure)), cell("cell", drawn), cell("figure", told)]
 
 
 def _parts(each: Waterfall) -> list[tuple[str, float]]:
@@ -128,12 +132,7 @@ def _of_ceiling(values: Sequence[float], ceiling: Bound | None) -> float:
     """Replicate by replicate, then the median."""
     if ceiling is None or len(values) != len(ceiling.values):
         return float("nan")
-    return _middle([a / b for a, b in zip(values, ceiling.values, strict=True) if b])
-
-
-def _middle(values: Sequence[float]) -> float:
-    told = [value for value in values if isfinite(value)]
-    return median(told) if told else float("nan")
+    return middle_of([a / b for a, b in zip(values, ceiling.values, strict=True) if b])
 
 
 def _ticks(full: float) -> Markup:

@@ -51,7 +51,7 @@ def ttft_curves(report: Report) -> Markup | None:
     upwards = f"translate(14 {(TOP + HEIGHT - BOTTOM) / 2:g}) rotate(-90)"
     parts.append(element("text", f"TTFT, {column.unit} (log scale)", transform=upwards, text_anchor="middle", class_="axis"))
     below = {"x": (LEFT + right) / 2, "y": HEIGHT - 8}
-    parts.append(element("text", "percentile of served requests, all replicates together", **below, text_anchor="middle", class_="axis"))
+    parts.append(element("text", "percentile of requests, all replicates together", **below, text_anchor="middle", class_="axis"))
     ends = spread([down(points[-1][1]) for points in lines.values()], NAME_GAP, TOP + NAME_GAP / 2, HEIGHT - BOTTOM - NAME_GAP / 2)
     for (policy, points), y in zip(lines.items(), ends, strict=True):
         placed = [(across(share), down(wait)) for share, wait in points]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import nan
+from math import isfinite, nan
+from statistics import median
 
 from protocol.errors import ConfigError
 from simulator.verdict import Better, Comparison, Standing
@@ -41,7 +42,7 @@ class Setting:
 class Policy:
     label: str
     spec: str  # as --policies takes it
-    is_oracle: bool
+    is_oracle: bool  # sees what none that serves can see; stands in the ranking, beats nobody
     place: int  # in the order of the document: its colour
 
 
@@ -74,6 +75,15 @@ class Bound:
     what: str
     unit: str
     values: tuple[float, ...]  # of each replicate
+
+    @property
+    def title(self) -> str:
+        return self.name.replace("_", " ").replace("ttft", "TTFT")
+
+    @property
+    def middle(self) -> float:
+        """Median over replicates; NaN where there is none."""
+        return middle_of(self.values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,17 +143,6 @@ class Report:
         ranked = [standing.policy for standing in self.ranking]
         return (*(self.policy(label) for label in ranked), *(policy for policy in self.policies if policy.label not in ranked))
 
-    def leads(self, standing: Standing) -> bool:
-        """Nobody that could be switched on is better for certain."""
-        return standing.best_or_tied or (bool(standing.beaten_by) and all(self.is_oracle(label) for label in standing.beaten_by))
-
-    def is_oracle(self, label: str) -> bool:
-        return any(policy.is_oracle for policy in self.policies if policy.label == label)
-
-    def is_alone(self, standings: Iterable[Standing]) -> bool:
-        """Of those that could be switched on one leads, and no other."""
-        return sum(self.leads(standing) for standing in standings if not self.is_oracle(standing.policy)) == 1
-
     @property
     def reference(self) -> Policy | None:
         """What others are divided by: the first of the ranking that could be switched on. None: nothing is ranked."""
@@ -185,6 +184,17 @@ def read_document(document: Fields) -> Report:
             for each in _rows(document, "estimate_error")
         ),
     )
+
+
+def has_one_best(standings: Iterable[Standing]) -> bool:
+    """And nobody tied with it."""
+    return sum(standing.best_or_tied for standing in standings) == 1
+
+
+def middle_of(values: Iterable[float]) -> float:
+    """Median of what is finite; NaN where nothing is."""
+    told = [value for value in values if isfinite(value)]
+    return median(told) if told else nan
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -378,5 +388,7 @@ __all__ = [
     "Report",
     "Setting",
     "Waterfall",
+    "has_one_best",
+    "middle_of",
     "read_document",
 ]

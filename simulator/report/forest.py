@@ -69,14 +69,13 @@ def interval(axis: Axis, pair: Comparison | None, policy: Policy, *, is_filled: 
         parts += [_arrow(axis, value) for value in (pair.low, pair.high) if not axis.scale.holds(value)]
     if isfinite(middle) and axis.scale.holds(middle):
         parts.append(_mark(axis.at(middle), policy, is_filled=is_filled))
-    title = policy.label if pair is None else f"{policy.label}: {pair.ratio:.4g} [{pair.low:.4g}, {pair.high:.4g}]"
-    return plot(axis.grid(), *parts, title=title, style=colour_class(policy.place))
+    return plot(axis.grid(), *parts, title=policy.label, style=colour_class(policy.place))
 
 
 def bound_plot(axis: Axis, ratio: float) -> Markup:
     """What no policy can be better than."""
     line = [upright(axis.at(ratio), -9, 9, "bound")] if isfinite(ratio) and ratio > 0 else []
-    return plot(axis.grid(), *line, title=f"{ratio:.4g}")
+    return plot(axis.grid(), *line, title="bound")
 
 
 def small_forests(report: Report, metrics: Sequence[Metric], reference: Policy) -> Markup:
@@ -103,7 +102,7 @@ def _figure_and_plot(metric: Metric, policy: Policy, column: Column, axis: Axis,
     standing, pair = metric.standing(policy.label), metric.ratio(policy.label, reference.label)
     if standing is None:
         return cell("absent", "not measured", colspan=2)
-    is_leading, has_plot = report.leads(standing), pair is not None or policy is reference
+    is_leading, has_plot = standing.best_or_tied, pair is not None or policy is reference
     drawn = interval(axis, pair, policy, is_filled=is_leading) if has_plot else element("span", "no ratio", class_="absent")
     return together(cell("figure best" if is_leading else "figure", column.shown(standing.figure)), cell("cell", drawn))
 
@@ -128,10 +127,9 @@ def _is_drawn(pair: Comparison) -> bool:
 
 
 def _mark(x: str, policy: Policy, *, is_filled: bool) -> Markup:
-    style = "mark" if is_filled else "mark hollow"
-    if not policy.is_oracle:
-        return element("circle", cx=x, r=RADIUS, class_=style)
-    return element("svg", element("path", d="M-5.5 0L0 -5.5L5.5 0L0 5.5Z", class_=style), x=x, overflow="visible")
+    if policy.is_oracle:
+        return element("svg", element("path", d="M-5.5 0L0 -5.5L5.5 0L0 5.5Z", class_="mark"), x=x, overflow="visible")
+    return element("circle", cx=x, r=RADIUS, class_="mark" if is_filled else "mark hollow")
 
 
 def _arrow(axis: Axis, value: float) -> Markup:

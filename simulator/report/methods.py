@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from simulator.report.document import PRIMARY, Report
 from simulator.report.markup import Markup, element, together
-from simulator.report.quantity import Column, exact
+from simulator.report.quantity import Column, Ratios, short
 from simulator.report.tables import cell, heading, table
 from simulator.verdict import CONFIDENCE, Comparison
 
 FIDELITY = {
     "token-accurate": "every step of every worker runs on the serving code, on a virtual clock",
-    "policy-only": "the router's own code places every request; workers are a queue and a cache, not step by step",
+    "policy-only": "the router's own code places every request; workers are arithmetic, not step by step",
 }
 UNKNOWN = "not recorded"
 NOT_TOLD = f"{UNKNOWN.capitalize()}."
@@ -74,11 +74,11 @@ def _terms(report: Report) -> Iterator[tuple[str, str]]:
     yield "Warm-up", _warm_up(setting.warm_up_s)
     yield (
         "Refused",
-        "A request that was refused, failed or never ended misses goodput and attainment. TTFT and TPOT are of those that were served.",
+        "A request that was refused, failed or never ended is a miss in goodput and attainment; the notes below say what it is in TTFT.",
     )
     yield "Fidelity", NOT_TOLD if fidelity is None else f"{fidelity}: {FIDELITY.get(fidelity, UNKNOWN)}."
     for bound in report.bounds.values():
-        yield f"Bound: {bound.name.replace('_', ' ')}", bound.what
+        yield bound.title.capitalize() if bound.title.islower() else bound.title, bound.what
 
 
 def _warm_up(seconds: float | None) -> str:
@@ -90,12 +90,9 @@ def _warm_up(seconds: float | None) -> str:
 
 
 def _pair(pair: Comparison) -> Markup:
-    figures: Sequence[str] = (
-        exact(pair.ratio, f"{pair.ratio:.3f}"),
-        together(exact(pair.low, f"{pair.low:.3f}"), " – ", exact(pair.high, f"{pair.high:.3f}")),
-        exact(pair.p_value, f"{pair.p_value:.2g}"),
-        exact(pair.p_adjusted, f"{pair.p_adjusted:.2g}"),
-    )
+    ratios = Ratios(decimals=3)
+    interval = together(ratios.shown(pair.low), " – ", ratios.shown(pair.high))
+    figures = (ratios.shown(pair.ratio), interval, short(pair.p_value), short(pair.p_adjusted))
     names = [element("td", element("code", name)) for name in (pair.first, pair.second)]
     return element("tr", *names, *(cell("figure", figure) for figure in figures))
 

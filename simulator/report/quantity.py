@@ -72,6 +72,15 @@ def count(value: int) -> Markup:
     return element("data", f"{value:,}", value=str(value))
 
 
+def short(value: float) -> Markup:
+    return exact(value, short_text(value))
+
+
+def short_text(value: float) -> str:
+    """Two digits that count."""
+    return f"{value:.2g}" if isfinite(value) else _written(value, 0)
+
+
 def _written(value: float, decimals: int) -> str:
     if isnan(value):
         return NOTHING
@@ -80,4 +89,4 @@ def _written(value: float, decimals: int) -> str:
     return f"{value:,.{decimals}f}"
 
 
-__all__ = ["Column", "Ratios", "count", "exact"]
+__all__ = ["Column", "Ratios", "count", "exact", "short", "short_text"]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import isfinite
-from statistics import median
 
-from simulator.report.document import PRIMARY, Bound, Metric, Policy, Report
+from simulator.report.document import PRIMARY, Bound, Metric, Policy, Report, has_one_best
 from simulator.report.forest import RANKING_WIDTH, Axis, bound_plot, interval, ratio_cells
 from simulator.report.markup import Markup, element, together
 from simulator.report.quantity import Column, Ratios, count, exact
@@ -56,21 +54,22 @@ def ranking(report: Report) -> Markup:
     pairs = {s.policy: None if metric is None else metric.ratio(s.policy, reference.label) for s in report.ranking}
     told = [pair for pair in pairs.values() if pair is not None]
     ratios = Ratios.of([value for pair in told for value in (pair.ratio, pair.low, pair.high)])
-    bounds = [bound for bound in report.bounds.values() if bound.unit == "s" and "ttft" in f"{bound.name} {bound.what}".lower()]
-    limits = {bound.name: _middle(bound.values) / _figure_of(report, reference) for bound in bounds}
+    bounds = [bound for bound in report.bounds.values() if bound.unit == "s"]
+    limits = {bound.name: bound.middle / _figure_of(report, reference) for bound in bounds}
     axis = Axis.over(told, width=RANKING_WIDTH, also=limits.values())
     unit = metric.unit if metric is not None else "s"
-    column = Column.of(unit, [*(s.figure for s in report.ranking), *(_middle(bound.values) for bound in bounds)])
+    column = Column.of(unit, [*(s.figure for s in report.ranking), *(bound.middle for bound in bounds)])
     lines = []
     for place, standing in enumerate(report.ranking, 1):
         policy, pair = report.policy(standing.policy), pairs[standing.policy]
         seen = _paired(metric, policy, reference)
         has_plot = pair is not None or policy == reference
-        drawn = interval(axis, pair, policy, is_filled=report.leads(standing), replicates=seen) if has_plot else ""
+        drawn = interval(axis, pair, policy, is_filled=standing.best_or_tied, replicates=seen) if has_plot else ""
         ratio = ratio_cells(pair, ratios) if has_plot else [cell("absent", "no ratio", colspan=2)]
         figure = cell("figure", column.shown(standing.figure))
-        cells = [cell("place", str(place)), policy_cell(policy), figure, *ratio, cell("cell", drawn), _mark(standing, report)]
-        lines.append(element("tr", *cells, class_="best" if report.leads(standing) else None))
+        number = cell("place", "" if policy.is_oracle else str(place))
+        cells = [number, policy_cell(policy), figure, *ratio, cell("cell", drawn), _mark(standing, report)]
+        lines.append(element("tr", *cells, class_="best" if standing.best_or_tied else None))
     lines += [_bound_line(bound, column, axis, limits[bound.name]) for bound in bounds]
     heads = [
         heading(style="place"),
@@ -90,18 +89,18 @@ def ranking(report: Report) -> Markup:
 
 def _mark(standing: Standing, report: Report) -> Markup:
     """best, tied or beaten."""
-    if report.is_oracle(standing.policy):
+    if report.policy(standing.policy).is_oracle:
         return cell("standing", "no candidate")
-    if report.leads(standing):
-        return cell("standing best", "best" if report.is_alone(report.ranking) else "tied for best")
+    if standing.best_or_tied:
+        return cell("standing best", "best" if has_one_best(report.ranking) else "tied for best")
     by = standing.beaten_by
     return cell("standing beaten", f"beaten by {len(by)}" if by else "beaten", title=", ".join(by) or None)
 
 
 def _bound_line(bound: Bound, column: Column, axis: Axis, ratio: float) -> Markup:
     """No policy: how little anybody could wait."""
-    name = element("th", f"bound: {bound.name.replace('_', ' ')}", scope="row", class_="policy", title=bound.what)
-    figures = [cell("figure", column.shown(_middle(bound.values))), cell("figure", Ratios(decimals=2).shown(ratio)), EMPTY]
+    name = element("th", bound.title, scope="row", class_="policy", title=bound.what)
+    figures = [cell("figure", column.shown(bound.middle)), cell("figure", Ratios(decimals=2).shown(ratio)), EMPTY]
     return element("tr", EMPTY, name, *figures, cell("cell", bound_plot(axis, ratio)), cell("standing", "no policy"), class_="bound")
 
 
@@ -116,11 +115,6 @@ def _paired(metric: Metric | None, policy: Policy, reference: Policy) -> list[fl
         return []
     mine, theirs = metric.values.get(policy.label, ()), metric.values.get(reference.label, ())
     return [a / b for a, b in zip(mine, theirs, strict=False) if isfinite(a) and isfinite(b) and a > 0 and b > 0]
-
-
-def _middle(values: Sequence[float]) -> float:
-    told = [value for value in values if isfinite(value)]
-    return median(told) if told else float("nan")
 
 
 def _objective(report: Report) -> Markup | None:

@@ -70,7 +70,7 @@ td.best{font-weight:650}
 tr.best code{font-weight:650}
 .ranking td,.ranking tbody th{height:27px}
 .ranking .policy{width:23%}.ranking .cell{width:35%}.ranking td.standing{width:13%}
-.ranking .bound,.ranking .bound *{color:var(--soft);font-style:italic}
+tr.bound,tr.bound *{color:var(--soft);font-style:italic}
 .key{margin:6px 0 0;color:var(--soft);font-size:12px}
 .forests{table-layout:fixed}
 .forests col.policy{width:23%}.forests col.figure{width:66px}
@@ -96,7 +96,7 @@ svg text{font-size:11px;fill:var(--soft)}
 .mark{fill:var(--policy);stroke:var(--policy);stroke-width:1.8}.hollow{fill:var(--page)}
 .arrow{fill:var(--policy)}
 line.bound{stroke:var(--soft);stroke-width:2;stroke-dasharray:3 2}
-.bar{fill:var(--policy)}.ceiling{stroke:var(--ink);stroke-width:2}.tail{stroke:var(--policy);stroke-width:2}
+.bar{fill:var(--policy,var(--line))}.ceiling{stroke:var(--ink);stroke-width:2}.tail{stroke:var(--policy);stroke-width:2}
 rect.found{fill:var(--found)}rect.eviction{fill:var(--eviction)}rect.load_trade{fill:var(--load_trade)}rect.staleness{fill:var(--staleness)}
 i.found{background:var(--found)}i.swatch{margin:0 5px 0 0}
 i.eviction{background:var(--eviction)}i.load_trade{background:var(--load_trade)}
