@@ -103,7 +103,7 @@ def _figure_and_plot(metric: Metric, policy: Policy, column: Column, axis: Axis,
     if standing is None:
         return cell("absent", "not measured", colspan=2)
     is_leading, has_plot = standing.best_or_tied, pair is not None or policy is reference
-    drawn = interval(axis, pair, policy, is_filled=is_leading) if has_plot else element("span", "no ratio", class_="absent")
+    drawn = interval(axis, pair, policy, is_filled=is_leading) if has_plot else element("span", "not compared", class_="absent")
     return together(cell("figure best" if is_leading else "figure", column.shown(standing.figure)), cell("cell", drawn))
 
 

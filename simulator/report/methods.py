@@ -57,7 +57,9 @@ def reproduce(report: Report) -> Markup:
 
 def _terms(report: Report) -> Iterator[tuple[str, str]]:
     setting, metric = report.setting, report.metrics.get(PRIMARY)
-    corrected = "all pairs" if metric is None or not metric.comparisons else f"the {len(metric.comparisons)} pairs"
+    oracles = {policy.label for policy in report.policies if policy.is_oracle}
+    num_pairs = 0 if metric is None else sum(not {pair.first, pair.second} & oracles for pair in metric.comparisons)
+    corrected = f"the {num_pairs} pairs" if num_pairs else "all pairs"
     is_range = setting.num_replicates is not None and setting.num_replicates < MIN_FOR_INTERVAL
     caution = f" With fewer than {MIN_FOR_INTERVAL} replicates it is their whole range and holds less." if is_range else ""
     fidelity = setting.fidelity

@@ -65,7 +65,7 @@ def ranking(report: Report) -> Markup:
         seen = _paired(metric, policy, reference)
         has_plot = pair is not None or policy == reference
         drawn = interval(axis, pair, policy, is_filled=standing.best_or_tied, replicates=seen) if has_plot else ""
-        ratio = ratio_cells(pair, ratios) if has_plot else [cell("absent", "no ratio", colspan=2)]
+        ratio = ratio_cells(pair, ratios) if has_plot else [cell("absent", "not compared", colspan=2)]
         figure = cell("figure", column.shown(standing.figure))
         number = cell("place", "" if policy.is_oracle else str(place))
         cells = [number, policy_cell(policy), figure, *ratio, cell("cell", drawn), _mark(standing, report)]

@@ -74,6 +74,7 @@ tr.bound,tr.bound *{color:var(--soft);font-style:italic}
 .key{margin:6px 0 0;color:var(--soft);font-size:12px}
 .forests{table-layout:fixed}
 .forests col.policy{width:23%}.forests col.figure{width:66px}
+.forests td .absent{padding-left:10px}
 .forests td.figure{padding-right:2px}
 .forests thead th,.heat thead th{vertical-align:bottom}
 .bars .cell{width:40%}.bars .policy{width:23%}

@@ -11,12 +11,15 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from baton.__main__ import app
 from simulator.report import render
 from tests.comparison_document import make_comparison
 
@@ -73,8 +76,21 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "exploratory": lambda: make_comparison(3, num_replicates=5),
     "long names": lambda: make_comparison(12, labels=LONG),
     "alike": lambda: alike(12),
+    "as run": lambda: as_run(),
     "nothing measured": lambda: {"schema": "baton.compare.v1"},
 }
+
+
+@cache
+def as_run() -> dict[str, Any]:
+    """By the command itself, of a small tournament."""
+    words = (
+        "compare --generate toolbench --rate 30 --requests 80 --replicates 2 --jobs 1 --policies prefix_cost,round_robin,oracle_e2 --json"
+    )
+    outcome = CliRunner().invoke(app, words.split())
+    assert outcome.exit_code == 0, outcome.output
+    document: dict[str, Any] = json.loads(outcome.stdout)
+    return document
 
 
 def alike(num_policies: int) -> dict[str, Any]:
