@@ -8,28 +8,43 @@ about to choose, from what the worker did since, and holds are a few running sum
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 import xxhash
 
-from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
-from protocol.kv import Endpoint
 from protocol.request import AttemptKey
-from protocol.worker import Role, WorkerAddress, WorkerId, WorkerState
+from protocol.worker import WorkerAddress, WorkerId, WorkerState
 from router.common_cost import share_cost
 from router.config import RouterConfig
 from router.cost_model import CostModel, StepCost, Work
 from router.decode_outlook import BatchLoad, DecodeOutlook
-from router.fleet import Fleet, Pools, Worker
+from router.estimate_trust import EstimateTrust
+from router.fleet import Fleet, Pools, RequestPrice, Worker
 from router.holds import Hold, Phase
 from router.link_cost import link_to
-from simulator.analytic_worker import DecodeServer, Flight, PrefillServer
-from simulator.prompt_tree import MODEL_ID
+from simulator.analytic_worker import Flight
+from simulator.decode_server import DecodeServer
+from simulator.noise import Lognormal
+from simulator.prefill_server import PrefillServer
 
 LEARN_S = 0.5  # between two reports the pace is learned from, at first
 LEARN_S_MAX = 20.0  # and later: each time this much longer, up to that
 LEARN_GROWTH = 1.25
 _NEVER = float("-inf")
 _FOREVER = float("inf")
+
+
+@dataclass(slots=True, kw_only=True)
+class ReportedPace:
+    """What one worker says of its times, in place of what they were; one draw a report (estimate_error.py)."""
+
+    factor: float
+    noise: Lognormal
+    num_reports: int = 0
+
+    def told_s(self, took_s: float) -> float:
+        self.num_reports += 1
+        return took_s * self.factor * self.noise.factor(self.num_reports - 1)
 
 
 class AnalyticWorker(Worker):
@@ -53,10 +68,20 @@ class AnalyticWorker(Worker):
         "news_at_s",
         "num_booked",
         "pending",
+        "price",
+        "reported",
         "server",
     )
 
-    def __init__(self, address: WorkerAddress, server: PrefillServer | DecodeServer, *, config: RouterConfig, tie_hash: int) -> None:
+    def __init__(
+        self,
+        address: WorkerAddress,
+        server: PrefillServer | DecodeServer,
+        *,
+        config: RouterConfig,
+        tie_hash: int,
+        reported: ReportedPace,
+    ) -> None:
         super().__init__(
             address,
             model=CostModel(StepCost(), bias=config.estimate_bias),
@@ -81,6 +106,8 @@ class AnalyticWorker(Worker):
         self.num_booked = self.booked_kv_tokens = 0
         # What the pace was last learned from
         self._done = (0.0, 0, 0.0, 0.0, 0.0)
+        self.reported = reported
+        self.price: RequestPrice | None = None  # None: estimates are believed
         self._learn_s = LEARN_S
         self.learn_at_s = 0.0
         self._seen_at_s = _NEVER
@@ -96,6 +123,8 @@ class AnalyticWorker(Worker):
             else:
                 self._write_decode(server, now)
             self.has_changed = False
+            if self.price is not None:
+                self._drains_at_s, self._fresh_s = _NEVER, self.booked.num_prefills * self.price.prefill_s
         left_s = self._drains_at_s - now
         self.queued_prefill_s = self._fresh_s + left_s if left_s > 0.0 else self._fresh_s
 
@@ -120,32 +149,32 @@ class AnalyticWorker(Worker):
         if waiting:
             self._drains_at_s = read_at_s + cost.step_s + waiting * (cost.prefill_token_s + cost.prefill_pair_s * self.context_mean)
         self.queued_prefill_tokens = waiting + tokens
-        cache = server.cache
+        cache, block_tokens = server.cache, server.block_tokens
         num_held = cache.num_reserved + server.num_pinned
-        self.free_kv_tokens = max(0, cache.num_free * HASH_BLOCK_SIZE_TOKENS - tokens)
-        self.reclaimable_kv_tokens = max(0, cache.num_named - server.num_pinned) * HASH_BLOCK_SIZE_TOKENS
+        self.free_kv_tokens = max(0, cache.num_free * block_tokens - tokens)
+        self.reclaimable_kv_tokens = max(0, cache.num_named - server.num_pinned) * block_tokens
         self.num_sequences = len(server.running) + len(server.queue)
-        self.kv_tokens = num_held * HASH_BLOCK_SIZE_TOKENS
+        self.kv_tokens = num_held * block_tokens
         if num_held == 0 and self.booked.num_prefills == 0:
             self.prompt_room_tokens = self.max_request_tokens
         else:
-            self.prompt_room_tokens = max(0, (cache.num_blocks - num_held) * HASH_BLOCK_SIZE_TOKENS - tokens)
+            self.prompt_room_tokens = max(0, (cache.num_blocks - num_held) * block_tokens - tokens)
         self.read_at_s = read_at_s
 
     def _write_decode(self, server: DecodeServer, now: float) -> None:
-        cache, cost = server.cache, self.cost
+        cache, cost, block_tokens = server.cache, self.cost, server.block_tokens
         self.read_at_s = now
         self.num_sequences = self.num_booked
         self.kv_tokens = max(self.booked_kv_tokens, round(server.kv_tokens) + sum([f.booked_kv_tokens for f in self.pending]))
         self.queued_prefill_tokens = tokens = self.local_tokens
         self._fresh_s = cost.step_s + tokens * (cost.prefill_token_s + cost.prefill_pair_s * self.context_mean) if tokens else 0.0
         num_held = cache.num_reserved + server.num_pinned
-        self.free_kv_tokens = cache.num_free * HASH_BLOCK_SIZE_TOKENS
-        self.reclaimable_kv_tokens = max(0, cache.num_named - server.num_pinned) * HASH_BLOCK_SIZE_TOKENS
+        self.free_kv_tokens = cache.num_free * block_tokens
+        self.reclaimable_kv_tokens = max(0, cache.num_named - server.num_pinned) * block_tokens
         if num_held == 0 and self.booked.num_prefills == 0:
             self.prompt_room_tokens = self.max_request_tokens
         else:
-            self.prompt_room_tokens = max(0, (cache.num_blocks - num_held) * HASH_BLOCK_SIZE_TOKENS - tokens)
+            self.prompt_room_tokens = max(0, (cache.num_blocks - num_held) * block_tokens - tokens)
 
     # --- bookings ---
 
@@ -216,7 +245,7 @@ class AnalyticWorker(Worker):
                 prefill_pairs=tokens * self.context_mean,
                 decode_tokens=round(done[2] - before[2]),
                 decode_kv_token_steps=done[3] - before[3],
-                busy_s=done[4] - before[4],
+                busy_s=self.reported.told_s(done[4] - before[4]),
             )
         )
         self.model.refit()
@@ -226,18 +255,25 @@ class AnalyticWorker(Worker):
         super().take_common_cost(cost)
         self.take_cost()
 
+    def count_requests(self, price: RequestPrice | None) -> None:
+        super().count_requests(price)
+        self.price = price
+        self.take_cost()
+
     def take_cost(self) -> None:
-        """Of work here, from the pool or its own."""
-        self.cost = self.common_cost if self.common_cost is not None else self.model.cost
+        """Of work here, from the pool or its own, or where neither is believed that of any request."""
+        own = self.common_cost if self.common_cost is not None else self.model.cost
+        self.cost = own if self.price is None else self.price.cost
         self.has_changed = True
 
 
 class AnalyticFleet(Fleet):
     """Workers of one model, ready from the start."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: RouterConfig) -> None:
         super().__init__()
         self.workers: tuple[AnalyticWorker, ...] = ()
+        self._trust = EstimateTrust(error_max=config.estimate_error_max)
 
     def join(self, worker: AnalyticWorker) -> None:
         self.add(worker)
@@ -253,31 +289,11 @@ class AnalyticFleet(Fleet):
         """As `WorkerReports` does after a fit."""
         worker.take_cost()
         self.lend_cost(worker)
-        share_cost(self.alike(worker))
+        alike = self.alike(worker)
+        share_cost(alike)
+        self._trust.judge(alike)
         for other in self.workers:
             other.take_cost()
-
-
-def address_of(
-    worker_id: WorkerId, role: Role, *, num_blocks: int, block_size: int, max_model_len: int, max_seqs: int, max_batched: int
-) -> WorkerAddress:
-    return WorkerAddress(
-        worker_id=worker_id,
-        role=role,
-        epoch=1,
-        host="127.0.0.1",
-        port=1,
-        pid=1,
-        hostname="host",
-        kv_endpoint=Endpoint(),
-        model_id=MODEL_ID,
-        fingerprint=b"simulated model.",
-        block_size_tokens=block_size,
-        num_kv_blocks=num_blocks,
-        max_model_len=max_model_len,
-        max_num_seqs=max_seqs,
-        max_num_batched_tokens=max_batched,
-    )
 
 
 def tie_hash(worker_id: WorkerId, seed: int) -> int:

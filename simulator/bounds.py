@@ -1,12 +1,12 @@
 """What no placement could beat on a trace, and what one that sees more could do: the frame a policy's figures are read in.
 
-    infinite_cache        share of prompt tokens    every prompt finds what any earlier one began with: no caches of the workers find more
-    blind_infinite_cache  share of prompt tokens    workers that forget nothing, prompts dealt in turn: what is left without placement
-    pooled_cache          share of prompt tokens    one cache as large as those of all workers that compute prompts, the least recently
-                                                    used out first; no bound, a cleverer cache finds more
-    ttft_bound            mean seconds              no order of work on these workers has a smaller mean (see `least_mean_ttft_s`)
-    oracle_ttft           mean seconds              a policy that knows queues, caches, pace and lengths exactly, and takes for each request
-                                                    the worker where it will be first; no bound, it never looks beyond that request
+    infinite_cache        share of prompt tokens   every prompt finds what any earlier one began with: no workers' caches find more
+    blind_infinite_cache  share of prompt tokens   workers that forget nothing, prompts dealt in turn: what is left without placement
+    pooled_cache          share of prompt tokens   one cache as large as those of all workers that compute prompts, the least recently
+                                                   used out first; no bound, a cleverer cache finds more
+    ttft_bound            mean seconds             no order of work on these workers has a smaller mean (see `least_mean_ttft_s`)
+    clairvoyant_ttft      mean seconds             a policy that knows queues, caches, pace and lengths, and takes for each request the
+                                                   worker where it will be first; no bound, it never looks beyond that request
 
 A bound says how far a policy may still come, not that anything gets there.
 """
@@ -18,29 +18,28 @@ from dataclasses import dataclass, fields
 from heapq import heappop, heappush
 from statistics import fmean
 
-from control.compose import pool_sizes, step_time
+from control.compose import pool_sizes
 from control.config import ClusterConfig
-from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
-from protocol.errors import ConfigError
 from protocol.worker import Role
 from router.config import Disaggregate
 from simulator.analytic_pace import Pace
-from simulator.oracle import ORACLE
-from simulator.policy_only import MAX_TOKENS, run_policy_only
-from simulator.prompt_tree import PromptTree, Segment, prompt_tree
+from simulator.clairvoyant import run_clairvoyant
+from simulator.policy_only import prompts_of
+from simulator.prompt_tree import PromptTree, Segment
 from simulator.routed_cluster import LINK_S, num_kv_blocks
 from simulator.routed_gateway import Served
 from simulator.segment_cache import SegmentCache
 from simulator.traces.trace import Trace
+from simulator.true_steps import pace_of
 
 _WHAT = {
     "infinite_cache": "hit share of a cache that forgets nothing, in arrival order; no policy finds more",
     "blind_infinite_cache": "hit share of workers that forget nothing, prompts dealt to them in turn; what is left without placement",
     "pooled_cache": "hit share of one least-recently-used cache as large as those of all workers that compute prompts; no bound",
     "ttft_bound": "mean time to first token no order of work on these workers can beat",
-    "oracle_ttft": "mean time to first token of a policy that sees queues, caches, pace and lengths, one request at a time; no bound",
+    "clairvoyant_ttft": "mean time to first token of a policy that sees queues, caches, pace and lengths, one request at a time; no bound",
 }
-_UNITS = {"ttft_bound": "s", "oracle_ttft": "s"}
+_UNITS = {"ttft_bound": "s", "clairvoyant_ttft": "s"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +50,7 @@ class Bounds:
     blind_infinite_cache: float
     pooled_cache: float
     ttft_bound: float
-    oracle_ttft: float | None  # None: nobody was served
+    clairvoyant_ttft: float | None  # None: nobody was served
 
 
 def bounds_of(trace: Trace, config: ClusterConfig, *, seed: int, prompts: PromptTree | None = None) -> Bounds:
@@ -60,17 +59,15 @@ def bounds_of(trace: Trace, config: ClusterConfig, *, seed: int, prompts: Prompt
     Raises:
         ConfigError: as of `run_policy_only`.
     """
-    tree = prompts if prompts is not None else prompt_tree(trace, max_tokens=MAX_TOKENS)
-    workers = config.workers
-    num_prefillers = workers.prefill_workers + workers.mixed_workers
-    num_blocks = num_kv_blocks(config) * workers.block_size // HASH_BLOCK_SIZE_TOKENS
-    ttfts_s = [one.ttft_s for one in run_policy_only(trace, config, policy=ORACLE, seed=seed, prompts=tree) if one.ttft_s is not None]
+    tree = prompts if prompts is not None else prompts_of(trace, config)
+    num_prefillers = config.workers.prefill_workers + config.workers.mixed_workers
+    ttfts_s = [one.ttft_s for one in run_clairvoyant(tree, config, seed=seed) if one.ttft_s is not None]
     return Bounds(
         infinite_cache=tree.reusable_share,
         blind_infinite_cache=blind_share(tree, num_prefillers),
-        pooled_cache=pooled_share(tree, num_prefillers * num_blocks),
+        pooled_cache=pooled_share(tree, num_prefillers * num_kv_blocks(config)),
         ttft_bound=least_mean_ttft_s(tree, config),
-        oracle_ttft=fmean(ttfts_s) if ttfts_s else None,
+        clairvoyant_ttft=fmean(ttfts_s) if ttfts_s else None,
     )
 
 
@@ -104,16 +101,16 @@ def blind_share(prompts: PromptTree, num_workers: int) -> float:
                 break
             num_blocks += segment.num_blocks
         known.update(prompt.segments)
-        num_found += min(num_blocks * HASH_BLOCK_SIZE_TOKENS, max(0, prompt.num_tokens - 1))
+        num_found += min(num_blocks * prompts.block_tokens, max(0, prompt.num_tokens - 1))
     return num_found / max(1, prompts.num_tokens)
 
 
 def pooled_share(prompts: PromptTree, num_blocks: int) -> float:
-    """Share of prompt tokens found by one cache of so many hash blocks that evicts the least recently used."""
+    """Share of prompt tokens found by one cache of so many blocks that evicts the least recently used."""
     cache = SegmentCache(num_blocks)
     num_found = 0
     for prompt in prompts.prompts:
-        num_found += min(cache.match(prompt.segments) * HASH_BLOCK_SIZE_TOKENS, max(0, prompt.num_tokens - 1))
+        num_found += min(cache.match(prompt.segments) * prompts.block_tokens, max(0, prompt.num_tokens - 1))
         cache.touch(prompt.segments)
         cache.store(prompt.segments)
     return num_found / max(1, prompts.num_tokens)
@@ -134,12 +131,9 @@ def least_mean_ttft_s(prompts: PromptTree, config: ClusterConfig) -> float:
     Raises:
         ConfigError: workers without a pace.
     """
-    model = step_time(config)
-    if model is None:
-        raise ConfigError("a bound on time needs a pace; give workers.executor: paced")
+    pace, chunk_tokens = Pace(pace_of(config)), min(config.workers.max_num_batched_tokens, config.prefill.chunk_tokens_alone)
     if not prompts.prompts:
         return 0.0
-    pace, chunk_tokens = Pace(model), min(config.workers.max_num_batched_tokens, config.prefill.chunk_tokens_alone)
     sizes = pool_sizes(config)
     num_workers = sizes[Role.PREFILL] + sizes[Role.BOTH]
     if config.router.disaggregate is not Disaggregate.ALWAYS:

@@ -18,15 +18,15 @@ from math import inf
 from random import Random
 from types import MappingProxyType
 
-from control.compose import pool_sizes, prefill_policy, step_time
+from control.compose import pool_sizes, prefill_policy
 from control.config import ClusterConfig
 from engine.models.shapes import find_shape
 from prefill_workers.policy import PromptOrder
-from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.errors import ConfigError
+from protocol.kv import Endpoint
 from protocol.messages import Place
 from protocol.request import AttemptKey
-from protocol.worker import BlocksRemoved, BlocksStored, KvEvent, Role, WorkerId
+from protocol.worker import BlocksRemoved, BlocksStored, KvEvent, Role, WorkerAddress, WorkerId
 from router import policies
 from router.choice import Choice
 from router.guarded_policy import GuardedPolicy, PoolPolicies
@@ -47,19 +47,23 @@ from router.policies.api import (
 from router.policies.prefix_cost import PrefixCost
 from router.policies.round_robin import RoundRobin
 from router.queue import FairQueue, Waiting
-from simulator.analytic_fleet import AnalyticFleet, AnalyticWorker, address_of, tie_hash
+from simulator.analytic_fleet import AnalyticFleet, AnalyticWorker, ReportedPace, tie_hash
 from simulator.analytic_pace import Pace
-from simulator.analytic_worker import DecodeServer, Driver, Flight, PrefillServer
-from simulator.oracle import ORACLE, KnowingQueue, OracleTtft
-from simulator.prompt_tree import MODEL_ID, Prompt, PromptTree, prompt_tree
-from simulator.routed_cluster import DEFAULT_MAX_MODEL_LEN, DEFAULT_MODEL, LINK_S, TICK_S, num_kv_blocks
+from simulator.analytic_worker import Driver, Flight
+from simulator.decode_server import DecodeServer
+from simulator.estimate_error import EXACT, EstimateError
+from simulator.noise import Lognormal
+from simulator.prefill_server import PrefillServer
+from simulator.prompt_tree import Prompt, PromptTree, prompt_tree
+from simulator.routed_cluster import DEFAULT_MAX_MODEL_LEN, DEFAULT_MODEL, FINGERPRINT, LINK_S, MODEL_ID, TICK_S, num_kv_blocks
 from simulator.routed_gateway import Served
 from simulator.segment_cache import Piece
 from simulator.segment_index import SegmentIndex, SegmentRegret
 from simulator.sim_processes import SNAPSHOT_S
+from simulator.token_accurate import MAX_TOKENS
 from simulator.traces.trace import Trace
+from simulator.true_steps import TrueSteps, plain_steps
 
-MAX_TOKENS = 2048  # what clients are taken to allow, as in the token-accurate run
 _GATEWAY = "gateway-0"
 _LOOK_UP_GIVEN_NAMES = (PrefixCost, RoundRobin)  # policies that find nothing new in a KV event about blocks nobody named to them
 
@@ -89,30 +93,43 @@ def run_policy_only(
     *,
     policy: str,
     seed: int,
+    max_tokens: int | None = MAX_TOKENS,
     prompts: PromptTree | None = None,
     lateness: Lateness | None = None,
+    steps: TrueSteps | None = None,
+    estimate_error: EstimateError = EXACT,
     watcher: Watcher | None = None,
     forced: Mapping[int, WorkerId] | None = None,
 ) -> list[Served]:
-    """Every request of the trace and what came of it, in order. `policy`: as the router takes it, or `oracle_ttft` (oracle.py).
+    """Every request of the trace, in its order, and what came of it. The same arguments are the same run.
 
-    prompts: of this trace (`prompt_tree`), for who runs several policies over it; None: made here.
-    lateness: None: as live; of the oracle always none.
+    policy, seed, max_tokens: as of `run_token_accurate`. steps, estimate_error: as of `RoutedCluster`.
+    prompts: `prompts_of(trace, config, max_tokens)`, for who runs several policies over one trace; None: made here.
+    lateness: None: as live.
     forced: by number of the request, the prefill worker it goes to, whatever the policy says, as long as that one has room.
 
     Raises:
-        ConfigError: workers without a pace or a number of KV blocks, or that do what only the token-accurate simulation knows.
+        ConfigError: no such policy, or workers that cannot be simulated so.
     """
     if prompts is None:
-        prompts = prompt_tree(trace, max_tokens=MAX_TOKENS)
-    if policy == ORACLE:
-        oracle, never = OracleTtft(), Lateness(reports_s=0.0, report_interval_s=0.0, kv_events_s=0.0)
-        cluster = PolicyOnlyCluster(config, oracle, name=policy, seed=seed, lateness=never, watcher=watcher)
-        cluster.reveal(oracle, prompts)
-    else:
-        cluster = PolicyOnlyCluster(config, policies.load(policy), name=policy, seed=seed, lateness=lateness, watcher=watcher)
+        prompts = prompts_of(trace, config, max_tokens)
+    cluster = PolicyOnlyCluster(
+        config,
+        policies.load(policy),
+        name=policy,
+        seed=seed,
+        lateness=lateness,
+        steps=steps,
+        estimate_error=estimate_error,
+        watcher=watcher,
+    )
     cluster.guard.forced = forced or {}
     return cluster.run(prompts)
+
+
+def prompts_of(trace: Trace, config: ClusterConfig, max_tokens: int | None = MAX_TOKENS) -> PromptTree:
+    """The trace taken apart for the workers of `config`, once for all policies."""
+    return prompt_tree(trace, block_tokens=config.workers.block_size, max_tokens=max_tokens)
 
 
 class _Guard(GuardedPolicy):
@@ -148,16 +165,19 @@ class PolicyOnlyCluster:
         name: str,
         seed: int,
         lateness: Lateness | None = None,
+        steps: TrueSteps | None = None,
+        estimate_error: EstimateError = EXACT,
         watcher: Watcher | None = None,
     ) -> None:
-        workers, pace = config.workers, step_time(config)
-        self._num_kv_blocks = num_kv_blocks(config)
-        if pace is None:
-            raise ConfigError("a simulated worker needs a pace; give workers.executor: paced")
+        """
+        Raises:
+            ConfigError: workers without a pace or a number of KV blocks, or that do what only the token-accurate simulation knows.
+        """
         if prefill_policy(config).order_by is not PromptOrder.FIRST_COME:
             raise ConfigError(
                 f"prefill.order_by is {config.prefill.order_by.value}; policy-only runs serve first_come, token-accurate ones any"
             )
+        self._steps = steps or plain_steps(config)
         self._config = told = config.router
         self._watcher = watcher
         self._lateness = lateness or Lateness()
@@ -167,10 +187,11 @@ class PolicyOnlyCluster:
         self._now = 0.0
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._num_events = 0
-        layout = find_shape(config.paced.model or DEFAULT_MODEL).kv_layout(HASH_BLOCK_SIZE_TOKENS)
-        self._block_s = layout.block_bytes / config.simulation.link_bytes_per_s
-        self.fleet = AnalyticFleet()
-        self.index = SegmentIndex(speculative_ttl_s=told.speculative_ttl_s)
+        self._layout = layout = find_shape(config.paced.model or DEFAULT_MODEL).kv_layout(config.workers.block_size)
+        self.block_tokens = config.workers.block_size
+        self._block_s, self._copy_s = layout.block_bytes / config.simulation.link_bytes_per_s, config.simulation.link_latency_s
+        self.fleet = AnalyticFleet(told)
+        self.index = SegmentIndex(block_tokens=config.workers.block_size, speculative_ttl_s=told.speculative_ttl_s)
         self._regret = SegmentRegret()
         self._late_changes: deque[tuple[float, AnalyticWorker, list[Piece], list[Piece]]] = deque()
         self.guard = _Guard(policy, name=policies.split(name)[0], rng=rng, penalty_s=told.policy_penalty_s)
@@ -179,7 +200,7 @@ class PolicyOnlyCluster:
         self._names_all = not isinstance(policy, _LOOK_UP_GIVEN_NAMES)
         self._policies = PoolPolicies(self.guard)
         self._placement = Placement(told, fleet=self.fleet, index=self.index, policies=self._policies, regret=self._regret, rng=rng)
-        self._queue: FairQueue = FairQueue(output_weight=told.output_weight, max_tenants=told.max_tenants)
+        self.queue: FairQueue = FairQueue(output_weight=told.output_weight, max_tenants=told.max_tenants)
         self._flights: dict[str, Flight] = {}  # that wait at the router
         self._tick_s = 0.0
         self._num_kv_events = 0
@@ -188,63 +209,66 @@ class PolicyOnlyCluster:
         driver.prefilled, driver.decoded = self._prefilled, self._decoded
         driver.cache_changed = self._cache_changed
         driver.room_at = self._room_at
-        self._pace = Pace(pace)
-        self._chunk_tokens = min(workers.max_num_batched_tokens, config.prefill.chunk_tokens_alone)
-        self._start(config, driver, tie_seed)
+        self.pace = Pace(self._steps.model)
+        self.chunk_tokens = min(config.workers.max_num_batched_tokens, config.prefill.chunk_tokens_alone)
+        self._start(config, driver, tie_seed, estimate_error, seed)
 
-    def _start(self, config: ClusterConfig, driver: Driver, tie_seed: int) -> None:
-        workers, told, pace, chunk_tokens = config.workers, config.router, self._pace, self._chunk_tokens
-        num_blocks = self._num_kv_blocks * workers.block_size // HASH_BLOCK_SIZE_TOKENS
-        for role, count in pool_sizes(config).items():
-            for number in range(count):
-                worker_id = f"{role.value}-{number}"
-                address = address_of(
+    def _start(self, config: ClusterConfig, driver: Driver, tie_seed: int, error: EstimateError, seed: int) -> None:
+        workers, num_blocks = config.workers, num_kv_blocks(config)
+        roles = {f"{role.value}-{number}": role for role, count in pool_sizes(config).items() for number in range(count)}
+        for worker_id, role in roles.items():
+            address = WorkerAddress(
+                worker_id=worker_id,
+                role=role,
+                epoch=1,
+                host="127.0.0.1",
+                port=1,
+                pid=1,
+                hostname="host",
+                kv_endpoint=Endpoint(),
+                model_id=MODEL_ID,
+                fingerprint=FINGERPRINT,
+                block_size_tokens=workers.block_size,
+                num_kv_blocks=num_blocks,
+                max_model_len=config.model.max_model_len or DEFAULT_MAX_MODEL_LEN,
+                max_num_seqs=workers.max_num_seqs,
+                max_num_batched_tokens=workers.max_num_batched_tokens,
+                kv_token_bytes=self._layout.token_bytes,
+            )
+            server: PrefillServer | DecodeServer
+            if role is Role.PREFILL:
+                server = PrefillServer(
                     worker_id,
-                    role,
-                    num_blocks=self._num_kv_blocks,
-                    block_size=workers.block_size,
-                    max_model_len=config.model.max_model_len or DEFAULT_MAX_MODEL_LEN,
-                    max_seqs=workers.max_num_seqs,
-                    max_batched=workers.max_num_batched_tokens,
+                    driver=driver,
+                    pace=self.pace,
+                    num_blocks=num_blocks,
+                    block_tokens=workers.block_size,
+                    chunk_tokens=self.chunk_tokens,
+                    max_num_seqs=workers.max_num_seqs,
+                    room_tokens=int(config.router.inbox_steps * workers.max_num_batched_tokens),
+                    late_s=self._lateness.reports_s,
+                    interval_s=self._lateness.report_interval_s,
+                    noise=self._steps.noise_of(worker_id) if self._steps.sigma else None,
                 )
-                server: PrefillServer | DecodeServer
-                if role is Role.PREFILL:
-                    server = PrefillServer(
-                        worker_id,
-                        driver=driver,
-                        pace=pace,
-                        num_blocks=num_blocks,
-                        chunk_tokens=chunk_tokens,
-                        max_num_seqs=workers.max_num_seqs,
-                        room_tokens=int(told.inbox_steps * workers.max_num_batched_tokens),
-                        late_s=self._lateness.reports_s,
-                        interval_s=self._lateness.report_interval_s,
-                    )
-                else:
-                    server = DecodeServer(
-                        worker_id,
-                        driver=driver,
-                        pace=pace,
-                        num_blocks=num_blocks,
-                        chunk_tokens=chunk_tokens,
-                        max_num_seqs=workers.max_num_seqs,
-                    )
-                worker = AnalyticWorker(address, server, config=told, tie_hash=tie_hash(worker_id, tie_seed))
-                self.fleet.join(worker)
-                self._policies.observe(WorkerJoined(worker_id=worker_id, role=role, model_id=MODEL_ID), 0.0)
+            else:
+                server = DecodeServer(
+                    worker_id,
+                    driver=driver,
+                    pace=self.pace,
+                    num_blocks=num_blocks,
+                    block_tokens=workers.block_size,
+                    chunk_tokens=self.chunk_tokens,
+                    max_num_seqs=workers.max_num_seqs,
+                )
+            noise = Lognormal(seed, "report", worker_id, sigma=error.sigma)
+            reported = ReportedPace(factor=error.factor, noise=noise)
+            self.fleet.join(
+                AnalyticWorker(address, server, config=config.router, tie_hash=tie_hash(worker_id, tie_seed), reported=reported)
+            )
+            self._policies.observe(WorkerJoined(worker_id=worker_id, role=role, model_id=MODEL_ID), 0.0)
         self._by_id: Mapping[WorkerId, AnalyticWorker] = {worker.worker_id: worker for worker in self.fleet.workers}
         self._prefillers = [worker for worker in self.fleet.workers if worker.role.prefills]
-        self._room_tokens = told.inbox_steps * workers.max_num_batched_tokens
-
-    def reveal(self, oracle: OracleTtft, tree: PromptTree) -> None:
-        """Let it look into the workers, and know how long answers will be; so does the queue, and with it who decides on shapes."""
-
-        def output_tokens(place: Place) -> int:
-            return tree.prompts[int(place.request_id, 16)].output_tokens
-
-        self._queue = queue = KnowingQueue(output_weight=self._config.output_weight, max_tenants=self._config.max_tenants)
-        queue.know(output_tokens)
-        oracle.see({w.worker_id: w.server for w in self.fleet.workers}, self._pace, output_tokens, self._chunk_tokens)
+        self._room_tokens = config.router.inbox_steps * workers.max_num_batched_tokens
 
     def server(self, worker_id: WorkerId) -> PrefillServer | DecodeServer:
         return self._by_id[worker_id].server
@@ -252,6 +276,7 @@ class PolicyOnlyCluster:
     # --- time ---
 
     def run(self, tree: PromptTree) -> list[Served]:
+        assert tree.block_tokens == self.block_tokens, "prompts taken apart for blocks of another size"
         events, prompts = self._events, tree.prompts
         served = [
             Served(request_id=prompt.place.request_id, arrived_s=prompt.at_s, num_prompt_tokens=prompt.num_tokens) for prompt in prompts
@@ -269,7 +294,7 @@ class PolicyOnlyCluster:
                 self._arrive(prompt, record, due_s)
                 prompt, record = next(arrivals, (None, None))
                 due_s = prompt.at_s + LINK_S if prompt is not None else inf
-            elif len(self._queue):
+            elif len(self.queue):
                 self._call_at(self._now + TICK_S, self._pump)  # until there is room, or they have waited too long
             else:
                 return served
@@ -285,34 +310,34 @@ class PolicyOnlyCluster:
         served.num_attempts = 1
         if prompt.num_tokens + 1 > self.fleet.pools(MODEL_ID).most_tokens:
             self._refuse(flight, "no worker can hold the prompt", now)
-        elif len(self._queue) >= self._config.max_queue:
+        elif len(self.queue) >= self._config.max_queue:
             self._refuse(flight, "the queue is full", now)
-        elif len(self._queue):
+        elif len(self.queue):
             self._wait(flight, now)
         else:
             self._catch_up(now)
             place = prompt.place
-            choice = self._placement.choose(place, now, predicted_output_tokens=self._queue.predicted_output_tokens(place))
+            choice = self._placement.choose(place, now, predicted_output_tokens=self.queue.predicted_output_tokens(place))
             if isinstance(choice, Choice):
-                self._book(flight, choice, self._queue.serve_at_once(place), now)
+                self._book(flight, choice, self.queue.serve_at_once(place), now)
             else:
                 self._wait(flight, now)
 
     def _wait(self, flight: Flight, now: float) -> None:
         place = flight.prompt.place
         key = AttemptKey(request_id=place.request_id, attempt=place.attempt)
-        if not len(self._queue):  # what was on its way to us when nobody waited
+        if not len(self.queue):  # what was on its way to us when nobody waited
             self._call_at(now + self._lateness.reports_s + self._lateness.report_interval_s / 2, self._pump)
-        self._queue.push(Waiting(key=key, gateway=_GATEWAY, place=place, since_s=now))
+        self.queue.push(Waiting(key=key, gateway=_GATEWAY, place=place, since_s=now))
         self._flights[place.request_id] = flight
 
     def _room_at(self, at_s: float) -> None:
-        if len(self._queue):
+        if len(self.queue):
             self._call_at(at_s, self._pump)
 
     def _pump(self, now: float) -> None:
         """Place who is next until nobody can be placed; turn away who waited too long."""
-        queue = self._queue
+        queue = self.queue
         while len(queue):
             waiting = next(queue.heads())
             place = waiting.place
@@ -328,7 +353,7 @@ class PolicyOnlyCluster:
 
     def _pump_if_changed(self, now: float) -> None:
         """A prompt or an answer is over. That is no room where every inbox was full of tokens: reports will tell of those by themselves."""
-        if len(self._queue):
+        if len(self.queue):
             room_tokens = self._room_tokens
             if any([worker.queued_prefill_tokens < room_tokens for worker in self._prefillers]):
                 self._pump(now)
@@ -361,7 +386,7 @@ class PolicyOnlyCluster:
         self.fleet.note_chosen(prefill, decode)
         self.index.speculate(prefill.worker_id, prompt.place.block_hashes, now)
         prefill.note_booked(prompt.num_tokens, choice.cached_tokens)
-        self._regret.asked_in_vain_from(prompt.segments, (choice.cached_tokens + choice.pulled_tokens) // HASH_BLOCK_SIZE_TOKENS)
+        self._regret.asked_in_vain_from(prompt.segments, (choice.cached_tokens + choice.pulled_tokens) // self.block_tokens)
         if self._is_listening:
             booked = Booked(
                 request=prompt.place,
@@ -380,12 +405,12 @@ class PolicyOnlyCluster:
         """What the source really has beyond the worker comes before the prompt is begun, as long as it takes to copy."""
         assert choice.pull is not None
         segments = flight.prompt.segments
-        there = min(self._by_id[choice.pull.source].server.cache.match(segments), choice.pull.num_tokens // HASH_BLOCK_SIZE_TOKENS)
+        there = min(self._by_id[choice.pull.source].server.cache.match(segments), choice.pull.num_tokens // self.block_tokens)
         here = flight.prefill.cache.match(segments)
         flight.ready_s += 2 * LINK_S
         if there > here:
             flight.pulled_blocks = there
-            flight.ready_s += LINK_S + (there - here) * self._block_s
+            flight.ready_s += self._copy_s + (there - here) * self._block_s
 
     def _catch_up(self, now: float) -> None:
         """What has come to the router by now."""
@@ -443,8 +468,8 @@ class PolicyOnlyCluster:
             flight.decode.join(flight, now)
             self._pump_if_changed(now)
         else:
-            missing = len(prompt.names) - decode.server.cache.match(prompt.segments)
-            late_s = 2 * LINK_S + max(0.0, missing * self._block_s - flight.step_s)
+            missing = prompt.num_tokens // self.block_tokens - decode.server.cache.match(prompt.segments)
+            late_s = 2 * LINK_S + self._copy_s + missing * self._block_s
             self._call_at(now + late_s, lambda now: flight.decode.join(flight, now))
             self._pump_if_changed(now)
 
@@ -456,7 +481,7 @@ class PolicyOnlyCluster:
         served = flight.served
         served.end_s, served.terminal = now + LINK_S, "finished"
         self._by_id[served.decode_worker].end_decode(flight)
-        self._queue.settle(
+        self.queue.settle(
             "", predicted_output_tokens=flight.predicted_output_tokens, num_output_tokens=served.num_output_tokens, num_choices=1
         )
         if self._is_listening:

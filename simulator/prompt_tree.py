@@ -4,9 +4,10 @@
              system A C                                │       └─ [C]
              system D                                  └─ [D]
 
-A segment is a run of hash blocks between two places where prompts part or end. All its blocks are always asked for together, so a cache
+A segment is a run of KV blocks between two places where prompts part or end. All its blocks are always asked for together, so a cache
 that evicts the least recently used block, children first, holds a beginning of it: one number a segment says what it holds exactly. A
-block belongs to the segment in which it ends: only prompts that share all its tokens share it, as in protocol.block_hash.
+block belongs to the segment in which it ends: only prompts that share all its tokens share it, as in protocol.block_hash. What follows the
+last full block of a prompt is in no segment: nothing of it is ever found.
 """
 
 from __future__ import annotations
@@ -19,44 +20,46 @@ from typing import cast, overload
 
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.messages import Place
+from simulator.routed_cluster import MODEL_ID
 from simulator.traces.trace import Trace
-
-MODEL_ID = "simulated"
 
 
 class Segment:
-    """`num_blocks` hash blocks that are shared by the same prompts. `names` of blocks are made for who asks: by index, each but once."""
+    """`num_blocks` KV blocks that are shared by the same prompts. Hash blocks in them are named when somebody asks, each but once."""
 
-    __slots__ = ("index", "names", "num_blocks")
+    __slots__ = ("hashes_per_block", "index", "names", "num_blocks")
 
-    def __init__(self, index: int, num_blocks: int) -> None:
+    def __init__(self, index: int, num_blocks: int, hashes_per_block: int) -> None:
         self.index = index
         self.num_blocks = num_blocks
-        self.names: dict[int, bytes] = {}  # those anybody asked for
+        self.hashes_per_block = hashes_per_block
+        self.names: dict[int, bytes] = {}  # by number of the hash block in it: those anybody asked for
 
-    def name(self, block: int) -> bytes:
-        name = self.names.get(block)
+    def name(self, number: int) -> bytes:
+        name = self.names.get(number)
         if name is None:
-            name = self.names[block] = b"%d %d" % (self.index, block)
+            name = self.names[number] = b"%d %d" % (self.index, number)
         return name
 
     def all_names(self, first: int, last: int) -> tuple[bytes, ...]:
-        """Of its blocks from `first` to before `last`."""
-        return tuple([self.name(block) for block in range(first, last)])
+        """Of the hash blocks of its blocks from `first` to before `last`."""
+        size = self.hashes_per_block
+        return tuple([self.name(number) for number in range(first * size, last * size)])
 
     def asked_names(self, first: int, last: int) -> tuple[bytes, ...]:
         """Of those of them that anybody ever asked for."""
-        return tuple([name for block, name in self.names.items() if first <= block < last])
+        low, high = first * self.hashes_per_block, last * self.hashes_per_block
+        return tuple([name for number, name in self.names.items() if low <= number < high])
 
 
 class BlockNames(Sequence[bytes]):
-    """A prompt's chain of block names, as a router is told it. None is made before it is looked at."""
+    """A prompt's chain of hash blocks by name, as a router is told it. None is made before it is looked at."""
 
     __slots__ = ("ends", "segments")
 
     def __init__(self, segments: tuple[Segment, ...]) -> None:
         self.segments = segments
-        self.ends = tuple(accumulate([segment.num_blocks for segment in segments]))  # blocks from the start of the prompt
+        self.ends = tuple(accumulate([s.num_blocks * s.hashes_per_block for s in segments]))  # hash blocks from the start of the prompt
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -77,8 +80,8 @@ class BlockNames(Sequence[bytes]):
 
     def __iter__(self) -> Iterator[bytes]:
         for segment in self.segments:
-            for block in range(segment.num_blocks):
-                yield segment.name(block)
+            for number in range(segment.num_blocks * segment.hashes_per_block):
+                yield segment.name(number)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,13 +100,13 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTree:
-    """A trace, taken apart."""
+    """A trace, taken apart for workers with KV blocks of so many tokens."""
 
     prompts: tuple[Prompt, ...]
-    num_segments: int
+    block_tokens: int
 
     def first(self, count: int) -> PromptTree:
-        return PromptTree(prompts=self.prompts[:count], num_segments=self.num_segments)
+        return PromptTree(prompts=self.prompts[:count], block_tokens=self.block_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -115,8 +118,11 @@ class PromptTree:
         return sum(prompt.reusable_tokens for prompt in self.prompts) / max(1, self.num_tokens)
 
 
-def prompt_tree(trace: Trace, *, max_tokens: int) -> PromptTree:
-    """`max_tokens`: what clients are taken to allow, which is all that whoever places is told of the length of an answer."""
+def prompt_tree(trace: Trace, *, block_tokens: int, max_tokens: int | None) -> PromptTree:
+    """`block_tokens`: of a KV block, a multiple of HASH_BLOCK_SIZE_TOKENS. `max_tokens`: what clients are taken to allow, which is all that
+    whoever places is told of the length of an answer; None: he is told how long it will be.
+    """
+    hashes_per_block = block_tokens // HASH_BLOCK_SIZE_TOKENS
     ends_of, ends, parents = _nodes(trace)
     is_boundary = [False] * len(ends)
     num_children = [0] * len(ends)
@@ -141,9 +147,9 @@ def prompt_tree(trace: Trace, *, max_tokens: int) -> PromptTree:
             node = above
         path = paths[node]
         for bottom, top in reversed(below):
-            num_blocks = ends[bottom] // HASH_BLOCK_SIZE_TOKENS - ends[top] // HASH_BLOCK_SIZE_TOKENS
+            num_blocks = ends[bottom] // block_tokens - ends[top] // block_tokens
             if num_blocks:
-                path = (*path, Segment(num_segments, num_blocks))
+                path = (*path, Segment(num_segments, num_blocks, hashes_per_block))
                 num_segments += 1
             paths[bottom] = path
         return path
@@ -171,11 +177,11 @@ def prompt_tree(trace: Trace, *, max_tokens: int) -> PromptTree:
                 output_tokens=asked.output_tokens,
                 segments=segments,
                 names=names,
-                place=_place(number, num_tokens, names, max_tokens),
-                reusable_tokens=min(num_known * HASH_BLOCK_SIZE_TOKENS, max(0, num_tokens - 1)),
+                place=_place(number, num_tokens, names, asked.output_tokens if max_tokens is None else max_tokens),
+                reusable_tokens=min(num_known * block_tokens, max(0, num_tokens - 1)),
             )
         )
-    return PromptTree(prompts=tuple(prompts), num_segments=num_segments)
+    return PromptTree(prompts=tuple(prompts), block_tokens=block_tokens)
 
 
 def _nodes(trace: Trace) -> tuple[list[int], list[int], list[int]]:

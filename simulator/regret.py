@@ -16,8 +16,8 @@ from statistics import fmean
 from control.config import ClusterConfig
 from protocol.worker import WorkerId
 from router.choice import Choice
-from simulator.policy_only import MAX_TOKENS, PolicyOnlyCluster, Watcher, run_policy_only
-from simulator.prompt_tree import Prompt, PromptTree, prompt_tree
+from simulator.policy_only import PolicyOnlyCluster, Watcher, prompts_of, run_policy_only
+from simulator.prompt_tree import Prompt, PromptTree
 from simulator.routed_gateway import Served
 from simulator.traces.trace import Trace
 
@@ -86,7 +86,7 @@ def forks_of(
     Raises:
         ConfigError: as of `run_policy_only`.
     """
-    tree = prompts if prompts is not None else prompt_tree(trace, max_tokens=MAX_TOKENS)
+    tree = prompts if prompts is not None else prompts_of(trace, config)
     choices = _Choices()
     run_policy_only(trace, config, policy=policy, seed=seed, prompts=tree, watcher=choices)
     open_to_choice = [number for number, (_, others) in choices.made.items() if others]

@@ -15,7 +15,7 @@ Piece = tuple[Segment, int, int]  # blocks of a segment, from the first to befor
 
 
 class SegmentCache:
-    """`num_blocks` hash blocks of room, shared with what is computed and has no name yet (`reserve`)."""
+    """`num_blocks` KV blocks of room, shared with what is computed and has no name yet (`reserve`)."""
 
     __slots__ = ("_held", "num_blocks", "num_named", "num_reserved")
 

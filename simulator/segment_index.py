@@ -10,7 +10,6 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import cast
 
-from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.worker import WorkerId
 from router.eviction_regret import HALF_LIFE_BLOCKS, EvictionRegret
 from router.prefix_index import Match, PrefixIndex
@@ -24,8 +23,9 @@ MAX_EVICTED_SEGMENTS = 1 << 14
 class SegmentIndex(PrefixIndex):
     """Asked by Placement and told by the run; nothing of it is kept by block. Whoever asks has set `now`."""
 
-    def __init__(self, *, speculative_ttl_s: float) -> None:
+    def __init__(self, *, block_tokens: int, speculative_ttl_s: float) -> None:
         super().__init__(max_bytes=0, speculative_ttl_s=speculative_ttl_s)
+        self._block_tokens = block_tokens
         self._guess_s = speculative_ttl_s
         self._confirmed: dict[Segment, dict[WorkerId, int]] = {}  # leading blocks of it that each worker has told of
         self._guessed: dict[Segment, dict[WorkerId, float]] = {}  # until when each is believed to get all of it
@@ -36,7 +36,7 @@ class SegmentIndex(PrefixIndex):
         confirmed, guessed = self._confirmed.get, self._guessed.get
         found: dict[WorkerId, int] = {}
         alive: list[WorkerId] | None = None
-        depth = 0
+        depth, block_tokens = 0, self._block_tokens
         for segment in segments:
             told, hoped = confirmed(segment), guessed(segment)
             if not told and not hoped:
@@ -52,21 +52,21 @@ class SegmentIndex(PrefixIndex):
                 if here == size:
                     going_on.append(worker)
                 if here:
-                    found[worker] = (depth + here) * HASH_BLOCK_SIZE_TOKENS
+                    found[worker] = (depth + here) * block_tokens
             alive, depth = going_on, depth + size
             if not alive:
                 break
         return Match(device_tokens=found, total_tokens=found) if found else _EMPTY
 
     def confirmed_tokens(self, worker_id: WorkerId, hashes: Sequence[bytes], num_tokens: int) -> int:
-        num_blocks = num_tokens // HASH_BLOCK_SIZE_TOKENS
+        num_blocks = num_tokens // self._block_tokens
         found = 0
         for segment in cast(BlockNames, hashes).segments:
             here = self._confirmed.get(segment, {}).get(worker_id, 0)
             found += here
             if here < segment.num_blocks or found >= num_blocks:
                 break
-        return min(found, num_blocks) * HASH_BLOCK_SIZE_TOKENS
+        return min(found, num_blocks) * self._block_tokens
 
     def speculate(self, worker_id: WorkerId, hashes: Sequence[bytes], now: float, *, num_held: int = 0) -> None:
         if self._guess_s <= 0.0:
@@ -109,7 +109,7 @@ class SegmentRegret(EvictionRegret):
         self._lost: OrderedDict[Segment, tuple[int, int]] = OrderedDict()  # blocks of it that went last, oldest first
 
     def evicted_run(self, segment: Segment, first: int, last: int) -> None:
-        num_blocks = last - first
+        num_blocks = (last - first) * segment.hashes_per_block
         kept = 0.5 ** (num_blocks / HALF_LIFE_BLOCKS)
         self._num_evicted = self._num_evicted * kept + num_blocks
         self._num_wanted *= kept
@@ -129,4 +129,4 @@ class SegmentRegret(EvictionRegret):
             depth += segment.num_blocks
             if depth > num_found and segment in self._lost:
                 first, last = self._lost.pop(segment)
-                self._num_wanted += last - max(first, num_found - depth + segment.num_blocks)
+                self._num_wanted += (last - max(first, num_found - depth + segment.num_blocks)) * segment.hashes_per_block

@@ -156,24 +156,35 @@ class CellRunner:
     def _replicate(self, index: int) -> Replicate:
         if self._kept is None or self._kept.index != index:
             trace = self.tournament.replicates.make(index)
-            prompts = prompt_tree(trace, max_tokens=MAX_TOKENS) if self.tournament.fidelity is Fidelity.POLICY_ONLY else None
+            is_modelled, size = self.tournament.fidelity is Fidelity.POLICY_ONLY, self.tournament.config.workers.block_size
+            prompts = prompt_tree(trace, block_tokens=size, max_tokens=MAX_TOKENS) if is_modelled else None
             self._kept = Replicate(index=index, trace=trace, reuse_share=reuse_share(trace.requests), prompts=prompts)
         return self._kept
 
     def _serve(self, key: Key, replicate: Replicate) -> list[Served]:
         asked, entrant = self.tournament, key.entrant
         seed = asked.replicates.seed_of(key.replicate) + (entrant.draws - 1) * DRAWS
+        max_tokens, steps = None if entrant.is_oracle else MAX_TOKENS, true_steps(asked.config, seed=seed)
         if asked.fidelity is Fidelity.POLICY_ONLY:
             from simulator.policy_only import run_policy_only
 
-            return run_policy_only(replicate.trace, asked.config, policy=entrant.policy, seed=seed, prompts=replicate.prompts)
+            return run_policy_only(
+                replicate.trace,
+                asked.config,
+                policy=entrant.policy,
+                seed=seed,
+                max_tokens=max_tokens,
+                prompts=None if entrant.is_oracle else replicate.prompts,
+                steps=steps,
+                estimate_error=key.error,
+            )
         return run_token_accurate(
             replicate.trace,
             asked.config,
             policy=entrant.policy,
             seed=seed,
-            max_tokens=None if entrant.is_oracle else MAX_TOKENS,
-            steps=true_steps(asked.config, seed=seed),
+            max_tokens=max_tokens,
+            steps=steps,
             estimate_error=key.error,
         )
 

@@ -20,12 +20,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from control.config import ClusterConfig
-from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS
 from protocol.worker import WorkerId
 from router.choice import Choice
 from simulator.analytic_worker import Flight
-from simulator.policy_only import MAX_TOKENS, PolicyOnlyCluster, Watcher, run_policy_only
-from simulator.prompt_tree import Prompt, PromptTree, Segment, prompt_tree
+from simulator.policy_only import PolicyOnlyCluster, Watcher, prompts_of, run_policy_only
+from simulator.prompt_tree import Prompt, PromptTree, Segment
 from simulator.routed_gateway import Served
 from simulator.traces.trace import Trace
 
@@ -112,12 +111,12 @@ class WaterfallWatcher(Watcher):
         self._seen[prompt.number] = Seen(
             num_tokens=prompt.num_tokens,
             available=prompt.reusable_tokens,
-            begun=min(self._num_begun(prompt), most),
+            begun=min(self._num_begun(prompt) * cluster.block_tokens, most),
             anywhere=max(there.values()),
             believed_anywhere=max([believed.get(worker_id, 0) for worker_id in usable]),
             believed_there=choice.cached_tokens + choice.pulled_tokens,
             there=max(there[chosen], there[source]),
-            held_there=min(most, max(cluster.server(w).cache.match(prompt.segments) for w in (chosen, source)) * HASH_BLOCK_SIZE_TOKENS),
+            held_there=min(most, max(cluster.server(w).cache.match(prompt.segments) for w in (chosen, source)) * cluster.block_tokens),
         )
         self._begun.update(prompt.segments)
         self._promised.setdefault(chosen, Counter()).update(prompt.segments)
@@ -132,7 +131,7 @@ class WaterfallWatcher(Watcher):
             if segment not in self._begun:
                 break
             num_blocks += segment.num_blocks
-        return num_blocks * HASH_BLOCK_SIZE_TOKENS
+        return num_blocks
 
     def _there(self, cluster: PolicyOnlyCluster, worker_id: WorkerId, prompt: Prompt) -> int:
         cache, promised = cluster.server(worker_id).cache, self._promised.get(worker_id, Counter())
@@ -142,7 +141,7 @@ class WaterfallWatcher(Watcher):
             num_blocks += here
             if here < segment.num_blocks:
                 break
-        return num_blocks * HASH_BLOCK_SIZE_TOKENS
+        return num_blocks * cluster.block_tokens
 
 
 def waterfall_of(
@@ -154,7 +153,7 @@ def waterfall_of(
         ConfigError: as of `run_policy_only`.
     """
     watcher = WaterfallWatcher()
-    tree = prompts if prompts is not None else prompt_tree(trace, max_tokens=MAX_TOKENS)
+    tree = prompts if prompts is not None else prompts_of(trace, config)
     served = run_policy_only(trace, config, policy=policy, seed=seed, prompts=tree, watcher=watcher)
     return served, watcher.total
 
