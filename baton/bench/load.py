@@ -17,13 +17,15 @@ from enum import Enum
 
 import aiohttp
 
-from protocol.errors import ServiceError
+from baton.bench.report import percentile
+from protocol.errors import ConfigError, ServiceError
 from protocol.timeline import Timeline
 from simulator.traces.content import LOWEST_TOKEN_ID
 
 EVENT_BYTES_MAX = 1 << 20
 SOCKETS_MAX = 4096
 ERROR_CHARS = 300
+BODIES_BYTES_MAX = 1 << 30  # of all requests of a run
 
 OnProgress = Callable[["LoadRun"], None]
 
@@ -54,6 +56,10 @@ class Workload:
         ids = range(LOWEST_TOKEN_ID, self.vocab_size)
         prefix = rng.choices(ids, k=self.shared_prefix)
         return [prefix + rng.choices(ids, k=self.input_len - self.shared_prefix) for _ in range(self.num_requests)]
+
+    def output_lens(self) -> list[int]:
+        """Tokens asked for, of each request."""
+        return [self.output_len] * self.num_requests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +104,10 @@ class SentRequest:
 
     index: int
     timeline: Timeline
+    num_asked_tokens: int = 0
     sent_s: float | None = None  # None: still waiting for a place
     num_prompt_tokens: int = 0  # by the server's own count
+    num_cached_tokens: int | None = None  # of the prompt, by the server's own count; None: it does not say
     error: ErrorKind | None = None
     error_text: str = ""
 
@@ -136,6 +144,13 @@ class LoadRun:
         """Of each request: how long after its moment it was sent."""
         return [r.sent_s - r.timeline.arrival_s for r in self.requests if r.sent_s is not None]
 
+    @property
+    def lag_p99_s(self) -> float:
+        """p99 of how late requests left us, of the first of each moment: the others leave behind it, as fast as one client can write."""
+        before_s = [None, *(r.timeline.arrival_s for r in self.requests)]
+        firsts = [r for r, at_s in zip(self.requests, before_s, strict=False) if r.timeline.arrival_s != at_s]
+        return percentile([r.sent_s - r.timeline.arrival_s for r in firsts if r.sent_s is not None] or [0.0], 0.99)
+
 
 def drive(
     endpoint: Endpoint, workload: Workload, *, num_warmups: int = 0, on_progress: OnProgress | None = None, every_s: float = 0.5
@@ -143,6 +158,10 @@ def drive(
     """Send the workload and wait for the last answer. The warm-ups go first, one after the other, and are not in the result.
 
     on_progress: called every `every_s` seconds while requests run.
+
+    Raises:
+        ConfigError: its requests are more than BODIES_BYTES_MAX.
+        ServiceError: a warm-up is not answered as asked.
     """
     import uvloop
 
@@ -159,22 +178,42 @@ async def _drive(endpoint: Endpoint, workload: Workload, num_warmups: int, on_pr
         headers=headers,
         trust_env=False,
     ) as session:
-        client = _Client(session, endpoint, workload.output_len)
-        for prompt in _warmup_prompts(workload, num_warmups):
-            request = SentRequest(index=-1, timeline=Timeline(arrival_s=time.perf_counter()))
-            await client.send(request, client.body(prompt))
+        client = _Client(session, endpoint)
+        warm_ups = _warm_ups(workload, num_warmups)
+        for prompt, output_len in zip(warm_ups.prompts(), warm_ups.output_lens(), strict=True):
+            request = SentRequest(index=-1, timeline=Timeline(arrival_s=time.perf_counter()), num_asked_tokens=output_len)
+            await client.send(request, endpoint.body(prompt, output_len))
             if request.error is not None:
                 raise ServiceError(f"{endpoint.url} does not answer as asked ({request.error.value}): {request.error_text}")
-        return await _open_loop(client, workload, on_progress, every_s)
+        return await _open_loop(client, endpoint, workload, on_progress, every_s)
 
 
-def _warmup_prompts(workload: Workload, count: int) -> list[list[int]]:
-    """Others than those of the run, so that nothing of it is in a prefix cache."""
-    return replace(workload, seed=-1 - workload.seed, num_requests=count).prompts()
+def _warm_ups(workload: Workload, count: int) -> Workload:
+    """Other prompts than those of the run, so that nothing of it is in a prefix cache."""
+    return replace(workload, seed=-1 - workload.seed, num_requests=count)
 
 
-async def _open_loop(client: _Client, workload: Workload, on_progress: OnProgress | None, every_s: float) -> LoadRun:
-    bodies = [client.body(prompt) for prompt in workload.prompts()]
+def _bodies(endpoint: Endpoint, workload: Workload) -> list[bytes]:
+    """All are written before the first leaves: a prompt of 10k tokens takes milliseconds, and whoever is due then would be late.
+
+    Raises:
+        ConfigError: they are more than BODIES_BYTES_MAX.
+    """
+    bodies: list[bytes] = []
+    size_bytes = 0
+    for prompt, output_len in zip(workload.prompts(), workload.output_lens(), strict=True):
+        bodies.append(endpoint.body(prompt, output_len))
+        size_bytes += len(bodies[-1])
+        if size_bytes > BODIES_BYTES_MAX:
+            raise ConfigError(
+                f"the first {len(bodies)} of {workload.num_requests} requests are more than {BODIES_BYTES_MAX >> 20} MiB, which is what "
+                "this client holds; ask for fewer requests"
+            )
+    return bodies
+
+
+async def _open_loop(client: _Client, endpoint: Endpoint, workload: Workload, on_progress: OnProgress | None, every_s: float) -> LoadRun:
+    bodies, output_lens = _bodies(endpoint, workload), workload.output_lens()
     arrivals_s = workload.arrivals_s()
     places = None if workload.max_concurrency is None else asyncio.Semaphore(workload.max_concurrency)
     cpu_s, started_s = time.process_time(), time.perf_counter()
@@ -184,7 +223,8 @@ async def _open_loop(client: _Client, workload: Workload, on_progress: OnProgres
         async with asyncio.TaskGroup() as group:
             for index, (due_s, body) in enumerate(zip(arrivals_s, bodies, strict=True)):
                 await asyncio.sleep(max(0.0, started_s + due_s - time.perf_counter()))
-                request = SentRequest(index=index, timeline=Timeline(arrival_s=started_s + due_s))
+                timeline = Timeline(arrival_s=started_s + due_s)
+                request = SentRequest(index=index, timeline=timeline, num_asked_tokens=output_lens[index])
                 run.requests.append(request)
                 group.create_task(_in_its_place(client, run, request, body, places))
     finally:
@@ -213,13 +253,9 @@ async def _tell(run: LoadRun, on_progress: OnProgress, every_s: float) -> None:
 class _Client:
     """Sends bodies over one session and notes what comes back. Errors become part of the request, never exceptions."""
 
-    def __init__(self, session: aiohttp.ClientSession, endpoint: Endpoint, output_len: int) -> None:
+    def __init__(self, session: aiohttp.ClientSession, endpoint: Endpoint) -> None:
         self._session = session
         self._endpoint = endpoint
-        self._output_len = output_len
-
-    def body(self, prompt: Sequence[int]) -> bytes:
-        return self._endpoint.body(prompt, self._output_len)
 
     async def send(self, request: SentRequest, body: bytes) -> None:
         request.sent_s = time.perf_counter()
@@ -251,8 +287,8 @@ class _Client:
                     raise ValueError(f"an event is larger than {EVENT_BYTES_MAX:,} bytes")
         if request.error is None and not is_done:
             _fail(request, ErrorKind.BROKEN, "the stream ended before [DONE]")
-        elif request.error is None and request.timeline.num_tokens < self._output_len:
-            _fail(request, ErrorKind.SHORT, f"{request.timeline.num_tokens} of {self._output_len} tokens came")
+        elif request.error is None and request.timeline.num_tokens < request.num_asked_tokens:
+            _fail(request, ErrorKind.SHORT, f"{request.timeline.num_tokens} of {request.num_asked_tokens} tokens came")
 
 
 def _take(request: SentRequest, data: bytes, now_s: float) -> None:
@@ -262,6 +298,8 @@ def _take(request: SentRequest, data: bytes, now_s: float) -> None:
         _fail(request, ErrorKind.FAILED, json.dumps(event["error"])[:ERROR_CHARS])
     if usage := event.get("usage"):
         request.num_prompt_tokens = int(usage["prompt_tokens"])
+        found = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        request.num_cached_tokens = int(found) if found is not None else request.num_cached_tokens
     for choice in event.get("choices") or ():
         # A server that does not know return_token_ids is taken at its chunks: one token each.
         ids = choice.get("token_ids")

@@ -15,13 +15,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from baton.bench.policy_rows import OURS, STATISTICS, Cell, CellKey, rows_of
 from baton.bench.report import Row, make_document
+from baton.bench.switched import turns
 from baton.progress import say, say_line
 from protocol.errors import ConfigError, ServiceError
 from router.policies import label, split_list
@@ -56,8 +56,7 @@ class Plan:
         """(repeat, workload, policy) in the order they are measured: the policies of a repeat and workload follow each other."""
         for repeat in range(self.num_repeats):
             for workload in self.workloads:
-                turn = list(self.policies)
-                Random(f"turns {self.seed} {repeat} {workload}").shuffle(turn)
+                turn = turns(self.policies, f"{self.seed} {repeat} {workload}")
                 yield from ((repeat, workload, policy) for policy in turn)
 
     def seed_of(self, repeat: int) -> int:
