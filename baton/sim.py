@@ -12,10 +12,11 @@ import typer
 
 from baton.progress import say
 from baton.sim_faults import seeds_of, sim_faults
+from baton.summary_lines import summary_lines
 from baton.trace_options import Burst, Cv, Generator, Rate, Spread, TraceName, TracesDir, source_of
 
 if TYPE_CHECKING:
-    from simulator.summary import Latency, Summary
+    from simulator.summary import Summary
     from simulator.traces.trace import Trace
 
 SCHEMA = "baton.sim.v1"
@@ -76,16 +77,7 @@ def sim(
 
 
 def _print(asked: Trace, summary: Summary, policy: str, took_s: float) -> None:
-    def told(latency: Latency | None, unit: float) -> str:
-        if latency is None:
-            return "-"
-        return "  ".join(f"{name} {getattr(latency, name) * unit:,.1f}" for name in ("mean", "p50", "p90", "p99"))
-
     print(f"{policy} under {asked.name}")
-    counts = f"{summary.num_finished:,} of {summary.num_requests:,} served"
-    print(f"  requests       {counts}; {summary.num_refused:,} refused, {summary.num_failed:,} failed")
-    print(f"  TTFT ms        {told(summary.ttft, 1e3)}")
-    print(f"  TPOT ms        {told(summary.tpot, 1e3)}")
-    print(f"  in time        {summary.attainment:.1%}, {summary.goodput_per_s:.3g} requests/s")
-    print(f"  found cached   {summary.hit_share:.1%} of prompt tokens")
+    for line in summary_lines(summary):
+        print(line)
     print(f"  time           {summary.duration_s:,.0f} s of traffic in {took_s:.1f} s, {summary.num_requests / took_s:,.0f} requests/s")

@@ -4,10 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from simulator.routed_gateway import Served
+
+class Outcome(Protocol):
+    """One request and what came of it: `Served` by a simulated cluster, or answered by a live one. Seconds on one clock."""
+
+    @property
+    def arrived_s(self) -> float: ...
+
+    @property
+    def end_s(self) -> float | None:
+        """None: it never ended."""
+
+    @property
+    def terminal(self) -> str:
+        """ "finished" | "failed" | "refused"."""
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompt, found where it was computed."""
+
+    @property
+    def num_attempts(self) -> int: ...
+
+    @property
+    def ttft_s(self) -> float | None: ...
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time between tokens; None where there is one at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +48,7 @@ class Objective:
     ttft_s: float | None = None
     tpot_s: float | None = None
 
-    def is_met_by(self, served: Served) -> bool:
+    def is_met_by(self, served: Outcome) -> bool:
         """One that was refused, failed or never ended meets nothing. One token alone has no time between tokens to miss."""
         if served.terminal != "finished" or served.ttft_s is None:
             return False
@@ -57,7 +88,7 @@ class Summary:
     hit_share: float  # of prompt tokens of those that were served, found in a cache
 
 
-def summarise(served: Sequence[Served], objective: Objective) -> Summary:
+def summarise(served: Sequence[Outcome], objective: Objective) -> Summary:
     """
     Raises:
         ValueError: nothing was asked for.
