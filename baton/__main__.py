@@ -18,6 +18,7 @@ from baton.calibrate import calibrate
 from baton.chat import chat
 from baton.compare import compare
 from baton.explain import explain
+from baton.replay import replay
 from baton.serve import serve_command
 from baton.sim import sim
 from baton.status import status
@@ -40,6 +41,7 @@ app.command("explain")(explain)
 app.command("sim")(sim)
 app.command("compare")(compare)
 app.command("calibrate")(calibrate)
+app.command("replay")(replay)
 
 bench = typer.Typer(
     name="bench",

@@ -14,6 +14,8 @@
     policies.py          `baton bench policies`: placement policies in turns, in one live cluster
     policy_traffic.py    its four workloads and its cluster       policy_run.py       switch, reset, one cell
     policy_rows.py       from cells to rows and verdicts          policy_figure.py    their drawing
+    switched.py          a running cluster between two policies   trace_traffic.py    a trace as load
+    live_runs.py         the turns of `baton replay`
     router.py            `baton bench router`: what a placement costs, from the index to the socket
     router_run.py        subjects that take turns                 router_rows.py      from turns to rows, targets
     router_subject.py    our router, answering                    router_load.py      the fleet, its caches, the prompts
