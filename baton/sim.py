@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from baton.event_replay import run_again
 from baton.progress import say
 from baton.sim_faults import seeds_of, sim_faults
 from baton.summary_lines import summary_lines
@@ -37,6 +38,9 @@ def sim(
     slo_tpot: Annotated[float | None, typer.Option(min=0.0, help="Seconds a token that count as served in time.")] = None,
     traces: TracesDir = None,
     table: Annotated[Path | None, typer.Option(help="Write a line of JSON for each request into this file.")] = None,
+    events: Annotated[
+        Path | None, typer.Option(help="In place of a trace: run a router's record again (`baton serve --record DIR`) and compare.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
     faults: Annotated[bool, typer.Option("--faults", help="In place of a trace: a small cluster under faults drawn from --seed.")] = False,
     kinds: Annotated[str, typer.Option(help="Of faults, as kill,hang; else all of them.")] = "",
@@ -47,6 +51,8 @@ def sim(
     if faults:
         sim_faults(seeds_of(seeds, seed), kinds, jobs=jobs, as_json=as_json)
         return
+    if events is not None:
+        raise typer.Exit(0 if run_again(events, as_json=as_json) else 1)
     from baton.bench.report import make_document
     from control.config import load_config
     from simulator.summary import Objective, summarise

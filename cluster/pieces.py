@@ -24,6 +24,7 @@ from cluster.processes import ProcessId, process_id, wait_gone
 from cluster.ray_router import RayRouter
 from cluster.ray_runtime import RayRuntime
 from cluster.ray_worker import RayWorker, ref
+from cluster.recorder import RecordSpec
 from cluster.router_build import HUNG_NOTE, RouterSpec, least_work_instead
 from cluster.run_directory import RunDirectory
 from cluster.serve_app import Endpoint
@@ -172,12 +173,17 @@ class Pieces:
             secret=self._secret,
             seed=(self._config.workers.seed or 0) + index,  # each draws for itself
             name=name,
+            record=self._record_spec(),
         )
         refusal = await router.start(spec)
         if refusal is not None:
             self._failure = _as_error(refusal)
             await asyncio.Event().wait()  # the run ends with this error; trying again would say the same
         return router.ended
+
+    def _record_spec(self) -> RecordSpec | None:
+        recording = self._config.recording
+        return None if recording.dir is None else RecordSpec(folder=Path(self._user_path) / recording.dir, max_bytes=recording.max_bytes)
 
     def _launch(self, command: StartWorker) -> RayWorker:
         workers = self._config.workers

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from control.binding import Given, KeyPath, Settings, default_of, leaf_paths
@@ -58,7 +59,7 @@ class Flag:
             return "|".join(str(choice.value) for choice in kind)
         if kind is int:
             return "BYTES" if self.parameter.endswith("_bytes") else "INTEGER"
-        return {float: "SECONDS", str: "TEXT"}.get(kind, "TEXT") if isinstance(kind, type) else "TEXT"
+        return {float: "SECONDS", Path: "DIRECTORY"}.get(kind, "TEXT") if isinstance(kind, type) else "TEXT"
 
     @property
     def default(self) -> str:
@@ -114,6 +115,7 @@ FLAGS: tuple[Flag, ...] = (
     _row("Routing", "--kv-digest", "transport.digest_mode", "What of each KV block is compared: off, sampled, full."),
     _row("Routing", "--kv-load-failure-policy", "transport.kv_load_failure_policy", "When a prompt's KV does not arrive."),
     _row("Cluster", "--routers", "cluster.routers", "Processes that place requests; each stands by for the others."),
+    _row("Cluster", "--record", "recording.dir", "Write what routers are told and answer into this directory, to run it again."),
     _row("Cluster", "--ray-address", "ray.address", "Join this Ray cluster instead of starting one."),
 )  # fmt: skip
 

@@ -185,6 +185,17 @@ class ClusterSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecordingSection:
+    """The events of a live run, to be run again with `baton sim --events` (router/recording.py)."""
+
+    dir: Path | None = None  # each router writes a file there; None: none does
+    max_bytes: int = limited(1 << 30, minimum=1 << 16)  # of one file; then the recording ends, and `baton status` says so
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
     """Everything `baton serve` may be told."""
 
@@ -202,3 +213,4 @@ class ClusterConfig:
     http: HttpSection = field(default_factory=HttpSection)
     ray: RaySection = field(default_factory=RaySection)
     supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
+    recording: RecordingSection = field(default_factory=RecordingSection)

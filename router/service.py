@@ -75,6 +75,7 @@ from router.policies.api import (
     PoolPolicy,
     PoolPrices,
 )
+from router.recording import PolicySwitched, Recorder, Turn
 
 log = logging.getLogger("baton.router")
 
@@ -104,13 +105,15 @@ class RouterService:
         seed: int = 0,
         notes: tuple[str, ...] = (),
         name: str = "router-0",
+        recorder: Recorder | None = None,
     ) -> None:
-        """name: unique among the routers of the directory."""
+        """name: unique among the routers of the directory. recorder: takes all that decides, if it is to be run again."""
         self._name = name
         self._timed = _timed(config.policy, config.decode_policy)
         self._core = RouterCore(
             config, policy=self._timed[Pool.PREFILL], decode_policy=self._timed.get(Pool.DECODE), rng=Random(seed), name=name
         )
+        self._recorder = recorder
         self._limit_s = config.policy_time_limit_s
         self._is_behind = False  # the core has work that waits until the answers are out
         self._notes = list(notes)
@@ -152,6 +155,8 @@ class RouterService:
         await self._links.close()
         await self._routers.close()
         self._listener.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
     @property
     def port(self) -> int:
@@ -164,7 +169,10 @@ class RouterService:
         return self._core.status(self._now()) | {"decision_time": timing, "notes": self._all_notes()}
 
     def _all_notes(self) -> list[str]:
-        return self._notes + self._core.notes(self._now())
+        notes = self._notes + self._core.notes(self._now())
+        if self._recorder is not None and self._recorder.note is not None:
+            notes.append(self._recorder.note)
+        return notes
 
     # --- the turn: one event in, commands out ---
 
@@ -184,10 +192,15 @@ class RouterService:
         """In the loop's next round: uvloop sends what was written in this one at its end."""
         self._is_behind = False
         self._core.catch_up()
+        if self._recorder is not None:
+            self._recorder.settle()
 
     def _run(self, event: Event, now: float) -> None:
         frames: dict[str, list[bytes]] = {}  # by gateway: one write for all it is told, since a write costs more than what is in it
-        for command in self._core.on(event, now):
+        commands = self._core.on(event, now)
+        if self._recorder is not None:
+            self._recorder.take(Turn(now=now, event=event, commands=tuple(commands)))
+        for command in commands:
             if isinstance(command, ToGateway):
                 if command.gateway in self._gateways:
                     frames.setdefault(command.gateway, []).append(encode(command.message))
@@ -289,10 +302,14 @@ class RouterService:
             self._timed = timed
             self._notes.clear()
             self._decision_s.clear()
+            now = self._now()
+            if self._recorder is not None:
+                told = PolicySwitched(now=now, policy=message.policy, decode_policy=message.decode_policy, forget=message.forget)
+                self._recorder.take(told)
             self._core.use_policy(
                 timed[Pool.PREFILL],
                 message.policy,
-                self._now(),
+                now,
                 forget=message.forget,
                 decode_policy=timed.get(Pool.DECODE),
                 decode_spec=message.decode_policy,

@@ -47,7 +47,7 @@ def test_nothing_given_is_the_defaults() -> None:
 
 def test_every_flag_and_its_variable_set_the_key_they_name() -> None:
     """Seen to fail with two rows of the table pointing at one key."""
-    samples: dict[Any, Any] = {bool: False, int: 48, int | None: 48, str: "x", str | None: "x"}
+    samples: dict[Any, Any] = {bool: False, int: 48, int | None: 48, str: "x", str | None: "x", Path | None: Path("x")}
     special = {
         "--dtype": "float32",
         "--numerics": "fast",
