@@ -15,6 +15,7 @@ from baton.bench.serve import bench_serve
 from baton.bench.start import bench_start
 from baton.bench.transfer import bench_transfer
 from baton.calibrate import calibrate
+from baton.bench.validation import bench_validation
 from baton.chat import chat
 from baton.compare import compare
 from baton.explain import explain
@@ -45,7 +46,7 @@ app.command("replay")(replay)
 
 bench = typer.Typer(
     name="bench",
-    help="Measure: the engine, latency under load, prefill and decode apart, starting, KV transfers, the router, policies.",
+    help="Measure: the engine, latency under load, prefill and decode apart, starting, KV transfers, the router, policies, simulations.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -56,6 +57,7 @@ bench.command("start")(bench_start)
 bench.command("router")(bench_router)
 bench.command("transfer")(bench_transfer)
 bench.command("policies")(bench_policies)
+bench.command("validation")(bench_validation)
 app.add_typer(bench)
 app.add_typer(trace_app)
 

@@ -16,6 +16,8 @@
     policy_rows.py       from cells to rows and verdicts          policy_figure.py    their drawing
     switched.py          a running cluster between two policies   trace_traffic.py    a trace as load
     live_runs.py         the turns of `baton replay`
+    validation.py        `baton bench validation`: simulated beside live
+    validation_model.py  what a simulation says beforehand        validation_run.py    the live half
     router.py            `baton bench router`: what a placement costs, from the index to the socket
     router_run.py        subjects that take turns                 router_rows.py      from turns to rows, targets
     router_subject.py    our router, answering                    router_load.py      the fleet, its caches, the prompts
