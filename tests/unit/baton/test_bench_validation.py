@@ -57,7 +57,7 @@ def test_constants_that_were_planted_are_found_again() -> None:
 
 
 def test_what_was_calibrated_on_one_trace_tells_of_another_and_the_null_model_does_not() -> None:
-    """Seen to fail with steps whose overhead is not simulated, and with a null model that waits."""
+    """Seen to fail with another trace simulated than was sent, and with constants that are fitted and not used."""
     runs = [taken(policy) for policy in PLAN.policies]
     rows, told = validated(SUBJECT, PLAN, [taken("round_robin", is_calibration=True)], runs)
     found = by_name(rows)
