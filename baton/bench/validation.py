@@ -20,6 +20,7 @@ import typer
 from baton.bench.policies import split_list
 from baton.bench.policy_rows import label
 from baton.bench.report import Row, make_document
+from baton.bench.screen import show
 from baton.progress import say
 from protocol.errors import ConfigError, ServiceError
 
@@ -155,7 +156,6 @@ def joined(path: Path, document: Mapping[str, Any]) -> dict[str, Any]:
 
 def print_rows(rows: Sequence[Row]) -> None:
     """A line of what was measured, what was said beforehand, and how far apart they are."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -169,7 +169,7 @@ def print_rows(rows: Sequence[Row]) -> None:
         value = "-" if row.value is None else f"{row.value:g} {row.unit}"
         state = {True: "met", False: "missed", None: ""}[row.ok]
         table.add_row(row.name, _text(measured), _text(said), value, "" if row.target is None else str(row.target), state)
-    Console(highlight=False, soft_wrap=True).print(table)
+    show(table, {})
 
 
 def _text(value: object) -> str:
