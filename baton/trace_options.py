@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 TraceName = Annotated[str, typer.Option("--trace", help="A file, or a name in the folder of traces (`baton trace list`).")]
 Generator = Annotated[
-    str, typer.Option("--generate", help="In place of a trace: toolbench, embodied, programming, video_qa, loogle, fan_out, unshared.")
+    str,
+    typer.Option(
+        "--generate", help="In place of a trace: toolbench, embodied, programming, video_qa, loogle, fan_out, unshared, sharegpt."
+    ),
 ]
 Rate = Annotated[float | None, typer.Option("--rate", min=0.0, help="Requests a second; else the trace's own, or 10.")]
 Cv = Annotated[float, typer.Option("--cv", min=0.0, help="Of a generator's gaps: 1 is a Poisson process.")]

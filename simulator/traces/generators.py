@@ -1,7 +1,7 @@
 """Requests drawn from a seed: how they arrive, and prompts that share as published workloads do. The README's experiments need no download.
 
 arrivals   poisson, gamma (of any burstiness), bursts of requests at one moment
-prompts    Preble's five workloads (section 5 of Preble, ICLR'25), fan-out, nothing shared
+prompts    Preble's five workloads (section 5 of Preble, ICLR'25), fan-out, nothing shared, chats of ShareGPT's lengths
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from random import Random
 
 from protocol.errors import ConfigError
+from simulator.traces.lengths import SHAREGPT, SHAREGPT_LOGNORMAL, Lengths, lognormal
 from simulator.traces.trace import Run, Trace, TraceRequest
 
 MIN_OWN_TOKENS = 1
@@ -69,19 +70,14 @@ class SharedPrompts:
         """Without end; `num_requests` says how many prefixes there are."""
         count = max(1, round(num_requests / self.sharers))
         weights = list(itertools.accumulate(1.0 / rank**self.zipf for rank in range(1, count + 1)))
-        lengths = [_lognormal(rng, *self.prompt) for _ in range(count)]
+        lengths = [lognormal(rng, *self.prompt) for _ in range(count)]
         for number in itertools.count():
             prefix = rng.choices(range(count), cum_weights=weights)[0]
             num_shared = max(1, round(self.shared * lengths[prefix]))
             num_key = round(self.key_portion * num_shared)
-            num_own = max(MIN_OWN_TOKENS, round((1.0 - self.shared) * _lognormal(rng, *self.prompt)))
+            num_own = max(MIN_OWN_TOKENS, round((1.0 - self.shared) * lognormal(rng, *self.prompt)))
             runs = (Run("head", num_shared - num_key), Run(f"prefix {prefix}", num_key), Run(f"own {number}", num_own))
-            yield tuple(run for run in runs if run.num_tokens), round(_lognormal(rng, *self.output))
-
-
-def _lognormal(rng: Random, mean: float, deviation: float) -> float:
-    variance = math.log1p((deviation / mean) ** 2)
-    return max(1.0, rng.lognormvariate(math.log(mean) - variance / 2, math.sqrt(variance)))
+            yield tuple(run for run in runs if run.num_tokens), round(lognormal(rng, *self.output))
 
 
 PREBLE = {  # table of section 5.1: prompt and output tokens (mean, standard deviation), shared part, its key portion, requests on it
@@ -121,10 +117,16 @@ class Unshared:
 
     def prompts(self, rng: Random, num_requests: int) -> Iterator[tuple[tuple[Run, ...], int]]:
         for number in itertools.count():
-            yield (Run(f"own {number}", round(_lognormal(rng, *self.prompt))),), round(_lognormal(rng, *self.output))
+            yield (Run(f"own {number}", round(lognormal(rng, *self.prompt))),), round(lognormal(rng, *self.output))
 
 
-GENERATORS: dict[str, SharedPrompts | FanOut | Unshared] = {**PREBLE, "fan_out": FanOut(), "unshared": Unshared()}
+GENERATORS: dict[str, SharedPrompts | FanOut | Unshared | Lengths] = {
+    **PREBLE,
+    "fan_out": FanOut(),
+    "unshared": Unshared(),
+    "sharegpt": SHAREGPT,
+    "sharegpt_lognormal": SHAREGPT_LOGNORMAL,
+}
 
 
 def generate(name: str, arrivals: Arrivals, *, num_requests: int, seed: int) -> Trace:
