@@ -14,8 +14,8 @@ from baton.bench.router import bench_router
 from baton.bench.serve import bench_serve
 from baton.bench.start import bench_start
 from baton.bench.transfer import bench_transfer
-from baton.calibrate import calibrate
 from baton.bench.validation import bench_validation
+from baton.calibrate import calibrate
 from baton.chat import chat
 from baton.compare import compare
 from baton.explain import explain

@@ -53,10 +53,10 @@ def _title(report: Report) -> str:
     setting = report.setting
     rate = "" if setting.rate_per_s is None else f", {setting.rate_per_s:.4g} requests/s"
     size = f"{setting.num_replicates} replicates of {setting.num_requests:,} requests"
-    return (
-        f"{setting.trace}{rate}, {size} ({setting.resampling}); {setting.num_prefill} + {setting.num_decode} workers, {setting.fidelity}; "
-        f"in time: TTFT {setting.ttft_s:g} s, TPOT {setting.tpot_s:g} s"
-    )
+    objective = [f"{name} {value:g} s" for name, value in (("TTFT", setting.ttft_s), ("TPOT", setting.tpot_s)) if value is not None]
+    in_time = f"; in time: {', '.join(objective)}" if objective else ""
+    workers = f"{setting.num_prefill} + {setting.num_decode} workers, {setting.fidelity}"
+    return f"{setting.trace}{rate}, {size} ({setting.resampling}); {workers}{in_time}"
 
 
 def _figure(report: Report, metric: str, label: str, written: Callable[[float], str]) -> str:

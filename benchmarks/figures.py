@@ -20,6 +20,8 @@ from baton.bench.router_rows import SCHEMA as ROUTER
 from baton.bench.start import SCHEMA as START
 from baton.bench.transfer import digest_words
 from baton.bench.transfer_rows import SCHEMA as TRANSFER
+from baton.bench.validation import SCHEMA as VALIDATION
+from baton.bench.validation_model import NULL
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -92,6 +94,7 @@ def all_figures(documents: Sequence[Document]) -> str:
     parts += [_router_part(document) for document in documents if document["schema"] == ROUTER]
     parts += [_policies_part(document) for document in documents if document["schema"] == POLICIES]
     parts += [_transfer_part(document) for document in documents if document["schema"] == TRANSFER]
+    parts += [_validation_part(document) for document in documents if document["schema"] == VALIDATION]
     return "\n\n".join(parts)
 
 
@@ -246,6 +249,41 @@ def _is_asked(row: Mapping[str, Any], name: str, workload: str) -> bool:
     return name.startswith(f"{workload}/") and row["target"] is not None
 
 
+# --- simulated beside live -----------------------------------------------------------------------------------------------
+
+
+def _validation_part(document: Document) -> str:
+    """A line a figure and policy: measured, said beforehand, how far apart, and how far the null model is."""
+    rows = _by_name(document)
+    lines = [["", "live", "simulated", "off by", "null model off by", "asked for"]]
+    for name, row in rows.items():
+        null = rows.get(f"{name}/{NULL}")
+        if name.endswith(f"/{NULL}"):
+            continue
+        off = str(row["reason"]) if row["value"] is None else "" if null is None else _value(row)
+        lines.append([name.replace("_error/", ": ").replace("_", " "), *_live_and_said(row), off, _null_value(null), _asked(row)])
+    fitted = []
+    for cluster, told in document["clusters"].items():
+        known = told["calibration"]
+        fitted.append(
+            f"{cluster}: a step takes {known['step_s'] * 1e3:.2f} ms more than its model, {known['first_s'] * 1e3:.1f} ms lie between "
+            f"client and workers (`{known['policy']}`, {known['trace']})"
+        )
+    return f"{_heading(document)}\n\nFitted: {'; '.join(fitted)}.\n\n{_table(lines)}"
+
+
+def _live_and_said(row: Mapping[str, Any]) -> tuple[str, str]:
+    if "live_ms" in row:
+        return f"{row['live_ms']:,.4g} ms", f"{row['predicted_ms']:,.4g} ms"
+    if "simulated" in row:  # the order of policies
+        return " < ".join(row["live"]), " < ".join(row["simulated"])
+    return ("", "") if row["value"] is None else (f"{row['live']:.1%}", f"{row['predicted']:.1%}")
+
+
+def _null_value(row: Mapping[str, Any] | None) -> str:
+    return "" if row is None or row["value"] is None else _value(row)
+
+
 # --- transfers ---------------------------------------------------------------------------------------------------------
 
 
@@ -334,10 +372,17 @@ def _by_name(document: Document) -> Rows:
 def _heading(document: Document) -> str:
     machine = document["machine"]
     titles = {ENGINE: "The engine", DISAGG: "Prefill and decode apart", START: "Starting", TRANSFER: "KV transfer", ROUTER: "Placement"}
-    titles |= {POLICIES: "Placement policies"}
+    titles |= {POLICIES: "Placement policies", VALIDATION: "Simulated beside live"}
     titles |= {CORRUPTION: "Damaged blocks", ABORTS: "Aborts and kills"}
     title = titles[document["schema"]]
-    named = {ENGINE: "engines", TRANSFER: "chunks", CORRUPTION: "backends", ROUTER: "stages", POLICIES: "policies"}.get(document["schema"])
+    named = {
+        ENGINE: "engines",
+        TRANSFER: "chunks",
+        CORRUPTION: "backends",
+        ROUTER: "stages",
+        POLICIES: "policies",
+        VALIDATION: "clusters",
+    }.get(document["schema"])
     what = document.get("model", "hand-offs") if named is None else ", ".join(document[named])
     chosen = ", ".join(machine["instructions"])
     host = f"{machine['cpu']} ({machine['num_cores']} cores, {chosen}, {machine['memory_gib']:g} GiB)"

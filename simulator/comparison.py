@@ -74,11 +74,8 @@ class Result:
     @property
     def verdict(self) -> str:
         """One sentence that may be quoted."""
-        asked, primary = self.tournament, self.metrics[PRIMARY]
-        told = sentence(primary, trace=self.trace_name, oracles={e.label for e in asked.entrants if e.is_oracle})
-        if not self.is_exploratory:
-            return f"{told} ({self.num_replicates} replicates, 95 % intervals, Holm's correction)."
-        return f"Exploratory, {self.num_replicates} of the {MIN_REPLICATES} replicates that a verdict needs: {told}."
+        oracles = {entrant.label for entrant in self.tournament.entrants if entrant.is_oracle}
+        return verdict_of(sentence(self.metrics[PRIMARY], trace=self.trace_name, oracles=oracles), self.num_replicates)
 
     @property
     def trace_name(self) -> str:
@@ -108,7 +105,7 @@ class Result:
             "policies": [{"label": e.label, "policy": e.policy, "is_oracle": e.is_oracle} for e in asked.entrants],
             "metrics": [metric.record() for metric in self.metrics.values()],
             "ranking": [asdict(standing) for standing in self.metrics[PRIMARY].standings],
-            "curves": {label: {"ttft_s": quantiles} for label, quantiles in self.curves.items()},
+            "curves": {label: {"ttft_s": curve} for label, curve in self.curves.items()},
             "bounds": {},
             "waterfall": {},
             "regret": {},
@@ -177,7 +174,7 @@ def result_of(tournament: Tournament, cells: Cells) -> Result:
         tournament=tournament,
         num_replicates=count,
         metrics=metrics,
-        curves={label: _quantiles([ttft_s for cell in of[label] for ttft_s in cell.figures.ttfts_s]) for label in labels},
+        curves={label: quantiles([ttft_s for cell in of[label] for ttft_s in cell.figures.ttfts_s]) for label in labels},
         reuse_share=fmean(cell.reuse_share for cell in of[labels[0]]),
         num_unserved={label: sum(cell.figures.num_unserved for cell in of[label]) for label in labels},
         under_errors={error: under_errors[error] for error in sorted(under_errors, key=lambda e: (e.sigma, e.factor))},
@@ -246,13 +243,21 @@ def sentence(primary: MetricResult, *, trace: str, oracles: set[str]) -> str:
     return f"{best} has the lowest mean TTFT under {trace}{size}"
 
 
+def verdict_of(told: str, num_replicates: int) -> str:
+    """A sentence that may be quoted, from what is told and over how many replicates."""
+    if num_replicates >= MIN_REPLICATES:
+        return f"{told} ({num_replicates} replicates, 95 % intervals, Holm's correction)."
+    return f"Exploratory, {num_replicates} of the {MIN_REPLICATES} replicates that a verdict needs: {told}."
+
+
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _quantiles(values: Sequence[float]) -> list[float]:
+def quantiles(values: Sequence[float]) -> list[float]:
+    """NUM_QUANTILES of them, evenly from the least to the largest."""
     found: list[float] = np.quantile(values, np.linspace(0.0, 1.0, NUM_QUANTILES)).tolist()
     return found
 
 
-__all__ = ["FLOOR", "MetricResult", "Result", "judge", "num_whole", "result_of", "sentence"]
+__all__ = ["FLOOR", "MetricResult", "Result", "judge", "num_whole", "quantiles", "result_of", "sentence", "verdict_of"]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from simulator.routed_gateway import Served
-from simulator.summary import Latency, Objective, summarise
+from simulator.summary import Latency, Objective, Outcome, summarise
 from simulator.verdict import Better
 
 
@@ -47,7 +47,7 @@ def counted(served: Sequence[Served], warm_up_s: float) -> list[Served]:
     return [one for one in served if one.arrived_s - served[0].arrived_s >= warm_up_s]
 
 
-def figures_of(served: Sequence[Served], objective: Objective, *, unserved_ttft_s: float) -> Figures:
+def figures_of(served: Sequence[Outcome], objective: Objective, *, unserved_ttft_s: float) -> Figures:
     """
     Raises:
         ValueError: no requests.

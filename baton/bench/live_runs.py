@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import median
-
-import numpy as np
 
 from baton.bench.load import Endpoint, LoadRun, drive
-from baton.bench.policy_rows import label
 from baton.bench.switched import SwitchedCluster, lag_complaint, policy_complaints, turns
 from baton.bench.trace_traffic import TraceWorkload, answered, tells_cached
-from simulator.summary import Latency, Objective, Summary, summarise
-from simulator.verdict import MIN_REPLICATES, Better, Comparison, Standing, compare_all, ranking
+from router.config import RouterConfig
+from router.policies import label
+from simulator.comparison import judge, quantiles, sentence, verdict_of
+from simulator.metrics import METRICS, PRIMARY, Figures, figures_of
+from simulator.summary import Objective, Summary, summarise
+from simulator.verdict import MIN_REPLICATES
 
-PRIMARY = "ttft_mean"
 NUM_WARMUPS = 16  # requests, before the first run
-CURVE = tuple(i / 100 for i in range(101))
 
 RunKey = tuple[int, str]  # repeat, policy
 OnProgress = Callable[[LoadRun], None]
@@ -33,10 +31,14 @@ class LiveRun:
     policy: str  # "": that of whoever was asked
     repeat: int
     summary: Summary
+    figures: Figures
     tells_cached: bool
-    ttfts_s: tuple[float, ...]  # of those that were served
     lag_p99_s: float
     invalid: tuple[str, ...]  # why it does not count; none where it does
+
+    def figure(self, metric: str) -> float | None:
+        """None: nobody told."""
+        return self.figures.by_metric[metric] if self.tells_cached or metric != "hit_share" else None
 
     def record(self) -> dict[str, object]:
         """As a member of the document."""
@@ -100,8 +102,8 @@ def _taken(policy: str, repeat: int, run: LoadRun, objective: Objective, complai
         policy=policy,
         repeat=repeat,
         summary=summarise(outcomes, objective),
+        figures=figures_of(outcomes, objective, unserved_ttft_s=RouterConfig().max_wait_s),
         tells_cached=tells_cached(run.requests),
-        ttfts_s=tuple(o.ttft_s for o in outcomes if o.terminal == "finished" and o.ttft_s is not None),
         lag_p99_s=run.lag_p99_s,
         invalid=(*([late] if late is not None else []), *complaints),
     )
@@ -110,119 +112,35 @@ def _taken(policy: str, repeat: int, run: LoadRun, objective: Objective, complai
 # --- policies beside each other ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    """One figure of a summary."""
-
-    name: str
-    unit: str
-    better: Better
-    of: Callable[[Summary], float | None]  # None: nobody was served
-
-
-def _latency(name: str, statistic: str) -> Metric:
-    def of(summary: Summary) -> float | None:
-        latency: Latency | None = getattr(summary, name)
-        return None if latency is None else float(getattr(latency, statistic))
-
-    return Metric(name=f"{name}_{statistic}", unit="s", better=Better.LOWER, of=of)
-
-
-METRICS = (
-    *(_latency("ttft", statistic) for statistic in ("mean", "p50", "p90", "p99")),
-    *(_latency("tpot", statistic) for statistic in ("p50", "p90", "p99")),
-    Metric(name="goodput", unit="requests/s", better=Better.HIGHER, of=lambda s: s.goodput_per_s),
-    Metric(name="attainment", unit="share", better=Better.HIGHER, of=lambda s: s.attainment),
-    Metric(name="hit_share", unit="share", better=Better.HIGHER, of=lambda s: s.hit_share),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Beside:
-    """One metric of all policies, replicate by replicate."""
-
-    metric: Metric
-    values: dict[str, list[float]]
-    comparisons: list[Comparison]
-    standings: list[Standing]
-
-    def record(self) -> dict[str, object]:
-        return {
-            "name": self.metric.name,
-            "unit": self.metric.unit,
-            "better": self.metric.better.value,
-            "values": self.values,
-            "standings": [asdict(standing) for standing in self.standings],
-            "comparisons": [asdict(comparison) for comparison in self.comparisons],
-        }
-
-
 def whole_repeats(runs: Sequence[LiveRun], policies: Sequence[str]) -> list[int]:
     """Repeats in which every policy has a run that counts."""
     valid = {(run.repeat, run.policy) for run in runs if not run.invalid}
     return [repeat for repeat in sorted({run.repeat for run in runs}) if all((repeat, policy) in valid for policy in policies)]
 
 
-def beside(runs: Sequence[LiveRun], policies: Sequence[str]) -> list[Beside]:
-    """Every metric that every run has; a pair is two policies in one repeat. No repeat counts: nothing."""
-    by_key = {(run.repeat, run.policy): run for run in runs}
-    repeats = whole_repeats(runs, policies)
-    found: list[Beside] = []
-    for metric in METRICS if repeats else ():
-        if metric.name == "hit_share" and not all(run.tells_cached for run in runs):
-            continue
-        told = {label(policy): [metric.of(by_key[repeat, policy].summary) for repeat in repeats] for policy in policies}
-        values = {name: [value for value in row if value is not None] for name, row in told.items()}
-        if any(len(row) < len(repeats) for row in values.values()):
-            continue
-        # A ratio needs figures above 0: where one is 0 the values are told and nothing is made of them.
-        is_comparable = all(value > 0.0 for row in values.values() for value in row)
-        comparisons = compare_all(values) if is_comparable else []
-        standings = ranking(values, comparisons, metric.better) if is_comparable else []
-        found.append(Beside(metric=metric, values=values, comparisons=comparisons, standings=standings))
-    return found
+def comparison_sections(runs: Sequence[LiveRun], policies: Sequence[str], trace: str) -> dict[str, object]:
+    """The members of the document `baton.compare.v1` that tell who is better. No repeat counts for all: none but the policies."""
+    named = {policy: label(policy) for policy in policies}
+    told: dict[str, object] = {
+        "policies": [{"label": named[policy], "policy": policy, "is_oracle": False} for policy in policies],
+        "bounds": {},
+        "waterfall": {},
+        "regret": {},
+        "estimate_error": [],
+    }
+    repeats, by_key = whole_repeats(runs, policies), {(run.repeat, run.policy): run for run in runs}
+    if not repeats:
+        return told | {"is_exploratory": True, "verdict": "No repeat counts for all policies.", "metrics": [], "ranking": [], "curves": {}}
+    of = {policy: [by_key[repeat, policy] for repeat in repeats] for policy in policies}
+    results = {m.name: judge(m, {named[p]: [run.figure(m.name) for run in of[p]] for p in policies}, set()) for m in METRICS}
+    primary = results[PRIMARY]
+    return told | {
+        "is_exploratory": len(repeats) < MIN_REPLICATES,
+        "verdict": verdict_of(sentence(primary, trace=trace, oracles=set()), len(repeats)),
+        "metrics": [result.record() for result in results.values()],
+        "ranking": [asdict(standing) for standing in primary.standings],
+        "curves": {named[p]: {"ttft_s": quantiles([s for run in of[p] for s in run.figures.ttfts_s])} for p in policies},
+    }
 
 
-def verdict_of(found: Sequence[Beside], num_repeats: int) -> str:
-    """One sentence of the primary metric."""
-    primary = next((b for b in found if b.metric.name == PRIMARY and b.standings), None)
-    if primary is None:
-        return "no repeat counts for all policies, so nothing can be said"
-    best, *others = primary.standings
-    beaten = [s.policy for s in others if not s.best_or_tied]
-    tied = [s.policy for s in others if s.best_or_tied]
-    words = f"{best.policy} has the lowest mean TTFT, {best.figure * 1e3:.1f} ms"
-    words += f"; for certain below {', '.join(beaten)}" if beaten else ""
-    words += f"; not told apart from {', '.join(tied)}" if tied else ""
-    return words + f" ({num_repeats} repeats{', exploratory' if num_repeats < MIN_REPLICATES else ''})"
-
-
-def curves(runs: Sequence[LiveRun], policies: Sequence[str]) -> dict[str, object]:
-    """Quantiles of TTFT of each policy, pooled over the repeats that count."""
-    repeats = set(whole_repeats(runs, policies))
-    pooled = {policy: [s for run in runs if run.policy == policy and run.repeat in repeats for s in run.ttfts_s] for policy in policies}
-    return {label(policy): {"ttft_s": np.quantile(values, CURVE).tolist()} for policy, values in pooled.items() if values}
-
-
-def median_of(runs: Sequence[LiveRun], policy: str, metric: Metric) -> float | None:
-    """Over the runs that count; None: there is none."""
-    values = [value for run in runs if run.policy == policy and not run.invalid and (value := metric.of(run.summary)) is not None]
-    return median(values) if values else None
-
-
-__all__ = [
-    "METRICS",
-    "PRIMARY",
-    "Beside",
-    "LiveRun",
-    "Metric",
-    "RunKey",
-    "TurnsPlan",
-    "beside",
-    "curves",
-    "median_of",
-    "send",
-    "take_turns",
-    "verdict_of",
-    "whole_repeats",
-]
+__all__ = ["LiveRun", "RunKey", "TurnsPlan", "comparison_sections", "send", "take_turns", "whole_repeats"]

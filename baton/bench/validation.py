@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from baton.bench.policies import split_list
-from baton.bench.policy_rows import label
-from baton.bench.report import Row, make_document
+from baton.bench.report import Row, commit_of_tree, make_document
 from baton.bench.screen import show
 from baton.progress import say
 from protocol.errors import ConfigError, ServiceError
+from router.policies import label, split_list
 
 if TYPE_CHECKING:
     from baton.bench.live_runs import LiveRun
@@ -69,7 +68,7 @@ def bench_validation(
             calibration = cluster.runs(plan, subject.calibrated_on, [calibration_policy], subject.objective)
             validation = cluster.runs(plan, subject.validated_on, plan.policies, subject.objective)
     rows, told = validated(subject, plan, calibration, validation)
-    told["took_s"] = round(time.monotonic() - began_s, 1)
+    told |= {"commit": commit_of_tree(), "took_s": round(time.monotonic() - began_s, 1)}
     document = make_document(SCHEMA, seed=seed, rows=rows, sections={"clusters": {subject.name: told}})
     if output is not None:
         output.write_text(json.dumps(joined(output, document), indent=1) + "\n", encoding="utf-8")

@@ -17,13 +17,14 @@ from statistics import fmean, median
 from baton.bench.report import Row, Target
 from control.compose import step_time
 from control.config import ClusterConfig
-from engine.step_time import StepShape
+from engine.step_time import StepShape, StepTimeModel
 from protocol.errors import ConfigError
 from simulator.routed_cluster import LINK_S, MODEL_ID, VOCAB_SIZE, RoutedCluster
 from simulator.routed_gateway import Served
 from simulator.summary import Latency, Objective, Summary, summarise
 from simulator.traces.generators import Arrivals, SharedPrompts, Unshared
 from simulator.traces.trace import Trace, TraceRequest
+from simulator.true_steps import TrueSteps
 from simulator.workload import requests_of
 
 NULL = "alone"
@@ -70,25 +71,40 @@ def predicted(config: ClusterConfig, trace: Trace, policy: str, overhead: Overhe
 
     config: of paced workers, whose pace is that of the live ones.
     """
-    pace = config.paced
-    longer = replace(pace, prefill_base_s=pace.prefill_base_s + overhead.step_s, decode_base_s=pace.decode_base_s + overhead.step_s)
-    cluster = RoutedCluster(replace(config, paced=longer), policy=policy, seed=seed)
+    steps = TrueSteps(model=Longer(base=_pace_of(config), by_s=overhead.step_s))
+    cluster = RoutedCluster(config, policy=policy, seed=seed, steps=steps)
     served = cluster.run(requests_of(trace, model_id=MODEL_ID, vocab_size=VOCAB_SIZE, seed=seed))
     return [_later(one, overhead.first_s) for one in served]
 
 
-def predicted_alone(config: ClusterConfig, trace: Trace, overhead: Overhead) -> list[Served]:
-    """By the null model."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Longer:
+    """A `StepTimeModel`: `base`, and `by_s` seconds for each step."""
+
+    base: StepTimeModel
+    by_s: float
+
+    def step_s(self, shape: StepShape) -> float:
+        return self.base.step_s(shape) + self.by_s
+
+
+def _pace_of(config: ClusterConfig) -> StepTimeModel:
     pace = step_time(config)
     if pace is None:
-        raise ConfigError("the null model needs a pace; give workers.executor: paced")
+        raise ConfigError("a simulated worker needs a pace; give workers.executor: paced")
+    return pace
+
+
+def predicted_alone(config: ClusterConfig, trace: Trace, overhead: Overhead) -> list[Served]:
+    """By the null model."""
+    pace = Longer(base=_pace_of(config), by_s=overhead.step_s)
     most = config.workers.max_num_batched_tokens
     served = []
     for number, asked in enumerate(trace.requests):
         starts = range(0, asked.num_prompt_tokens, most)
         shapes = [StepShape().with_prefill(start, min(most, asked.num_prompt_tokens - start)) for start in starts]
-        first_s = asked.at_s + sum(pace.step_s(shape) + overhead.step_s for shape in shapes) + overhead.first_s + NUM_HOPS * LINK_S
-        token_s = pace.step_s(StepShape().with_decodes(1, asked.num_prompt_tokens)) + overhead.step_s
+        first_s = asked.at_s + sum(pace.step_s(shape) for shape in shapes) + overhead.first_s + NUM_HOPS * LINK_S
+        token_s = pace.step_s(StepShape().with_decodes(1, asked.num_prompt_tokens))
         served.append(
             Served(
                 request_id=f"{number:032x}",

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from baton.bench.live_runs import LiveRun, RunKey, TurnsPlan, take_turns
 from baton.bench.load import Endpoint, LoadRun
-from baton.bench.policy_rows import label
 from baton.bench.policy_run import NICENESS, operator_of
 from baton.bench.policy_traffic import NUM_WORKERS, cluster_config
 from baton.bench.servers import SERVED_NAME, ServerProcess, checkpoint_to_serve, configured_server
@@ -20,6 +19,7 @@ from baton.bench.validation_model import Asked
 from baton.progress import say, say_line
 from control.config import ClusterConfig, load_config
 from protocol.errors import ConfigError
+from router.policies import label
 from simulator.summary import Objective
 from simulator.traces.generators import SharedPrompts, Unshared
 from simulator.traces.trace import Trace

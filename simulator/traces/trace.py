@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,14 +49,6 @@ class Trace:
         if not self.requests:
             return 0.0
         return len(self.requests) / self.duration_s if self.duration_s else float("inf")
-
-    @property
-    def sha256(self) -> str:
-        """Of what is asked and when, in hex: equal for equal requests, whatever file or generator they come from."""
-        digest = hashlib.sha256()
-        for r in self.requests:
-            digest.update(repr((r.at_s, [(run.name, run.num_tokens) for run in r.runs], r.output_tokens, r.session, r.think_s)).encode())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

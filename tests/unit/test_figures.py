@@ -86,6 +86,24 @@ ROUTER: dict[str, Any] = {
 }  # fmt: skip
 
 
+VALIDATION: dict[str, Any] = {
+    "schema": figures.VALIDATION,
+    "machine": ENGINE["machine"],
+    "commit": ENGINE["commit"],
+    "clusters": {
+        "paced-8+8": {"calibration": {"step_s": 0.0015, "first_s": 0.008, "policy": "round_robin", "trace": "unshared"}},
+    },
+    "rows": [
+        row("paced-8+8/order_agrees", 0.0, "yes / no", ">= 1", False, live=["a", "b"], simulated=["b", "a"]),
+        row("paced-8+8/attainment_error/a", 2.5, "points", "<= 5", True, live=0.95, predicted=0.975),
+        row("paced-8+8/attainment_error/a/alone", 5.0, "points", live=0.95, predicted=1.0),
+        row("paced-8+8/ttft_p50_error/a", 20.0, "%", "<= 15", False, live_ms=100.0, predicted_ms=120.0),
+        row("paced-8+8/ttft_p50_error/a/alone", 300.0, "%", live_ms=100.0, predicted_ms=400.0),
+        row("paced-8+8/ttft_p50_error/b", None, "%", "<= 15", False, reason="no run counts"),
+    ],
+}  # fmt: skip
+
+
 COPIED = [kind for kind in figures.DAMAGE if kind not in ("stale_generation", "late_writer")]
 CORRUPTION = {
     "schema": figures.CORRUPTION,
@@ -115,6 +133,16 @@ def test_what_escaped_is_said_as_it_was_counted() -> None:
     assert "| bit flip | 25 % | 100 % | 50 % | 12.5 % |" in text and "| late writer | 0 in all | 0 in all | 50 % | 12.5 % |" in text
 
 
+def test_a_simulation_that_was_off_is_said_to_be_off() -> None:
+    """Seen to fail with the null model's error in the place of the simulation's, and with a row without a value left out."""
+    text = figures.all_figures([VALIDATION])
+    assert "a step takes 1.50 ms more than its model, 8.0 ms lie between client and workers (`round_robin`, unshared)" in text
+    assert "| paced-8+8/order agrees | a < b | b < a |  |  | >= 1: missed |" in text
+    assert "| paced-8+8/attainment: a | 95.0% | 97.5% | 2.5 points | 5 points | <= 5: met |" in text
+    assert "| paced-8+8/ttft p50: a | 100 ms | 120 ms | 20 % | 300 % | <= 15: missed |" in text
+    assert "| paced-8+8/ttft p50: b |  |  | no run counts |  | <= 15: missed |" in text and "alone" not in text
+
+
 def test_pages_say_what_the_results_say() -> None:
     documents = figures.read_results()
     assert documents, "there are results"
@@ -134,6 +162,7 @@ def test_results_name_a_clean_commit_and_their_machine() -> None:
             figures.CORRUPTION,
             figures.ABORTS,
             figures.POLICIES,
+            figures.VALIDATION,
         )
         assert document["schema"] in known
         assert len(document["commit"]) == 40, "measured in a tree as it was committed"

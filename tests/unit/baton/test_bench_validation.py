@@ -19,6 +19,7 @@ from baton.bench.validation import SCHEMA, joined, validated
 from baton.bench.validation_model import Overhead, Pair, fitted, predicted, predicted_alone, rows_of
 from baton.bench.validation_run import MAX_MODEL_LEN, ValidationPlan, paced_subject, torch_subject
 from protocol.errors import ConfigError, ServiceError
+from simulator.metrics import figures_of
 from simulator.summary import Summary, summarise
 
 pytestmark = pytest.mark.pure
@@ -41,8 +42,8 @@ def taken(policy: str, *, is_calibration: bool = False, overhead: Overhead = PLA
     """A run of the cluster that is taken for live."""
     asked = SUBJECT.calibrated_on if is_calibration else SUBJECT.validated_on
     served = predicted(SUBJECT.simulated, PLAN.trace(asked, 0), policy, overhead, seed=9)
-    summary = summarise(served, SUBJECT.objective)
-    return LiveRun(policy=policy, repeat=0, summary=summary, tells_cached=True, ttfts_s=(), lag_p99_s=0.0, invalid=())
+    summary, figures = summarise(served, SUBJECT.objective), figures_of(served, SUBJECT.objective, unserved_ttft_s=60.0)
+    return LiveRun(policy=policy, repeat=0, summary=summary, figures=figures, tells_cached=True, lag_p99_s=0.0, invalid=())
 
 
 def by_name(rows: list[Row]) -> dict[str, Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +11,18 @@ import pytest
 from typer.testing import CliRunner
 
 from baton.__main__ import app
-from baton.bench.live_runs import LiveRun, TurnsPlan, beside, verdict_of, whole_repeats
+from baton.bench.live_runs import LiveRun, TurnsPlan, comparison_sections, whole_repeats
 from baton.bench.load import Endpoint, ErrorKind, LoadRun, SentRequest, drive
 from baton.bench.switched import lag_complaint
-from baton.bench.trace_traffic import TraceWorkload, answered
-from baton.replay import replay_document
-from baton.sim import make_trace
+from baton.bench.trace_traffic import Answered, TraceWorkload, answered
+from baton.replay import turns_document
 from protocol.timeline import Timeline
-from simulator.summary import Latency, Objective, Summary, summarise
+from simulator.metrics import figures_of
+from simulator.replicates import Replicates
+from simulator.report import render
+from simulator.report.document import read_document
+from simulator.summary import Objective, summarise
+from simulator.traces.source import Source
 from simulator.traces.trace import Run, Trace, TraceRequest
 from tests.stub_endpoint import StubServer, event, running
 
@@ -41,21 +46,30 @@ def as_many_as_asked(body: dict[str, Any]) -> list[bytes]:
 
 
 def planted(policy: str, repeat: int, mean_s: float, *, invalid: tuple[str, ...] = ()) -> LiveRun:
-    latency = Latency(mean_s, mean_s, 2 * mean_s, 3 * mean_s)
-    summary = Summary(
-        num_requests=10,
-        num_finished=10,
-        num_refused=0,
-        num_failed=0,
-        num_retried=0,
-        duration_s=1.0,
-        ttft=latency,
-        tpot=latency,
-        attainment=1.0,
-        goodput_per_s=10.0,
-        hit_share=0.5,
+    outcomes = [
+        Answered(
+            request_id=str(i),
+            arrived_s=i * 0.1,
+            end_s=i * 0.1 + mean_s,
+            num_prompt_tokens=20,
+            num_output_tokens=2,
+            num_cached_tokens=0 if policy == "round_robin" else 10,
+            ttft_s=mean_s * (0.5 + i / 9),
+            tpot_s=0.01,
+            terminal="finished",
+            reason="",
+        )
+        for i in range(10)
+    ]
+    return LiveRun(
+        policy=policy,
+        repeat=repeat,
+        summary=summarise(outcomes, Objective()),
+        figures=figures_of(outcomes, Objective(), unserved_ttft_s=60.0),
+        tells_cached=True,
+        lag_p99_s=0.001,
+        invalid=invalid,
     )
-    return LiveRun(policy=policy, repeat=repeat, summary=summary, tells_cached=True, ttfts_s=(mean_s,), lag_p99_s=0.001, invalid=invalid)
 
 
 # --- what is sent -----------------------------------------------------------------------------------------------------
@@ -133,11 +147,8 @@ def test_the_command_prints_one_document_and_fails_when_the_run_does_not_count(m
         late = CliRunner().invoke(app, [*flags, "--url", url])
     assert outcome.exit_code == 0, outcome.output
     document = json.loads(outcome.stdout.splitlines()[-1])
-    assert document["schema"] == "baton.replay.v1" and document["setting"]["fidelity"] == "live"
-    asked = make_trace("", "fan_out", rate=40.0, requests=4, cv=1.0, burst=1, spread_s=0.0, seed=0, folder=None)
-    assert document["setting"]["trace_sha256"] == asked.sha256
-    (run,) = document["runs"]
-    assert run["summary"]["num_finished"] == 4 and run["summary"]["attainment"] == 1.0 and run["invalid"] == []
+    assert document["schema"] == "baton.replay.v1" and document["trace"]["num_requests"] == 4
+    assert document["summary"]["num_finished"] == 4 and document["summary"]["attainment"] == 1.0 and document["invalid"] == []
     assert len(stub.bodies) == 2 * 5, "a warm-up goes before each"
     assert late.exit_code != 0 and "does not count" in str(late.exception)
 
@@ -162,22 +173,24 @@ def test_a_repeat_counts_for_all_policies_or_for_none() -> None:
     runs = [planted(p, r, (0.1 + 0.001 * r) * (1.5 if p == "round_robin" else 1.0)) for r in range(21) for p in policies]
     runs[4] = planted("round_robin", 1, 9.0, invalid=("requests left late",))
     assert whole_repeats(runs, policies) == [0, *range(2, 21)]
-    found = {b.metric.name: b for b in beside(runs, policies)}
-    assert all(len(row) == 20 for b in found.values() for row in b.values.values())
-    ttft = {s.policy: s for s in found["ttft_mean"].standings}
-    assert not ttft["round_robin"].best_or_tied and ttft["prefix_cost"].best_or_tied and ttft["least_work"].best_or_tied
-    assert {s.policy: s.best_or_tied for s in found["goodput"].standings} == dict.fromkeys(policies, True)
-    told = verdict_of(list(found.values()), 20)
-    assert "certain below round_robin" in told and "exploratory" not in told and "exploratory" in verdict_of(list(found.values()), 19)
-    document = replay_document(runs, policies, {"fidelity": "live"}, seed=0)
-    assert document["ranking"] == document["metrics"][0]["standings"] and document["is_exploratory"] is False  # type: ignore[index]
-    assert replay_document(runs[:3], policies, {}, seed=0)["is_exploratory"] is True
+    replicates = Replicates.of(Source(generator="fan_out"), num_requests=10, seed=0)
+    document = turns_document(runs, policies, replicates, Objective(), Counter(prefill=2, decode=2))
+    told = read_document(document)
+    assert {len(row) for metric in told.metrics.values() for row in metric.values.values()} == {20}
+    ttft = {s.policy: s.best_or_tied for s in told.ranking}
+    assert ttft == {"prefix_cost": True, "least_work": True, "round_robin": False}
+    assert told.setting.fidelity == "live" and told.setting.num_replicates == 20 and not told.is_exploratory
+    assert told.verdict is not None and "ahead of round_robin" in told.verdict and len(told.curves["prefix_cost"]) == 101
+    assert any("round_robin, repeat 2 does not count: requests left late" in note for note in told.setting.notes)
+    assert "round_robin" in render(document), "it can be drawn as any comparison"
 
 
-def test_figures_of_zero_are_told_and_not_compared() -> None:
-    """Seen to fail with the logarithm of a ratio over 0."""
+def test_few_repeats_explore_and_none_says_nothing() -> None:
+    """Seen to fail with a verdict over nothing."""
     runs = [planted(p, r, 0.1) for r in range(3) for p in ("a", "b")]
-    runs = [replace(run, summary=replace(run.summary, hit_share=0.0 if run.policy == "a" else 0.5)) for run in runs]
-    hits = next(b for b in beside(runs, ["a", "b"]) if b.metric.name == "hit_share")
-    assert hits.values == {"a": [0.0] * 3, "b": [0.5] * 3} and hits.comparisons == [] and hits.standings == []
-    assert beside(runs[:1], ["a", "b"]) == [] and "nothing can be said" in verdict_of([], 0)
+    assert comparison_sections(runs, ["a", "b"], "t")["is_exploratory"] is True
+    nothing = comparison_sections(runs[:1], ["a", "b"], "t")
+    assert nothing["metrics"] == [] and nothing["verdict"] == "No repeat counts for all policies."
+    hushed = [replace(run, tells_cached=False) for run in runs]
+    told = {m["name"]: m for m in comparison_sections(hushed, ["a", "b"], "t")["metrics"]}  # type: ignore[attr-defined]
+    assert told["hit_share"]["values"] == {"a": [None] * 3, "b": [None] * 3} and told["hit_share"]["standings"] == []
