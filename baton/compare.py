@@ -7,10 +7,11 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +25,7 @@ from simulator.fidelity import Fidelity
 if TYPE_CHECKING:
     from control.config import ClusterConfig
     from simulator.comparison import Result
-    from simulator.tournament import Cell, Key, Tournament
+    from simulator.tournament import Cell, Outcome, Task, Tournament
 
 SCHEMA = "baton.compare.v1"
 MANIFEST_SCHEMA = "baton.compare.manifest.v1"
@@ -54,6 +55,7 @@ class Options:
     slo_ttft: float = DEFAULT_TTFT_S
     slo_tpot: float = DEFAULT_TPOT_S
     warm_up: float | None = None
+    explain: bool = True
     estimate_error: bool = False
     seed: int = 0
     config: str = ""  # a path
@@ -64,9 +66,11 @@ class Options:
         told = {field.name: getattr(self, field.name) for field in fields(self)}
         words = ["baton", "compare"]
         for name, value in told.items():
-            if value is None or value is False or value == "":
-                continue
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words += [f"--{flag}" if value else f"--no-{flag}"]
+            elif value not in (None, ""):
+                words += [f"--{flag}", str(value)]
         return shlex.join(words)
 
 
@@ -77,6 +81,7 @@ class Run:
     options: Options
     result: Result
     cells: tuple[Cell, ...]  # of whole replicates, in the order of the tournament
+    num_tasks: int  # from the first on
     took_s: float
     num_processes: int
 
@@ -99,7 +104,7 @@ class Run:
             "cluster": {name: plain(section) for name, section in asdict(tournament.config).items() if name in SIMULATED},
             "trace_sha256": replicates.sha256,
             "seeds": [replicates.seed_of(index) for index in range(self.result.num_replicates)],
-            "cells": len(tournament.entrants) * self.result.num_replicates * max(1, len(self.result.under_errors)),
+            "tasks": self.num_tasks,
             "packages": {name: version(name) for name in PACKAGES},
             "took_s": round(self.took_s, 3),
             "processes": self.num_processes,
@@ -126,10 +131,14 @@ def compare(
     warm_up: Annotated[
         float | None, typer.Option(min=0.0, help="Requests of the first so many seconds are not counted; else of a tenth of the time.")
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain/--no-explain", help="Add bounds, where reuse is lost and what decisions cost, by policy-only runs.")
+    ] = True,
     estimate_error: Annotated[
         bool,
         typer.Option(
-            "--estimate-error", help="Also where workers report times wrong: x0.5, 1, 2 and sigma 0, 0.3, 0.6; nine times the work."
+            "--estimate-error/--no-estimate-error",
+            help="Also where workers report times wrong: x0.5, 1, 2 and sigma 0, 0.3, 0.6; nine times the work.",
         ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of whatever is drawn. The same seed is the same tournament.")] = 0,
@@ -171,6 +180,7 @@ def compare(
             slo_ttft=slo_ttft,
             slo_tpot=slo_tpot,
             warm_up=warm_up,
+            explain=explain,
             estimate_error=estimate_error,
             seed=seed,
             config=str(config.resolve()) if config is not None else "",
@@ -224,49 +234,49 @@ def tournament_of(options: Options, config: ClusterConfig) -> Tournament:
         fidelity=Fidelity(options.fidelity),
         objective=Objective(ttft_s=options.slo_ttft, tpot_s=options.slo_tpot),
         warm_up_s=warm_up_s,
+        is_explained=options.explain,
         errors=tuple(error for error in ERROR_GRID if not error.is_none) if options.estimate_error else (),
     )
 
 
-def run_tournament(options: Options, config: ClusterConfig, *, num_processes: int, num_cells: int | None = None) -> Run:
-    """All of it, the first `num_cells` cells, or what was whole when it was interrupted.
+def run_tournament(options: Options, config: ClusterConfig, *, num_processes: int, num_tasks: int | None = None) -> Run:
+    """All of it, the first `num_tasks` of it, or what was whole when it was interrupted.
 
     Raises:
         ConfigError: it cannot be run as asked.
         KeyboardInterrupt: before any replicate was whole.
     """
     from simulator.comparison import num_whole, result_of
-    from simulator.crew import run_cells
+    from simulator.crew import run_tasks
+    from simulator.tournament import Cell
 
     tournament = tournament_of(options, config)
-    keys, began_s = tournament.keys[:num_cells], time.monotonic()
-    cells: dict[Key, Cell] = {}
-    say(f"{len(keys)} cells: {len(tournament.entrants)} policies, {tournament.num_replicates} replicates; starting")
+    tasks, began_s = tournament.tasks[:num_tasks], time.monotonic()
+    done: dict[Task, Outcome] = {}
+    say(f"{len(tasks)} runs of {len(tournament.entrants)} policies under {tournament.num_replicates} replicates; starting")
     try:
-        with closing(run_cells(tournament, keys, num_processes=num_processes, user_path=str(Path.cwd()))) as done:
-            for cell in counted_aloud(done, len(keys), began_s):
-                cells[cell.key] = cell
+        with closing(run_tasks(tournament, tasks, num_processes=num_processes, user_path=str(Path.cwd()))) as running:
+            for number, (task, outcome) in enumerate(running, 1):
+                done[task] = outcome
+                left_s = (time.monotonic() - began_s) / number * (len(tasks) - number)
+                say(f"{number} of {len(tasks)}: {task}; {left_s:.0f} s left")
     except KeyboardInterrupt:
-        if not num_whole(tournament, cells):
+        if not num_whole(tournament, done):
             raise
-        say_line(f"interrupted: {num_whole(tournament, cells)} of {tournament.num_replicates} replicates are whole")
+        say_line(f"interrupted: {num_whole(tournament, done)} of {tournament.num_replicates} replicates are whole")
     say("")
-    result = result_of(tournament, cells)
+    whole = list(takewhile(done.__contains__, tasks))  # what a second run can stop behind
+    result = result_of(tournament, {task: done[task] for task in whole})
     return Run(
         options=options,
         result=result,
-        cells=tuple(cells[key] for key in keys if key.error.is_none and key.replicate < result.num_replicates),
+        cells=tuple(
+            cell for task in whole if isinstance(cell := done[task], Cell) and cell.outcomes and cell.key.replicate < result.num_replicates
+        ),
+        num_tasks=len(whole),
         took_s=time.monotonic() - began_s,
         num_processes=num_processes,
     )
-
-
-def counted_aloud(done: Iterator[Cell], num_cells: int, began_s: float) -> Iterator[Cell]:
-    """With a line of progress on stderr."""
-    for number, cell in enumerate(done, 1):
-        left_s = (time.monotonic() - began_s) / number * (num_cells - number)
-        say(f"{number} of {num_cells} cells, {cell.key}; {left_s:.0f} s left")
-        yield cell
 
 
 # --- the folder of a run ------------------------------------------------------------------------------------------------
@@ -284,7 +294,7 @@ def verify_run(folder: Path, *, num_processes: int) -> None:
 
     manifest = read_manifest(folder)
     options, cluster = Options(**manifest["options"]), load_config(manifest["cluster"])  # type: ignore[arg-type]
-    run = run_tournament(options, cluster, num_processes=num_processes, num_cells=manifest["cells"])  # type: ignore[arg-type]
+    run = run_tournament(options, cluster, num_processes=num_processes, num_tasks=manifest["tasks"])  # type: ignore[arg-type]
     if manifest["trace_sha256"] != run.result.tournament.replicates.sha256:
         raise ConfigError(f"{options.trace} is another trace than the one of {folder}: its sha256 differs")
     with tempfile.TemporaryDirectory(prefix="baton-compare-") as scratch:

@@ -14,15 +14,18 @@ import numpy as np
 
 from control.compose import pool_sizes
 from protocol.worker import Role
+from simulator.bounds import bounds_section
 from simulator.estimate_error import EXACT, EstimateError
 from simulator.metrics import METRICS, PRIMARY, Metric
-from simulator.tournament import Cell, Key, Tournament
+from simulator.regret import regret_section
+from simulator.tournament import Cell, Entrant, Explain, Explained, Key, Outcome, Task, Tournament, Unexplained
 from simulator.verdict import MIN_REPLICATES, Comparison, Standing, compare_all, compare_pair, holm, ranking
+from simulator.waterfall import waterfall_section
 
 FLOOR = 1e-6
 NUM_QUANTILES = 101  # at 0, 0.01, ... 1
 
-Cells = Mapping[Key, Cell]
+Outcomes = Mapping[Task, Outcome]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +66,10 @@ class Result:
     num_replicates: int  # that count
     metrics: dict[str, MetricResult]
     curves: dict[str, list[float]]  # quantiles of TTFT in seconds, of the requests of all replicates
-    reuse_share: float  # of prompt tokens, what a cache without end would find; mean over replicates
+    available_shares: list[float]  # of prompt tokens, what a cache without end would find, in each replicate
     num_unserved: dict[str, int]  # of each policy: requests that count and were refused, failed or never ended
+    explained: dict[str, list[Explained]]  # of each policy that could serve, in each replicate; empty: not all were
+    unexplained: str  # why not; empty: nobody asked, or there was no time
     under_errors: dict[EstimateError, list[Standing]]  # of the primary metric, where all replicates were run with reports so wrong
 
     @property
@@ -106,9 +111,9 @@ class Result:
             "metrics": [metric.record() for metric in self.metrics.values()],
             "ranking": [asdict(standing) for standing in self.metrics[PRIMARY].standings],
             "curves": {label: {"ttft_s": curve} for label, curve in self.curves.items()},
-            "bounds": {},
-            "waterfall": {},
-            "regret": {},
+            "bounds": self._bounds(),
+            "waterfall": waterfall_section({label: [each.waterfall for each in of] for label, of in self.explained.items()}),
+            "regret": regret_section({label: of[0].regret for label, of in self.explained.items()}),
             "estimate_error": [
                 {"factor": error.factor, "sigma": error.sigma, "standings": [asdict(standing) for standing in standings]}
                 for error, standings in self.under_errors.items()
@@ -123,17 +128,27 @@ class Result:
             f"requests that arrive in the first {asked.warm_up_s:.4g} s are run and not counted",
             f"one that is not served misses the objective and counts as {asked.config.router.max_wait_s:g} s to the first token, or as the "
             "slowest of its run if that is longer; time between tokens and hits are of those served",
-            f"a cache without end would find {self.reuse_share:.1%} of the prompt tokens, mean over replicates",
+            f"a cache without end would find {fmean(self.available_shares):.1%} of the prompt tokens, mean over replicates",
             *asked.replicates.notes,
         ]
         for label, count in self.num_unserved.items():
             if count:
                 notes.append(f"{label}: {count:,} requests were not served")
+        if self.explained:
+            notes.append("bounds, where reuse is lost and regret are of policy-only runs; regret of the first replicate")
+        if self.unexplained:
+            notes.append(f"not explained: {self.unexplained}")
         if self.under_errors:
             notes.append(self._told_errors())
         if self.num_replicates < asked.num_replicates:
             notes.append(f"ended early: {self.num_replicates} of {asked.num_replicates} replicates are whole")
         return notes
+
+    def _bounds(self) -> dict[str, dict[str, object]]:
+        """Hits here are of the requests that count, and so is the most there could be of them."""
+        bounds = [each.bounds for each in next(iter(self.explained.values()), [])]
+        known = [replace(b, infinite_cache=share) for b, share in zip(bounds, self.available_shares, strict=False) if b is not None]
+        return bounds_section(known) if known else {}
 
     def _told_errors(self) -> str:
         """Where the first of the ranking still is."""
@@ -149,25 +164,26 @@ class Result:
         )
 
 
-def result_of(tournament: Tournament, cells: Cells) -> Result:
+def result_of(tournament: Tournament, outcomes: Outcomes) -> Result:
     """
     Raises:
         ValueError: no replicate was met by every policy.
     """
-    count = num_whole(tournament, cells)
+    count = num_whole(tournament, outcomes)
     if not count:
         raise ValueError("no replicate was met by every policy")
     labels = [entrant.label for entrant in tournament.entrants]
     oracles = {entrant.label for entrant in tournament.entrants if entrant.is_oracle}
-    of = _by_label(tournament, cells, EXACT, count)
+    of = _by_label(tournament, outcomes, EXACT, count)
     values = {metric.name: {label: _figures(of[label], metric) for label in labels} for metric in METRICS}
     primary = next(metric for metric in METRICS if metric.name == PRIMARY)
     under_errors = {}
     for error in tournament.errors:
-        if num_whole(tournament, cells, error) == count:
-            so_wrong = _by_label(tournament, cells, error, count)
+        if num_whole(tournament, outcomes, error) == count:
+            so_wrong = _by_label(tournament, outcomes, error, count)
             under_errors[error] = judge(primary, {label: _figures(so_wrong[label], primary) for label in labels}, oracles).standings
     metrics = {metric.name: judge(metric, values[metric.name], oracles) for metric in METRICS}
+    explained = {entrant.label: _explained(outcomes, entrant, count) for entrant in tournament.able}
     if under_errors:
         under_errors[EXACT] = metrics[PRIMARY].standings
     return Result(
@@ -175,28 +191,36 @@ def result_of(tournament: Tournament, cells: Cells) -> Result:
         num_replicates=count,
         metrics=metrics,
         curves={label: quantiles([ttft_s for cell in of[label] for ttft_s in cell.figures.ttfts_s]) for label in labels},
-        reuse_share=fmean(cell.reuse_share for cell in of[labels[0]]),
+        available_shares=[cell.available_share for cell in of[labels[0]]],
         num_unserved={label: sum(cell.figures.num_unserved for cell in of[label]) for label in labels},
+        explained=explained if all(len(each) == count for each in explained.values()) else {},
+        unexplained=next((outcome.reason for outcome in outcomes.values() if isinstance(outcome, Unexplained)), ""),
         under_errors={error: under_errors[error] for error in sorted(under_errors, key=lambda e: (e.sigma, e.factor))},
     )
 
 
-def num_whole(tournament: Tournament, cells: Cells, error: EstimateError = EXACT) -> int:
+def num_whole(tournament: Tournament, outcomes: Outcomes, error: EstimateError = EXACT) -> int:
     """How many replicates, from the first on, every policy has met with reports so wrong."""
 
     def is_whole(index: int) -> bool:
-        return all(Key(replicate=index, entrant=entrant, error=error) in cells for entrant in tournament.entrants)
+        return all(Key(replicate=index, entrant=entrant, error=error) in outcomes for entrant in tournament.entrants)
 
     indices = range(tournament.num_replicates)
     return next((index for index in indices if not is_whole(index)), len(indices))
 
 
-def _by_label(tournament: Tournament, cells: Cells, error: EstimateError, count: int) -> dict[str, list[Cell]]:
+def _by_label(tournament: Tournament, outcomes: Outcomes, error: EstimateError, count: int) -> dict[str, list[Cell]]:
     """The cells of each policy under the first `count` replicates."""
-    return {
-        entrant.label: [cells[Key(replicate=index, entrant=entrant, error=error)] for index in range(count)]
-        for entrant in tournament.entrants
-    }
+    found: dict[str, list[Cell]] = {}
+    for entrant in tournament.entrants:
+        each = [outcomes[Key(replicate=index, entrant=entrant, error=error)] for index in range(count)]
+        found[entrant.label] = [outcome for outcome in each if isinstance(outcome, Cell)]
+    return found
+
+
+def _explained(outcomes: Outcomes, entrant: Entrant, count: int) -> list[Explained]:
+    each = [outcomes.get(Explain(replicate=index, entrant=entrant)) for index in range(count)]
+    return [outcome for outcome in each if isinstance(outcome, Explained)]
 
 
 def _figures(cells: Sequence[Cell], metric: Metric) -> list[float | None]:

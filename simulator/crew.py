@@ -1,4 +1,4 @@
-"""Cells of a tournament on several cores: processes that are handed one cell after the other, and are gone when nobody asks any more."""
+"""Tasks of a tournament on several cores: processes that are handed one after the other, and are gone when nobody asks any more."""
 
 from __future__ import annotations
 
@@ -12,45 +12,48 @@ from multiprocessing.process import BaseProcess
 
 from protocol.errors import ConfigError, ServiceError
 from router.policies.user_path import import_last_from
-from simulator.tournament import Cell, CellRunner, Key, Tournament
+from simulator.tournament import Outcome, Runner, Task, Tournament
 
 JOIN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """What came of a cell in its place. `is_asked_wrong`: the caller's mistake."""
+    """What came of a task in its place. `is_asked_wrong`: the caller's mistake."""
 
     text: str
     is_asked_wrong: bool
 
 
-def run_cells(tournament: Tournament, keys: Sequence[Key], *, num_processes: int, user_path: str = "") -> Generator[Cell, None, None]:
-    """As they are done; each cell is the same whatever the number of processes. One process: in this one.
+def run_tasks(
+    tournament: Tournament, tasks: Sequence[Task], *, num_processes: int, user_path: str = ""
+) -> Generator[tuple[Task, Outcome], None, None]:
+    """As they are done; each comes out the same whatever the number of processes. One process: in this one.
 
     user_path: a directory that policies are imported from when they are nowhere else; "": none.
 
     Closing the iterator, or an interrupt in it, ends the processes and with them what they have under way.
 
     Raises:
-        ConfigError: a cell cannot be run as asked.
+        ConfigError: a task cannot be run as asked.
         ServiceError: one failed, or its process was ended.
     """
     if num_processes == 1:
-        yield from map(CellRunner(tournament).run, keys)
+        runner = Runner(tournament)
+        yield from ((task, runner.run(task)) for task in tasks)
         return
-    crew = [_Member(tournament, user_path) for _ in range(min(num_processes, len(keys)))]
+    crew = [_Member(tournament, user_path) for _ in range(min(num_processes, len(tasks)))]
     try:
-        to_do = iter(keys)
-        busy = {member.pipe: member for member, key in zip(crew, to_do, strict=False) if member.give(key)}
+        to_do = iter(tasks)
+        busy = {member.pipe: member for member, task in zip(crew, to_do, strict=False) if member.give(task)}
         while busy:
             for pipe in wait(list(busy)):
                 assert isinstance(pipe, Connection)
                 member = busy[pipe]
-                cell = member.take()
+                task, outcome = member.take()
                 if not member.give(next(to_do, None)):
                     del busy[pipe]
-                yield cell
+                yield task, outcome
     finally:
         for member in crew:
             member.end()
@@ -62,29 +65,29 @@ class _Member:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self._process: BaseProcess = context.Process(target=_work, args=(tournament, user_path, theirs), daemon=True)
-        self._key: Key | None = None
+        self._task: Task | None = None
         self._process.start()
         theirs.close()  # so that its end is seen here
 
-    def give(self, key: Key | None) -> bool:
+    def give(self, task: Task | None) -> bool:
         """False: there is nothing to do."""
-        self._key = key
-        if key is not None:
-            self.pipe.send(key)
-        return key is not None
+        self._task = task
+        if task is not None:
+            self.pipe.send(task)
+        return task is not None
 
-    def take(self) -> Cell:
+    def take(self) -> tuple[Task, Outcome]:
         try:
             answer = self.pipe.recv()
         except (EOFError, ConnectionError):
             self._process.join(JOIN_S)
             raise ServiceError(
-                f"the process that ran {self._key} ended with {self._process.exitcode}; where memory is short take fewer --jobs"
+                f"the process that ran {self._task} ended with {self._process.exitcode}; where memory is short take fewer --jobs"
             ) from None
         if isinstance(answer, Failed):
-            raise ConfigError(answer.text) if answer.is_asked_wrong else ServiceError(f"{self._key} failed\n{answer.text}")
-        assert isinstance(answer, Cell)
-        return answer
+            raise ConfigError(answer.text) if answer.is_asked_wrong else ServiceError(f"{self._task} failed\n{answer.text}")
+        assert self._task is not None and isinstance(answer, Outcome)
+        return self._task, answer
 
     def end(self) -> None:
         self.pipe.close()
@@ -97,14 +100,14 @@ def _work(tournament: Tournament, user_path: str, pipe: Connection) -> None:
     if user_path:
         import_last_from(user_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of a terminal's processes; the parent decides
-    runner = CellRunner(tournament)
+    runner = Runner(tournament)
     while True:
         try:
-            key = pipe.recv()
+            task = pipe.recv()
         except EOFError:
             return
         try:
-            answer: Cell | Failed = runner.run(key)
+            answer: Outcome | Failed = runner.run(task)
         except ConfigError as error:
             answer = Failed(text=str(error), is_asked_wrong=True)
         except Exception:
@@ -112,4 +115,4 @@ def _work(tournament: Tournament, user_path: str, pipe: Connection) -> None:
         pipe.send(answer)
 
 
-__all__ = ["run_cells"]
+__all__ = ["run_tasks"]

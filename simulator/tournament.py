@@ -12,20 +12,25 @@ from dataclasses import dataclass
 from control.config import ClusterConfig
 from protocol.errors import ConfigError
 from router import policies
+from simulator.bounds import Bounds, bounds_of
 from simulator.cell_rows import decision_rows, outcome_rows, pack
 from simulator.estimate_error import EXACT, EstimateError
 from simulator.fidelity import Fidelity
 from simulator.metrics import Figures, counted, figures_of
-from simulator.prompt_tree import PromptTree, prompt_tree
+from simulator.policy_only import prompts_of, run_policy_only
+from simulator.prompt_tree import PromptTree
+from simulator.regret import Regret, forks_of
 from simulator.replicates import Replicates
 from simulator.routed_gateway import Served
 from simulator.summary import Objective
 from simulator.token_accurate import MAX_TOKENS, run_token_accurate
-from simulator.traces.trace import Trace, reuse_share
+from simulator.traces.trace import Trace
 from simulator.true_steps import true_steps
+from simulator.waterfall import Waterfall, waterfall_of
 
 ORACLE = "oracle_"  # before a policy's name
 OTHER_DRAWS = "#"  # behind it, with a number
+NUM_FORKS = 8  # of each policy
 DRAWS = 10**12  # between the seeds of one replicate for NAME#1, NAME#2, ...
 
 
@@ -72,6 +77,20 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Explain:
+    """A policy under a replicate once more, by policy-only runs, for why its figures are what they are."""
+
+    replicate: int
+    entrant: Entrant
+
+    def __str__(self) -> str:
+        return f"why {self.entrant.label} under replicate {self.replicate}"
+
+
+Task = Key | Explain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tournament:
     """What is run.
 
@@ -86,31 +105,36 @@ class Tournament:
     fidelity: Fidelity
     objective: Objective
     warm_up_s: float  # what arrives within it is run and not counted
-    errors: tuple[EstimateError, ...] = ()  # of reported times, under which all is run once more; token-accurate only
+    is_explained: bool = False
+    errors: tuple[EstimateError, ...] = ()  # of reported times, under which all is run once more
 
     def __post_init__(self) -> None:
         labels = [entrant.label for entrant in self.entrants]
-        if self.errors and self.fidelity is not Fidelity.TOKEN_ACCURATE:
-            raise ConfigError(
-                f"reports can be wrong where workers report, which is {Fidelity.TOKEN_ACCURATE.value}; leave --estimate-error out"
-            )
-        if self.fidelity is Fidelity.POLICY_ONLY and any(entrant.is_oracle for entrant in self.entrants):
-            raise ConfigError(
-                f"nobody is told lengths in {self.fidelity.value} runs; take {Fidelity.TOKEN_ACCURATE.value} ones for oracles"
-            )
+        if labels and not self.able:
+            raise ConfigError(f"{', '.join(labels)}: oracles alone have nobody to stand beside; name a policy that could serve")
         if not labels:
             raise ConfigError("no policies to compare; name one or more")
         if len(set(labels)) < len(labels):
             raise ConfigError(f"two policies have one name in {', '.join(labels)}; rename a file, or tell them apart by {OTHER_DRAWS}2")
 
     @property
-    def keys(self) -> list[Key]:
-        """In the order they are run."""
+    def able(self) -> list[Entrant]:
+        """Those that could serve."""
+        return [entrant for entrant in self.entrants if not entrant.is_oracle]
+
+    def seed_of(self, replicate: int, entrant: Entrant) -> int:
+        """Of whatever is drawn in a cell."""
+        return self.replicates.seed_of(replicate) + (entrant.draws - 1) * DRAWS
+
+    @property
+    def tasks(self) -> list[Task]:
+        """In the order they are run: what is asked first, why it is so, and how far it rests on estimates."""
+        each = [(index, entrant) for index in range(self.num_replicates) for entrant in self.entrants]
+        explained = [(index, entrant) for index in range(self.num_replicates) for entrant in self.able] if self.is_explained else []
         return [
-            Key(replicate=index, entrant=entrant, error=error)
-            for error in (EXACT, *self.errors)
-            for index in range(self.num_replicates)
-            for entrant in self.entrants
+            *(Key(replicate=index, entrant=entrant) for index, entrant in each),
+            *(Explain(replicate=index, entrant=entrant) for index, entrant in explained),
+            *(Key(replicate=index, entrant=entrant, error=error) for error in self.errors for index, entrant in each),
         ]
 
 
@@ -120,23 +144,45 @@ class Cell:
 
     key: Key
     figures: Figures
-    reuse_share: float  # of the replicate: what a cache without end would find
+    available_share: float  # of the prompt tokens that count, what a cache without end would find
     outcomes: bytes  # a row for each request, packed (cell_rows.py)
     decisions: bytes
 
 
-class CellRunner:
-    """Runs cells; keeps the replicate of the last one, which the next likely has too."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explained:
+    """What came of an Explain."""
+
+    waterfall: Waterfall
+    bounds: Bounds | None  # of the replicate; with its first policy alone
+    regret: Regret | None  # under replicate 0 alone; None too where nothing could be placed otherwise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unexplained:
+    """Policy-only runs do not know this cluster."""
+
+    reason: str
+
+
+Outcome = Cell | Explained | Unexplained
+
+
+class Runner:
+    """Runs tasks; keeps the replicate of the last one, which the next likely has too."""
 
     def __init__(self, tournament: Tournament) -> None:
         self.tournament = tournament
         self._kept: Replicate | None = None
 
-    def run(self, key: Key) -> Cell:
+    def run(self, task: Task) -> Outcome:
         """
         Raises:
             ConfigError: a trace and a cluster that do not go together, or a warm-up that leaves nothing.
         """
+        return self._cell(task) if isinstance(task, Key) else self._explained(task)
+
+    def _cell(self, key: Key) -> Cell:
         asked, replicate = self.tournament, self._replicate(key.replicate)
         served = self._serve(key, replicate)
         after = counted(served, asked.warm_up_s)
@@ -148,7 +194,7 @@ class CellRunner:
         return Cell(
             key=key,
             figures=figures_of(after, asked.objective, unserved_ttft_s=asked.config.router.max_wait_s),
-            reuse_share=replicate.reuse_share,
+            available_share=replicate.available_share,
             outcomes=pack(outcome_rows(name, key.replicate, served, is_counted)) if is_told else b"",
             decisions=pack(decision_rows(name, key.replicate, served)) if is_told else b"",
         )
@@ -156,18 +202,17 @@ class CellRunner:
     def _replicate(self, index: int) -> Replicate:
         if self._kept is None or self._kept.index != index:
             trace = self.tournament.replicates.make(index)
-            is_modelled, size = self.tournament.fidelity is Fidelity.POLICY_ONLY, self.tournament.config.workers.block_size
-            prompts = prompt_tree(trace, block_tokens=size, max_tokens=MAX_TOKENS) if is_modelled else None
-            self._kept = Replicate(index=index, trace=trace, reuse_share=reuse_share(trace.requests), prompts=prompts)
+            prompts = prompts_of(trace, self.tournament.config)
+            after = [prompt for prompt in prompts.prompts if prompt.at_s >= self.tournament.warm_up_s]
+            available = sum(prompt.reusable_tokens for prompt in after) / max(1, sum(prompt.num_tokens for prompt in after))
+            self._kept = Replicate(index=index, trace=trace, prompts=prompts, available_share=available)
         return self._kept
 
     def _serve(self, key: Key, replicate: Replicate) -> list[Served]:
         asked, entrant = self.tournament, key.entrant
-        seed = asked.replicates.seed_of(key.replicate) + (entrant.draws - 1) * DRAWS
+        seed = asked.seed_of(key.replicate, entrant)
         max_tokens, steps = None if entrant.is_oracle else MAX_TOKENS, true_steps(asked.config, seed=seed)
         if asked.fidelity is Fidelity.POLICY_ONLY:
-            from simulator.policy_only import run_policy_only
-
             return run_policy_only(
                 replicate.trace,
                 asked.config,
@@ -188,6 +233,19 @@ class CellRunner:
             estimate_error=key.error,
         )
 
+    def _explained(self, task: Explain) -> Explained | Unexplained:
+        asked, entrant, replicate = self.tournament, task.entrant, self._replicate(task.replicate)
+        trace, config, prompts, seed = replicate.trace, asked.config, replicate.prompts, asked.seed_of(task.replicate, entrant)
+        try:
+            _, waterfall = waterfall_of(trace, config, policy=entrant.policy, seed=seed, prompts=prompts)
+            bounds = bounds_of(trace, config, seed=seed, prompts=prompts) if entrant == asked.able[0] else None
+            forks = (
+                [] if task.replicate else forks_of(trace, config, policy=entrant.policy, seed=seed, num_forks=NUM_FORKS, prompts=prompts)
+            )
+        except ConfigError as error:
+            return Unexplained(reason=str(error))
+        return Explained(waterfall=waterfall, bounds=bounds, regret=Regret.of(forks))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replicate:
@@ -195,8 +253,8 @@ class Replicate:
 
     index: int
     trace: Trace
-    reuse_share: float
-    prompts: PromptTree | None  # for policy-only runs
+    prompts: PromptTree
+    available_share: float
 
 
-__all__ = ["Cell", "CellRunner", "Entrant", "Key", "Tournament"]
+__all__ = ["Cell", "Entrant", "Explain", "Explained", "Key", "Outcome", "Runner", "Task", "Tournament", "Unexplained"]

@@ -11,7 +11,7 @@ import pytest
 from baton.compare import Options, tournament_of
 from control.config import load_config
 from simulator.comparison import result_of
-from simulator.crew import run_cells
+from simulator.crew import run_tasks
 
 NUM_TOURNAMENTS, NUM_REPLICATES = 200, 20
 MOST_CALLED = 0.07  # of tournaments: 5 % by the test's own level, and what 200 throws scatter
@@ -45,7 +45,7 @@ def test_one_policy_under_two_names_is_seldom_called_different(policy: str, trac
             policies=f"{policy},{policy}#2", trace=str(trace_file), requests=25, replicates=NUM_REPLICATES, warm_up=0.0, seed=seed
         )
         tournament = tournament_of(options, config)
-        cells = {cell.key: cell for cell in run_cells(tournament, tournament.keys, num_processes=1)}
+        cells = dict(run_tasks(tournament, tournament.tasks, num_processes=1))
         result = result_of(tournament, cells)
         primary = result.metrics["ttft_mean"]
         called += any(standing.beaten_by for standing in primary.standings)

@@ -25,8 +25,9 @@ from baton.compare import Differs, Options, run_tournament, tournament_of
 from control.config import ClusterConfig, load_config
 from protocol.errors import ConfigError
 from simulator.comparison import result_of
-from simulator.crew import run_cells
-from simulator.tournament import Cell, CellRunner, Entrant, Key
+from simulator.crew import run_tasks
+from simulator.estimate_error import EXACT, EstimateError
+from simulator.tournament import Cell, Entrant, Key, Outcome, Runner, Task, Tournament
 
 pytestmark = pytest.mark.pure
 
@@ -69,7 +70,7 @@ def trace_file(tmp_path: Path) -> Path:
 
 
 def asked(policies: str, trace_file: Path, **changes: object) -> Options:
-    options = Options(policies=policies, trace=str(trace_file), rate=30.0, requests=30, replicates=20, warm_up=0.2, slo_ttft=0.5)
+    options = Options(policies=policies, trace=str(trace_file), rate=30.0, requests=30, replicates=20, warm_up=0.2, explain=False)
     return replace(options, **changes)  # type: ignore[arg-type]
 
 
@@ -94,8 +95,8 @@ def test_few_replicates_explore(trace_file: Path) -> None:
     """Seen to fail with a verdict from 19."""
     for count, is_exploratory in ((19, True), (20, False)):
         tournament = tournament_of(asked("least_work", trace_file, replicates=count), small())
-        (key,) = [key for key in tournament.keys if key.replicate == 0]
-        cell = CellRunner(tournament).run(key)
+        key = Key(replicate=0, entrant=tournament.entrants[0])
+        cell = Runner(tournament).run(key)
         result = result_of(tournament, {replace(key, replicate=index): cell for index in range(count)})
         assert result.is_exploratory is is_exploratory and result.verdict.startswith("Exploratory") is is_exploratory
 
@@ -104,7 +105,8 @@ def test_every_policy_meets_the_same_requests(trace_file: Path) -> None:
     """Common random numbers: arrivals and lengths of each cell's rows. Seen to fail with the label in the seed of a replicate."""
     tournament = tournament_of(asked("least_work,round_robin,power_of_two#2", trace_file, replicates=2), small())
     met: dict[int, set[str]] = {}
-    for cell in run_cells(tournament, tournament.keys, num_processes=1):
+    for _, cell in run_tasks(tournament, tournament.tasks, num_processes=1):
+        assert isinstance(cell, Cell)
         rows = [json.loads(line) for line in gzip.decompress(cell.outcomes).splitlines()]
         requests = json.dumps([(row["request"], row["arrived_s"], row["prompt_tokens"], row["output_tokens"]) for row in rows])
         met.setdefault(cell.key.replicate, set()).add(requests)
@@ -129,7 +131,7 @@ def test_an_oracle_is_told_how_long_answers_will_be(trace_file: Path, monkeypatc
     tournament = tournament_of(asked("oracle_least_work,least_work", trace_file, replicates=1), small())
     seer, plain = tournament.entrants
     assert (seer.label, seer.policy, seer.is_oracle) == ("oracle_least_work", "least_work", True) and not plain.is_oracle
-    runner = CellRunner(tournament)
+    runner = Runner(tournament)
     runner.run(Key(replicate=0, entrant=seer))
     assert set(told) == {2}
     told.clear()
@@ -141,6 +143,8 @@ def test_names_that_are_none_are_told(trace_file: Path) -> None:
     for spec, why in (("nonesuch", "unknown policy 'nonesuch'"), ("e2#x", "a number from 1 on"), ("e2#0", "a number from 1 on")):
         with pytest.raises(ConfigError, match=why):
             Entrant.of(spec)
+    with pytest.raises(ConfigError, match="name a policy that could serve"):
+        tournament_of(asked("oracle_e2", trace_file), small())
     with pytest.raises(ConfigError, match="one name"):
         tournament_of(asked("least_work,router.policies.least_work:LeastWork", trace_file), small())
     with pytest.raises(ConfigError, match="a warm-up of 500 s"):
@@ -159,6 +163,45 @@ def test_a_users_file_is_an_entrant_as_it_is(trace_file: Path, monkeypatch: pyte
         [(row["prefill"], row["decode"]) for row in map(json.loads, gzip.decompress(cell.decisions).splitlines())] for cell in run.cells
     ]
     assert placed[0] != placed[1] and all(prefill and decode for cell in placed for prefill, decode in cell)
+
+
+@pytest.mark.parametrize("fidelity", ["token-accurate", "policy-only"])
+def test_figures_are_explained_and_framed(trace_file: Path, fidelity: str) -> None:
+    """Bounds of each replicate, parts of reuse that add up, regret; none where policy-only runs do not know the cluster, which is told.
+
+    Seen to fail with the explanations of one replicate left out, and with a cluster that cannot be explained ending the tournament.
+    """
+    options = asked("least_work,oracle_e2", trace_file, replicates=2, explain=True)
+    sections = run_tournament(replace(options, fidelity=fidelity), small(), num_processes=1).result.sections()
+    assert {len(bound["values"]) for bound in sections["bounds"].values()} == {2}  # type: ignore[attr-defined]
+    (fall,) = sections["waterfall"].values()  # type: ignore[attr-defined]
+    assert fall["available"] == pytest.approx(sum(share for part, share in fall.items() if part != "available"))
+    assert sections["regret"]["least_work"]["num_forks"] >= 1  # type: ignore[index]
+    shortest_first = load_config({**SMALL, "prefill": {"order_by": "shortest_first"}})
+    plain = run_tournament(replace(options, replicates=1), shortest_first, num_processes=1).result
+    assert plain.sections()["bounds"] == {} and any("not explained: prefill.order_by" in note for note in plain.notes())
+
+
+def test_a_winner_is_told_with_how_wrong_reports_may_be(trace_file: Path) -> None:
+    """How: one grid point beside the truth. Reports that are wrong change what prefix_cost does, and nobody's requests.
+
+    Seen to fail with the error not handed to the cluster.
+    """
+    off = EstimateError(factor=2.0, sigma=0.6)
+    tournament = replace(tournament_of(asked("prefix_cost,round_robin", trace_file, replicates=3), small()), errors=(off,))
+    outcomes = dict(run_tasks(tournament, tournament.tasks, num_processes=1))
+    result = result_of(tournament, outcomes)
+    assert list(result.under_errors) == [EXACT, off]
+    assert any("report their times wrong" in note for note in result.notes())
+    costs, turns = ([result_cells(outcomes, tournament, entrant, error) for error in (EXACT, off)] for entrant in (0, 1))
+    assert costs[0] != costs[1] and turns[0] == turns[1]
+    del outcomes[tournament.tasks[-1]]
+    assert result_of(tournament, outcomes).under_errors == {}
+
+
+def result_cells(outcomes: dict[Task, Outcome], tournament: Tournament, entrant: int, error: EstimateError) -> list[tuple[float, ...]]:
+    keys = [Key(replicate=index, entrant=tournament.entrants[entrant], error=error) for index in range(tournament.num_replicates)]
+    return [cell.figures.ttfts_s for key in keys if isinstance(cell := outcomes[key], Cell)]
 
 
 @pytest.mark.slow
@@ -190,22 +233,22 @@ def test_processes_make_the_same_cells(trace_file: Path) -> None:
 def test_an_interrupt_keeps_the_replicates_that_are_whole(trace_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After five cells of two policies. Seen to fail with a replicate that only one policy met."""
 
-    def interrupted(tournament: object, keys: Sequence[Key], **_: object) -> Iterator[Cell]:
-        for number, cell in enumerate(run_cells(tournament, keys, num_processes=1)):  # type: ignore[arg-type]
+    def interrupted(tournament: Tournament, tasks: Sequence[Task], **_: object) -> Iterator[tuple[Task, Outcome]]:
+        for number, done in enumerate(run_tasks(tournament, tasks, num_processes=1)):
             if number == 5:
                 raise KeyboardInterrupt
-            yield cell
+            yield done
 
-    monkeypatch.setattr("simulator.crew.run_cells", interrupted)
+    monkeypatch.setattr("simulator.crew.run_tasks", interrupted)
     run = run_tournament(asked("least_work,round_robin", trace_file), small(), num_processes=1)
     assert run.result.num_replicates == 2 and len(run.cells) == 4 and run.result.is_exploratory
     assert "ended early: 2 of 20 replicates are whole" in run.result.notes()
-    monkeypatch.setattr("simulator.crew.run_cells", lambda *_, **__: iter_interrupt())
+    monkeypatch.setattr("simulator.crew.run_tasks", lambda *_, **__: at_once())
     with pytest.raises(KeyboardInterrupt):
         run_tournament(asked("least_work", trace_file), small(), num_processes=1)
 
 
-def iter_interrupt() -> Iterator[Cell]:
+def at_once() -> Iterator[tuple[Task, Outcome]]:
     raise KeyboardInterrupt
     yield
 
