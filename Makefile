@@ -1,5 +1,6 @@
 # install: an environment with everything     serve: the demo model behind http://127.0.0.1:8000
 # native:  compile the kernels in kernels/native into the tree (the install does it too)
+# reproduce: every published figure anew (benchmarks/README.md)
 # test:    everything but the slow tests      test-slow: the rest      check: lint, types, import contracts
 #
 # VENV names the environment (default: the active one, else .venv), TORCH=cpu|cuda|keep the build of torch,
@@ -17,7 +18,7 @@ INSTALLED := $(VENV)/.baton-installed
 SUITES := $(wildcard tests/unit tests/property tests/golden tests/conformance tests/kernels tests/simulation tests/cluster)
 SINGLE_TESTS := $(wildcard tests/test_*.py)
 
-.PHONY: install native native-sanitized serve test test-slow check clean
+.PHONY: install native native-sanitized serve test test-slow check reproduce clean
 
 install:
 	$(PYTHON) deploy/install.py --venv $(VENV) --torch $(TORCH) --extras "$(EXTRAS)"
@@ -50,6 +51,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+reproduce: $(INSTALLED)
+	$(BIN)/python -m benchmarks.reproduce $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,6 +1,8 @@
-"""The figures of README and docs, written from benchmarks/results between two marks; a test fails when a page and the results differ.
+"""The figures of README and docs, written from benchmarks/results between two marks, and the drawings beside the results.
 
-python -m benchmarks.figures    writes the pages anew
+A test fails when a page or a drawing and the results differ.
+
+python -m benchmarks.figures    writes pages and drawings anew
 """
 
 from __future__ import annotations
@@ -11,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from baton.bench.disagg import SCHEMA as DISAGG
+from baton.bench.disagg import drawing as disagg_svg
 from baton.bench.engine_rows import SCHEMA as ENGINE
 from baton.bench.peers import OURS
 from baton.bench.policies import SCHEMA as POLICIES
+from baton.bench.policy_figure import policies_svg
 from baton.bench.policy_rows import OURS as OUR_POLICY
-from baton.bench.policy_rows import STATISTICS
+from baton.bench.policy_rows import STATISTICS, Cell
 from baton.bench.router_rows import SCHEMA as ROUTER
 from baton.bench.start import SCHEMA as START
 from baton.bench.transfer import digest_words
 from baton.bench.transfer_rows import SCHEMA as TRANSFER
 from baton.bench.validation import SCHEMA as VALIDATION
 from baton.bench.validation_model import NULL
+from baton.compare import SCHEMA as COMPARE
+from simulator.report.document import Policy, Report, has_one_best, read_document
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -54,10 +60,27 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 def main() -> None:
+    for path, text in [*drawings().items(), *pages().items()]:
+        path.write_text(text, encoding="utf-8")
+        print(path)
+
+
+def pages() -> dict[Path, str]:
+    """Of each page, what it has to say."""
     documents = read_results()
-    for page, kind in PAGES.items():
-        page.write_text(with_figures(page.read_text(encoding="utf-8"), documents, kind), encoding="utf-8")
-        print(page)
+    return {page: with_figures(page.read_text(encoding="utf-8"), documents, kind) for page, kind in PAGES.items()}
+
+
+def drawings() -> dict[Path, str]:
+    """Of each drawing that lies beside its document."""
+    drawn = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] == DISAGG:
+            drawn[path.with_suffix(".svg")] = disagg_svg(document)
+        elif document["schema"] == POLICIES:
+            drawn[path.with_suffix(".svg")] = policies_svg([Cell.from_record(cell) for cell in document["cells"]])
+    return drawn
 
 
 def read_results() -> list[Document]:
@@ -93,6 +116,7 @@ def all_figures(documents: Sequence[Document]) -> str:
     parts += [_start_part(document) for document in documents if document["schema"] == START]
     parts += [_router_part(document) for document in documents if document["schema"] == ROUTER]
     parts += [_policies_part(document) for document in documents if document["schema"] == POLICIES]
+    parts += [_tournament_part(document) for document in documents if document["schema"] == COMPARE]
     parts += [_transfer_part(document) for document in documents if document["schema"] == TRANSFER]
     parts += [_validation_part(document) for document in documents if document["schema"] == VALIDATION]
     return "\n\n".join(parts)
@@ -284,6 +308,43 @@ def _null_value(row: Mapping[str, Any] | None) -> str:
     return "" if row is None or row["value"] is None else _value(row)
 
 
+# --- tournaments on the virtual clock -----------------------------------------------------------------------------------
+
+
+def _tournament_part(document: Document) -> str:
+    """The verdict and the ranking; the rest is in the report that its command draws."""
+    report = read_document(document)
+    setting, ratio_of = report.setting, report.metrics["ttft_mean"].ratio
+    lines = [["", "mean TTFT, ms", "over the best, 95 % interval", "", "p99 TTFT, ms", "attainment", "hit share", "of the ceiling"]]
+    for policy in report.in_order:
+        pair = ratio_of(policy.label, report.reference.label) if report.reference is not None else None
+        ratio = "" if pair is None else f"{pair.ratio:.2f} ({pair.low:.2f} .. {pair.high:.2f})"
+        told = [_median_of(report, policy, name) for name in ("ttft_mean", "ttft_p99", "attainment", "hit_share")]
+        mean, p99, attainment, hits = told
+        ceiling = report.bounds["infinite_cache"].middle if "infinite_cache" in report.bounds else None
+        shares = [f"{attainment:.1%}", f"{hits:.1%}", "" if ceiling is None else f"{hits / ceiling:.0%}"]
+        lines.append([policy.label, f"{mean * 1e3:,.0f}", ratio, _place(report, policy), f"{p99 * 1e3:,.0f}", *shares])
+    about = (
+        f"{setting.num_replicates} replicates of {setting.num_requests:,} requests ({setting.resampling}), {setting.rate_per_s:.4g} a s; "
+        f"{setting.num_prefill} + {setting.num_decode} workers, {setting.fidelity}; medians over replicates. `{report.command}`"
+    )
+    return f"{_heading(document)}\n\n{report.verdict}\n\n{about}\n\n{_table(lines)}"
+
+
+def _median_of(report: Report, policy: Policy, metric: str) -> float:
+    standing = report.metrics[metric].standing(policy.label)
+    return float("nan") if standing is None else standing.figure
+
+
+def _place(report: Report, policy: Policy) -> str:
+    standing = next(standing for standing in report.ranking if standing.policy == policy.label)
+    if policy.is_oracle:
+        return "oracle"
+    if standing.best_or_tied:
+        return "best" if has_one_best(report.ranking) else "tied for best"
+    return f"beaten by {len(standing.beaten_by)}"
+
+
 # --- transfers ---------------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +433,7 @@ def _by_name(document: Document) -> Rows:
 def _heading(document: Document) -> str:
     machine = document["machine"]
     titles = {ENGINE: "The engine", DISAGG: "Prefill and decode apart", START: "Starting", TRANSFER: "KV transfer", ROUTER: "Placement"}
-    titles |= {POLICIES: "Placement policies", VALIDATION: "Simulated beside live"}
+    titles |= {POLICIES: "Placement policies", COMPARE: "Placement policies on the virtual clock", VALIDATION: "Simulated beside live"}
     titles |= {CORRUPTION: "Damaged blocks", ABORTS: "Aborts and kills"}
     title = titles[document["schema"]]
     named = {
@@ -383,7 +444,8 @@ def _heading(document: Document) -> str:
         POLICIES: "policies",
         VALIDATION: "clusters",
     }.get(document["schema"])
-    what = document.get("model", "hand-offs") if named is None else ", ".join(document[named])
+    subject = document["setting"]["trace"] if document["schema"] == COMPARE else document.get("model", "hand-offs")
+    what = subject if named is None else ", ".join(document[named])
     chosen = ", ".join(machine["instructions"])
     host = f"{machine['cpu']} ({machine['num_cores']} cores, {chosen}, {machine['memory_gib']:g} GiB)"
     return f"### {title}: {what}\n\n{host}, commit `{document['commit'][:12]}`."

@@ -11,12 +11,12 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -128,7 +128,7 @@ def bench_disagg(
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[K")
     if plot is not None:
-        plot.write_text(_drawing(measured), encoding="utf-8")
+        plot.write_text(drawing(document), encoding="utf-8")
     if as_json:
         print(json.dumps(document))
     else:
@@ -266,16 +266,22 @@ def _figure_ms(runs: Sequence[LoadRun], latency: str, statistic: str) -> float:
     return STATISTICS[statistic](latencies_s((r.timeline for run in runs for r in run.well), latency)) * 1e3
 
 
-def _drawing(measured: Sequence[Measured]) -> str:
-    """TTFT against either kind of pause; a line joins what is the same engine with other limits."""
+def drawing(document: Mapping[str, Any]) -> str:
+    """TTFT against either kind of pause, as SVG; a line joins what is the same engine with other limits.
+
+    Args:
+        document: of this benchmark, measured or read.
+    """
     from baton.bench.pareto import Panel, Point, pareto_svg
 
+    ms = {row["name"]: row["value"] for row in document["rows"]}
+    servers = list(document["servers"])
     panels = [
         Panel(
             x_title="TTFT p50, ms",
             y_title=title,
-            points=tuple(Point(name=m.name, x=m.figure_ms("ttft", "p50"), y=m.figure_ms(latency, statistic)) for m in measured),
-            curve=tuple(m.name for m in measured if m.name != OURS),
+            points=tuple(Point(name=name, x=ms[f"ttft/p50/{name}"], y=ms[f"{latency}/{statistic}/{name}"]) for name in servers),
+            curve=tuple(name for name in servers if name != OURS),
         )
         for latency, statistic, title in DRAWN
     ]
@@ -319,4 +325,4 @@ def _say_nothing(_: str) -> None:
     pass
 
 
-__all__ = ["Measured", "Plan", "bench_disagg", "disagg_document", "rows_of"]
+__all__ = ["Measured", "Plan", "bench_disagg", "disagg_document", "drawing", "rows_of"]

@@ -5,11 +5,15 @@ Seen to fail with a ratio of a page edited, with a missed row shown as met, and 
 
 from __future__ import annotations
 
+import re
+from fnmatch import fnmatch
 from typing import Any
 
 import pytest
 
 from benchmarks import figures
+from benchmarks.reproduce import first_difference
+from tests.comparison_document import make_comparison
 
 pytestmark = pytest.mark.pure
 
@@ -146,9 +150,47 @@ def test_a_simulation_that_was_off_is_said_to_be_off() -> None:
 def test_pages_say_what_the_results_say() -> None:
     documents = figures.read_results()
     assert documents, "there are results"
-    for page, kind in figures.PAGES.items():
-        text = page.read_text(encoding="utf-8")
-        assert figures.with_figures(text, documents, kind) == text, f"{page.name} is not what `python -m benchmarks.figures` writes"
+    for page, text in figures.pages().items():
+        assert page.read_text(encoding="utf-8") == text, f"{page.name} is not what `python -m benchmarks.figures` writes"
+
+
+def test_drawings_are_those_of_the_results() -> None:
+    """And none lies there that nobody draws. Seen to fail with a figure of a document changed, and with a drawing of no document."""
+    drawn = figures.drawings()
+    assert set(drawn) == set(figures.RESULTS.glob("*.svg"))
+    for path, text in drawn.items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is not what `python -m benchmarks.figures` draws"
+
+
+def test_each_document_says_how_it_is_made() -> None:
+    """In a line of benchmarks/README.md. Seen to fail with a document of another name."""
+    named = re.findall(r"`([a-z*-]+\.json)`", (figures.HERE / "README.md").read_text(encoding="utf-8"))
+    for path in figures.RESULTS.glob("*.json"):
+        assert any(fnmatch(path.name, pattern) for pattern in named), path.name
+
+
+def test_what_differs_is_named() -> None:
+    """Seen to fail with a member that only one of them has passed over."""
+    published = {"rows": [1, {"a": 0.5}], "same": None}
+    assert first_difference(published, {"same": None, "rows": [1, {"a": 0.5}]}) is None
+    assert first_difference(published, {"rows": [1, {"a": 0.25}], "same": None}) == "rows[1].a was 0.5 and is 0.25"
+    assert first_difference(published, {**published, "more": 1}) == "more was null and is 1"
+    assert first_difference(published, {"rows": [1], "same": None}) == 'rows was [1, {"a": 0.5}] and is [1]'
+
+
+def test_a_tournament_has_its_verdict_its_command_and_a_line_a_policy() -> None:
+    """Seen to fail with the ratio the other way round, and with an oracle called beaten."""
+    document = make_comparison(4, has_oracle=True)
+    text = figures.all_figures([document])
+    assert "### Placement policies on the virtual clock: mooncake_conversation" in text
+    assert document["verdict"] in text and document["command"] in text
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "TTFT" not in line and "---" not in line]
+    assert [line[0].removeprefix("| ") for line in lines] == [standing["policy"] for standing in document["ranking"]]
+    assert lines[0][3].endswith("best") and lines[-1][3] == "oracle"
+    best, last = document["ranking"][0], lines[3]
+    assert lines[0][1] == f"{best['figure'] * 1e3:,.0f}" and lines[0][2] == ""
+    ratio, low, _, high = last[2].replace("(", "").replace(")", "").split()
+    assert 1 < float(low) <= float(ratio) <= float(high), "the last waits longer"
 
 
 def test_results_name_a_clean_commit_and_their_machine() -> None:
@@ -163,6 +205,7 @@ def test_results_name_a_clean_commit_and_their_machine() -> None:
             figures.ABORTS,
             figures.POLICIES,
             figures.VALIDATION,
+            figures.COMPARE,
         )
         assert document["schema"] in known
         assert len(document["commit"]) == 40, "measured in a tree as it was committed"
