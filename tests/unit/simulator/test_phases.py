@@ -157,7 +157,7 @@ def test_prompts_of_one_length_wait_as_closed_forms_say(num_workers: int, load: 
 @dataclass(frozen=True, slots=True)
 class OnePrompt:
     num_tokens: int = 64
-    service_s: float = 0.05
+    service_s: float = 0.01
 
 
 def token_accurate(num_workers: int, load: float, seed: int, *, num_requests: int) -> list[float]:
