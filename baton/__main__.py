@@ -19,6 +19,7 @@ from baton.calibrate import calibrate
 from baton.chat import chat
 from baton.compare import compare
 from baton.explain import explain
+from baton.plan import plan
 from baton.replay import replay
 from baton.serve import serve_command
 from baton.sim import sim
@@ -43,6 +44,7 @@ app.command("sim")(sim)
 app.command("compare")(compare)
 app.command("calibrate")(calibrate)
 app.command("replay")(replay)
+app.command("plan")(plan)
 
 bench = typer.Typer(
     name="bench",
