@@ -8,8 +8,10 @@ python -m benchmarks.figures    writes pages and drawings anew
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from baton.bench.disagg import SCHEMA as DISAGG
@@ -27,6 +29,7 @@ from baton.bench.transfer_rows import SCHEMA as TRANSFER
 from baton.bench.validation import SCHEMA as VALIDATION
 from baton.bench.validation_model import NULL
 from baton.compare import SCHEMA as COMPARE
+from baton.plan import SCHEMA as PLAN
 from simulator.report.document import Policy, Report, has_one_best, read_document
 
 HERE = Path(__file__).resolve().parent
@@ -52,6 +55,8 @@ WORKLOADS = {  # in the order of the tables
     "prefill2k": "prefill of 2,048",
     "prefill8k": "prefill of 8,192",
 }
+ONE_TO_ONE = re.compile(r"prefill 1 x TP\d+, decode 1 x TP\d+")
+MOST_PLACEMENTS = 12  # lines of a plan's table
 MODELS = ("15m", "125m", "0.5b", "moe", None)  # the order of the tables; None: no engine's document
 PEERS = {"vllm": "vLLM", "llamacpp": "llama.cpp", "transformers": "transformers"}
 
@@ -119,6 +124,7 @@ def all_figures(documents: Sequence[Document]) -> str:
     parts += [_tournament_part(document) for document in documents if document["schema"] == COMPARE]
     parts += [_transfer_part(document) for document in documents if document["schema"] == TRANSFER]
     parts += [_validation_part(document) for document in documents if document["schema"] == VALIDATION]
+    parts += [_plan_part(document) for document in documents if document["schema"] == PLAN]
     return "\n\n".join(parts)
 
 
@@ -262,6 +268,27 @@ def _policies_part(document: Document) -> str:
         asked = [f"{name.removeprefix(f'{workload}/')} {_asked(row)}" for name, row in rows.items() if _is_asked(row, name, workload)]
         parts += [f"**{workload}**", _table(lines), "; ".join(asked) + "."]
     return "\n\n".join(parts)
+
+
+def _plan_part(document: Document) -> str:
+    """The best of each kind, what DistServe's own space of placements has for its best, and how far the draw of requests matters."""
+    asked, lengths, rows = document["asked"], document["lengths"], document["rows"]
+    about = (
+        f"TTFT {asked['ttft_s'] * 1e3:g} ms and TPOT {asked['tpot_s'] * 1e3:g} ms for {asked['attainment']:.0%} of"
+        f" {asked['requests']:,} requests on {asked['gpus']} GPUs; step times {asked['step_times']}; {lengths['name']}, prompts of"
+        f" {lengths['input_mean']:,.0f} tokens and answers of {lengths['output_mean']:,.0f} on average."
+    )
+    lines = [["placement", "GPUs", "requests/s a GPU", "in time", "TTFT ms", "TPOT ms"]]
+    for row in rows[:MOST_PLACEMENTS]:
+        if row["attainment"] is not None:
+            figures = (f"{row['value']:.2f}", f"{row['attainment']:.1%}", f"{row['ttft_s'] * 1e3:.0f}", f"{row['tpot_s'] * 1e3:.1f}")
+            lines.append([row["name"], str(row["gpus"]), *figures])
+    alone = max((row for row in rows if ONE_TO_ONE.fullmatch(row["name"])), key=lambda row: row["value"])
+    theirs = "(DistServe's simulator: TP2 and TP1, 1.56)"
+    said = [f"Of one prefill and one decode worker, {alone['name']} is the best: {alone['value']:.2f} {theirs}."]
+    for kind, rates in document["draws"].items():
+        said.append(f"Best {kind} under {len(rates)} seeds: {min(rates):.2f} to {max(rates):.2f}, median {median(rates):.2f}.")
+    return "\n\n".join([_heading(document), about, _table(lines), " ".join([document["advice"], *said])])
 
 
 def _beside(row: Mapping[str, Any]) -> str:
@@ -434,6 +461,7 @@ def _heading(document: Document) -> str:
     machine = document["machine"]
     titles = {ENGINE: "The engine", DISAGG: "Prefill and decode apart", START: "Starting", TRANSFER: "KV transfer", ROUTER: "Placement"}
     titles |= {POLICIES: "Placement policies", COMPARE: "Placement policies on the virtual clock", VALIDATION: "Simulated beside live"}
+    titles |= {PLAN: "Planning"}
     titles |= {CORRUPTION: "Damaged blocks", ABORTS: "Aborts and kills"}
     title = titles[document["schema"]]
     named = {
@@ -446,6 +474,8 @@ def _heading(document: Document) -> str:
     }.get(document["schema"])
     subject = document["setting"]["trace"] if document["schema"] == COMPARE else document.get("model", "hand-offs")
     what = subject if named is None else ", ".join(document[named])
+    if document["schema"] == PLAN:
+        what = f"{document['asked']['model']}, {document['asked']['requests']:,} requests"
     chosen = ", ".join(machine["instructions"])
     host = f"{machine['cpu']} ({machine['num_cores']} cores, {chosen}, {machine['memory_gib']:g} GiB)"
     return f"### {title}: {what}\n\n{host}, commit `{document['commit'][:12]}`."

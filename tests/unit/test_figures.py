@@ -206,6 +206,7 @@ def test_results_name_a_clean_commit_and_their_machine() -> None:
             figures.POLICIES,
             figures.VALIDATION,
             figures.COMPARE,
+            figures.PLAN,
         )
         assert document["schema"] in known
         assert len(document["commit"]) == 40, "measured in a tree as it was committed"
@@ -244,3 +245,34 @@ def test_a_placement_has_what_it_costs_others_in_its_line() -> None:
     assert text.count("36 us") == 1, "no line of its own"
     assert "| growth: 1k to 100k | 1.1 ratio | 1.05 |  | <= 1.3: met |" in text
     assert "### Placement: index, decide" in text and "baton 1; dynamo 2; 64 workers, an index of 1,000,000 blocks" in text
+
+
+def test_a_plan_has_its_best_of_each_kind_and_distserve_s_beside() -> None:
+    """Seen to fail with the best of all ratios named as the best of one to one."""
+    split = {"gpus": 3, "attainment": 0.91, "ttft_s": 0.19, "tpot_s": 0.05}
+    document = {
+        "schema": figures.PLAN,
+        "machine": ENGINE["machine"],
+        "commit": ENGINE["commit"],
+        "asked": {
+            "model": "opt-13b",
+            "ttft_s": 0.2,
+            "tpot_s": 0.1,
+            "attainment": 0.9,
+            "requests": 300,
+            "gpus": 4,
+            "step_times": "published",
+        },
+        "lengths": {"name": "sharegpt", "input_mean": 780.0, "output_mean": 157.0},
+        "rows": [
+            row("prefill 2 x TP1, decode 1 x TP1", 2.4, "requests/s/GPU", **split),
+            row("prefill 1 x TP2, decode 1 x TP1", 2.03, "requests/s/GPU", **split),
+            row("mixed 3 x TP1, chunks of 512", 0.0, "requests/s/GPU", gpus=3, attainment=None, ttft_s=None, tpot_s=None),
+        ],
+        "draws": {"apart": [1.5, 2.5, 2.0]},
+        "advice": "It pays.",
+    }
+    text = figures.all_figures([document])
+    assert "### Planning: opt-13b, 300 requests" in text and "| prefill 2 x TP1, decode 1 x TP1 | 3 | 2.40 | 91.0% | 190 | 50.0 |" in text
+    assert "It pays. Of one prefill and one decode worker, prefill 1 x TP2, decode 1 x TP1 is the best: 2.03" in text
+    assert "Best apart under 3 seeds: 1.50 to 2.50, median 2.00." in text and "mixed 3" not in text
