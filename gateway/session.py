@@ -44,12 +44,7 @@ from gateway.events import (
     WorkerSaid,
 )
 from gateway.placement import error_of, place_for
-from protocol.errors import (
-    AttemptsExhausted,
-    DeadlineExceeded,
-    NoWorker,
-    ServiceError,
-)
+from protocol.errors import AttemptsExhausted, DeadlineExceeded, NoWorker, ServiceError
 from protocol.lifecycle import AttemptState, advance, is_final
 from protocol.messages import (
     Assigned,
@@ -74,6 +69,7 @@ from protocol.timeline import Timeline
 
 NEVER_S = float("inf")
 REPLACE_PAUSE_S = 0.25  # between two tries to find a place for an accepted request
+RETRY_PAUSE_S_MAX = 2.0
 MAX_EARLY_RUNS = 1024  # runs of one choice that arrived before their turn; one socket is ordered, so few ever wait
 
 _A = AttemptState
@@ -101,6 +97,7 @@ class Session:
         self._lost_workers: tuple[str, ...] = ()  # never asked again
         self._avoided_workers: tuple[str, ...] = ()  # gave this request up; asked again when nobody else is there
         self._num_failed = 0  # attempts a worker lost or gave up
+        self._num_in_vain = 0  # those since one delivered anything
         # Of this attempt
         self.found_tokens: int | None = None  # cached, as its worker said with the first token
         self.handoff_done: HandoffDone | None = None
@@ -421,6 +418,8 @@ class Session:
     def _retry(self, worker_id: str, state: AttemptState, reason: str, now: float) -> None:
         """This attempt is over by no fault of the request: try again elsewhere, from what was delivered."""
         self._num_failed += 1
+        is_in_vain = self.num_output_tokens == sum(len(tokens) for tokens in self.attempt.delivered)
+        self._num_in_vain = self._num_in_vain + 1 if is_in_vain else 0
         if self._num_failed >= self._config.max_attempts:
             error = AttemptsExhausted(f"gave up after {self._num_failed} attempts, the limit; the last: {reason}")
             self._stop(Fail(error=error), state, reason, now)
@@ -431,7 +430,14 @@ class Session:
             self._lost_workers += (worker_id,) if worker_id not in self._lost_workers else ()
         elif worker_id:
             self._avoided_workers += (worker_id,)
-        self._next_attempt(now, pause_s=0.0)
+        self._next_attempt(now, pause_s=self._retry_pause_s)
+
+    @property
+    def _retry_pause_s(self) -> float:
+        """Before the next attempt: none after the first that came to nothing. Then what is wrong needs time, or all attempts are gone in
+        a few milliseconds: the only worker cannot be reached, or every inbox is full.
+        """
+        return min(REPLACE_PAUSE_S * 2.0 ** (self._num_in_vain - 2), RETRY_PAUSE_S_MAX) if self._num_in_vain > 1 else 0.0
 
     def _cancel_work(self, *, except_at: str) -> None:
         """Tell every worker that may hold a part of this attempt, the source of a hand-off included."""

@@ -14,7 +14,7 @@ from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS, block_hashes
 from protocol.request import Request, SamplingParams, token_buffer
 from simulator.faults import LIVE_STATES, FaultInjector, Kind, draw_plan
 from simulator.faulty_cluster import FaultyCluster
-from simulator.laws import FULL_CHECK_TURNS, Law, LawBroken, RequestLaws, WorkerLaws
+from simulator.laws import Law, LawBroken, RequestLaws, WorkerLaws
 from simulator.routed_cluster import MODEL_ID, VOCAB_SIZE
 from simulator.sim_processes import SimWorkerProcess
 
@@ -24,6 +24,7 @@ SERVED_WITHIN_S = 240.0  # of virtual time, after the last request came
 AT_REST_WITHIN_S = 60.0
 BOOKING_TTL_S = 8.0
 SPECULATIVE_TTL_S = 0.3
+CHECK_ROUTER_EVENTS = 100  # of sessions, between two looks at all bookings
 NUM_KINDS = 3  # that must take effect in a run
 TENANTS = (b"tenant-0 of three", b"tenant-1 of three", b"tenant-2 of three")
 POLICIES = ("prefix_cost", "prefix_cost", "least_work", "round_robin", "power_of_two", "e2")
@@ -148,7 +149,7 @@ class _Run:
         self._injector.hear(session, event)
         self._laws.hear(session, event)
         self._num_heard += 1
-        if self._num_heard % FULL_CHECK_TURNS == 0:
+        if self._num_heard % CHECK_ROUTER_EVENTS == 0:
             self._cluster.router.check()
 
     def outcome(self, law: Law | None, text: str) -> Outcome:
@@ -210,7 +211,7 @@ def draw_config(rng: Random) -> ClusterConfig:
                 "link_wait_s": 0.3,
                 "placement_wait_s": 60.0,
                 "request_timeout_s": 180.0,
-                "max_attempts": 40,
+                "max_attempts": 12,
             },
         }
     )
@@ -231,7 +232,7 @@ def draw_requests(rng: Random, count: int) -> Iterator[Request]:
                 n=rng.choice((1, 1, 1, 1, 2, 3)),
                 temperature=rng.choice((0.0, 1.0)),
                 seed=number,
-                max_tokens=rng.randint(1, 20),
+                max_tokens=min(rng.randint(1, 20), rng.randint(1, 20)),
                 min_tokens=rng.choice((0, 4)),
                 stop_token_ids=rng.choice(((), tuple(range(40)))),
                 num_logprobs=rng.choice((None, None, None, 0, 2)),

@@ -44,7 +44,7 @@ from protocol.messages import TokenRun
 from protocol.request import FinishReason, Request
 from simulator.sim_worker import SimWorker
 
-FULL_CHECK_TURNS = 16  # one turn in so many looks at a whole pool, or all bookings
+FULL_CHECK_TURNS = 16  # one turn in so many looks at the whole pool
 MAX_LEASES_SEEN = 64
 
 

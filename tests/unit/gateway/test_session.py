@@ -428,3 +428,24 @@ def test_prefill_lost_after_an_early_offer_is_tried_again_from_the_start() -> No
     commands = play(session, WorkerLost(worker_id="p0"))
     assert [c.worker_id for c in only(commands, CancelAt)] == ["d0"] and session.attempt.number == 1
     assert play(session, COMPLETED) == [], "of the attempt before"
+
+
+def test_attempts_that_come_to_nothing_are_further_and_further_apart() -> None:
+    """How: the only worker cannot be reached, six times; then it delivers a token and is lost again.
+
+    Seen to fail without the pauses (all attempts of a request were gone in a few milliseconds) and without a token starting the count anew.
+    """
+    session = Session(make().request, replace(CONFIG, max_attempts=10))
+    session.on(Start(), 0.0)
+    now, waited_s = 0.0, []
+    for number in range(6):
+        session.on(assigned(number), now)
+        commands = session.on(WorkerLost(worker_id="p0"), now)
+        asks_at_s = now if any(isinstance(command, SendPlace) for command in commands) else session.wake_s
+        waited_s.append(asks_at_s - now)
+        now = asks_at_s
+        session.on(Tick(), now)
+    assert waited_s == [0.0, 0.25, 0.5, 1.0, 2.0, 2.0]
+    session.on(assigned(6), now)
+    session.on(run(0, 5, number=6, by="p0"), now)
+    assert any(isinstance(command, SendPlace) for command in session.on(WorkerLost(worker_id="p0"), now))
