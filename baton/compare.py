@@ -40,10 +40,14 @@ SIMULATED = ("model", "workers", "prefill", "decode", "paced", "simulation", "ro
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What was asked for, as the manifest has it. Names are those of the command's options."""
+    """What was asked for, in the words it was asked in, as the manifest has it. Names are those of the command's options.
+
+    A trace's name is kept, not where it lay here: what is published can be run elsewhere, and tells nothing of this machine.
+    """
 
     policies: str
-    trace: str = ""  # a path
+    trace: str = ""
+    dir: str = ""
     generate: str = ""
     rate: float | None = None
     requests: int = DEFAULT_REQUESTS
@@ -58,7 +62,7 @@ class Options:
     explain: bool = True
     estimate_error: bool = False
     seed: int = 0
-    config: str = ""  # a path
+    config: str = ""
 
     @property
     def command(self) -> str:
@@ -165,10 +169,10 @@ def compare(
         document = read_document(from_folder)
         write_report(from_folder, document)
     else:
-        source = source_of(trace, generate, rate=rate, requests=requests, cv=cv, burst=burst, spread=spread, folder=traces)
         options = Options(
             policies=policies,
-            trace=str(source.path.resolve()) if source.path is not None else "",
+            trace=trace,
+            dir=str(traces) if traces is not None else "",
             generate=generate,
             rate=rate,
             requests=requests,
@@ -183,7 +187,7 @@ def compare(
             explain=explain,
             estimate_error=estimate_error,
             seed=seed,
-            config=str(config.resolve()) if config is not None else "",
+            config=str(config) if config is not None else "",
         )
         cluster = load_config(file=config) if config is not None else load_config(DEFAULT_CLUSTER)
         run = run_tournament(options, cluster, num_processes=num_processes)
@@ -214,15 +218,16 @@ def tournament_of(options: Options, config: ClusterConfig) -> Tournament:
     from simulator.replicates import Replicates
     from simulator.summary import Objective
     from simulator.tournament import Entrant, Tournament
-    from simulator.traces.source import Source
 
-    source = Source(
-        path=Path(options.trace) if options.trace else None,
-        generator=options.generate,
-        rate_per_s=options.rate,
+    source = source_of(
+        options.trace,
+        options.generate,
+        rate=options.rate,
+        requests=None,
         cv=options.cv,
-        burst_size=options.burst,
-        spread_s=options.spread,
+        burst=options.burst,
+        spread=options.spread,
+        folder=Path(options.dir) if options.dir else None,
     )
     replicates = Replicates.of(source, num_requests=options.requests, seed=options.seed)
     warm_up_s = WARM_UP_SHARE * options.requests / replicates.rate_per_s if options.warm_up is None else options.warm_up

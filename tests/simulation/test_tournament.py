@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -284,6 +285,17 @@ def test_the_command_prints_one_document_or_a_table(cluster_yaml: Path) -> None:
     assert setting["workers"] == {"prefill": 2, "decode": 2} and setting["warm_up_s"] == pytest.approx(0.1)
     table = runner.invoke(app, command(cluster_yaml))
     assert table.exit_code == 0 and "Exploratory" in table.stdout and "least_work" in table.stdout and "TTFT / best" in table.stdout
+
+
+def test_a_document_has_the_words_that_make_it_again_wherever_its_trace_lies(trace_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its command, run again, and no path in it. Seen to fail with the path that the trace was found at in the command."""
+    monkeypatch.setenv("BATON_TRACES_DIR", str(trace_file.parent))
+    words = ["--trace", trace_file.stem, "--rate", "30", "--requests", "20", "--replicates", "2", "--jobs", "1", "--json"]
+    told = CliRunner().invoke(app, ["compare", "--policies", "least_work", *words])
+    assert told.exit_code == 0 and str(trace_file.parent) not in told.stdout
+    document = json.loads(told.stdout)
+    again = CliRunner().invoke(app, [*shlex.split(document["command"])[1:], "--jobs", "1", "--json"])
+    assert json.loads(again.stdout) == document
 
 
 def test_a_folder_is_shown_again_and_verified(cluster_yaml: Path, tmp_path: Path) -> None:
