@@ -30,7 +30,7 @@ from baton.bench.validation import SCHEMA as VALIDATION
 from baton.bench.validation_model import NULL
 from baton.compare import SCHEMA as COMPARE
 from baton.plan import SCHEMA as PLAN
-from simulator.report.document import Policy, Report, has_one_best, read_document
+from benchmarks.tournament import tournament
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -121,7 +121,7 @@ def all_figures(documents: Sequence[Document]) -> str:
     parts += [_start_part(document) for document in documents if document["schema"] == START]
     parts += [_router_part(document) for document in documents if document["schema"] == ROUTER]
     parts += [_policies_part(document) for document in documents if document["schema"] == POLICIES]
-    parts += [_tournament_part(document) for document in documents if document["schema"] == COMPARE]
+    parts += [f"{_heading(document)}\n\n{tournament(document, _table)}" for document in documents if document["schema"] == COMPARE]
     parts += [_transfer_part(document) for document in documents if document["schema"] == TRANSFER]
     parts += [_validation_part(document) for document in documents if document["schema"] == VALIDATION]
     parts += [_plan_part(document) for document in documents if document["schema"] == PLAN]
@@ -333,43 +333,6 @@ def _live_and_said(row: Mapping[str, Any]) -> tuple[str, str]:
 
 def _null_value(row: Mapping[str, Any] | None) -> str:
     return "" if row is None or row["value"] is None else _value(row)
-
-
-# --- tournaments on the virtual clock -----------------------------------------------------------------------------------
-
-
-def _tournament_part(document: Document) -> str:
-    """The verdict and the ranking; the rest is in the report that its command draws."""
-    report = read_document(document)
-    setting, ratio_of = report.setting, report.metrics["ttft_mean"].ratio
-    lines = [["", "mean TTFT, ms", "over the best, 95 % interval", "", "p99 TTFT, ms", "attainment", "hit share", "of the ceiling"]]
-    for policy in report.in_order:
-        pair = ratio_of(policy.label, report.reference.label) if report.reference is not None else None
-        ratio = "" if pair is None else f"{pair.ratio:.2f} ({pair.low:.2f} .. {pair.high:.2f})"
-        told = [_median_of(report, policy, name) for name in ("ttft_mean", "ttft_p99", "attainment", "hit_share")]
-        mean, p99, attainment, hits = told
-        ceiling = report.bounds["infinite_cache"].middle if "infinite_cache" in report.bounds else None
-        shares = [f"{attainment:.1%}", f"{hits:.1%}", "" if ceiling is None else f"{hits / ceiling:.0%}"]
-        lines.append([policy.label, f"{mean * 1e3:,.0f}", ratio, _place(report, policy), f"{p99 * 1e3:,.0f}", *shares])
-    about = (
-        f"{setting.num_replicates} replicates of {setting.num_requests:,} requests ({setting.resampling}), {setting.rate_per_s:.4g} a s; "
-        f"{setting.num_prefill} + {setting.num_decode} workers, {setting.fidelity}; medians over replicates. `{report.command}`"
-    )
-    return f"{_heading(document)}\n\n{report.verdict}\n\n{about}\n\n{_table(lines)}"
-
-
-def _median_of(report: Report, policy: Policy, metric: str) -> float:
-    standing = report.metrics[metric].standing(policy.label)
-    return float("nan") if standing is None else standing.figure
-
-
-def _place(report: Report, policy: Policy) -> str:
-    standing = next(standing for standing in report.ranking if standing.policy == policy.label)
-    if policy.is_oracle:
-        return "oracle"
-    if standing.best_or_tied:
-        return "best" if has_one_best(report.ranking) else "tied for best"
-    return f"beaten by {len(standing.beaten_by)}"
 
 
 # --- transfers ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,41 @@
+"""A published tournament on a page: its verdict, its command, and a line a policy. The rest is in the report that its command draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from simulator.report.document import Policy, Report, has_one_best, read_document
+
+Table = Callable[[Sequence[Sequence[str]]], str]
+
+
+def tournament(document: Mapping[str, object], table: Table) -> str:
+    """What stands below the heading."""
+    report = read_document(document)
+    setting, ratio_of = report.setting, report.metrics["ttft_mean"].ratio
+    lines = [["", "mean TTFT, ms", "over the best, 95 % interval", "", "p99 TTFT, ms", "attainment", "hit share", "of the ceiling"]]
+    for policy in report.in_order:
+        pair = ratio_of(policy.label, report.reference.label) if report.reference is not None else None
+        ratio = "" if pair is None else f"{pair.ratio:.2f} ({pair.low:.2f} .. {pair.high:.2f})"
+        mean, p99, attainment, hits = (_figure(report, policy, name) for name in ("ttft_mean", "ttft_p99", "attainment", "hit_share"))
+        ceiling = report.bounds["infinite_cache"].middle if "infinite_cache" in report.bounds else None
+        shares = [f"{attainment:.1%}", f"{hits:.1%}", "" if ceiling is None else f"{hits / ceiling:.0%}"]
+        lines.append([policy.label, f"{mean * 1e3:,.0f}", ratio, _place(report, policy), f"{p99 * 1e3:,.0f}", *shares])
+    size = f"{setting.num_replicates} replicates of {setting.num_requests:,} requests ({setting.resampling})"
+    workers = f"{setting.num_prefill} + {setting.num_decode} workers, {setting.fidelity}"
+    about = f"{size}, {setting.rate_per_s:.4g} a second; {workers}; medians over replicates. `{report.command}`"
+    return f"{report.verdict}\n\n{about}\n\n{table(lines)}"
+
+
+def _figure(report: Report, policy: Policy, metric: str) -> float:
+    standing = report.metrics[metric].standing(policy.label)
+    return float("nan") if standing is None else standing.figure
+
+
+def _place(report: Report, policy: Policy) -> str:
+    standing = next((standing for standing in report.ranking if standing.policy == policy.label), None)
+    if policy.is_oracle or standing is None:
+        return "oracle" if policy.is_oracle else "not ranked"
+    if standing.best_or_tied:
+        return "best" if has_one_best(report.ranking) else "tied for best"
+    return f"beaten by {len(standing.beaten_by)}"
