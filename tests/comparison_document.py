@@ -114,6 +114,7 @@ def make_comparison(
                 "num_forks": 400,
                 "mean_s": 0.03 * v[0] / level[0],
                 "p90_s": 0.11 * v[0] / level[0],
+                "mean_of_all_s": 0.004 * v[0] / level[0],
                 "best_share": 0.8 - 0.1 * v[0] / level[0],
             }
             for label, v in means.items()

@@ -83,7 +83,7 @@ def regret(report: Report) -> Markup | None:
     if not told:
         return None
     waits = [value for _, each in told for value in (each.mean_s, each.p90_s)]
-    column = Column.of("s", waits)
+    column, of_all = Column.of("s", waits), Column.of("s", [each.mean_of_all_s for _, each in told])
     full = _largest(waits)
     lines = []
     for policy, each in told:
@@ -96,11 +96,12 @@ def regret(report: Report) -> Markup | None:
             cell("cell", drawn),
             cell("figure", column.shown(each.mean_s)),
             cell("figure", column.shown(each.p90_s)),
+            cell("figure", of_all.shown(each.mean_of_all_s)),
             cell("figure", SHARES.shown(each.best_share)),
             cell("figure", count(each.num_forks)),
         ]
         lines.append(element("tr", policy_cell(policy), *cells))
-    figures = (f"mean, {column.unit}", f"p90, {column.unit}", "best worker chosen, %", "decisions")
+    figures = (f"mean, {column.unit}", f"p90, {column.unit}", f"mean of all requests, {of_all.unit}", "best worker chosen, %", "decisions")
     heads = [heading("policy"), heading("TTFT over that of the best worker; bar: mean, line: up to p90")]
     return table("bars", [*heads, *(heading(words, style="figure") for words in figures)], lines)
 

@@ -105,6 +105,7 @@ class Regret:
     mean_s: float
     p90_s: float
     best_share: float  # where the worker that was chosen was the best one
+    mean_of_all_s: float  # of the mean TTFT of all requests: a choice is felt by those behind it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,6 +293,7 @@ def _regret(fields: Fields) -> Regret:
         mean_s=_figure(fields, "mean_s"),
         p90_s=_figure(fields, "p90_s"),
         best_share=_figure(fields, "best_share"),
+        mean_of_all_s=_figure(fields, "mean_of_all_s"),
     )
 
 

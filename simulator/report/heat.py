@@ -7,7 +7,7 @@ from math import isfinite
 from simulator.report.document import EstimateError, Policy, Report, has_one_best
 from simulator.report.markup import Markup, element, together
 from simulator.report.quantity import Ratios, short, short_text
-from simulator.report.tables import EMPTY, cell, heading
+from simulator.report.tables import EMPTY, breakable, cell, heading
 from simulator.verdict import Standing
 
 WORDS = {"wins": "wins", "tied": "tied", "beaten": "beaten", "absent": "not measured"}
@@ -26,7 +26,7 @@ def estimate_error(report: Report) -> Markup | None:
     for sigma in sigmas:
         name = element("th", short(sigma), scope="row")
         lines.append(element("tr", name, *(_cell(cells.get((factor, sigma)), reference, report) for factor in factors)))
-    title = element("tr", EMPTY, element("th", "estimates multiplied by", colspan=len(factors), scope="colgroup"))
+    title = element("tr", EMPTY, element("th", "reported times multiplied by", colspan=len(factors), scope="colgroup"))
     return element("table", element("thead", title, element("tr", *head)), element("tbody", *lines), class_="heat")
 
 
@@ -55,7 +55,9 @@ def _cell(each: EstimateError | None, reference: Policy, report: Report) -> Mark
         said.append(element("span", Ratios(decimals=2).shown(ratio), " of the next best" if outcome == "wins" else " of the best other"))
     standing = _standing(each, reference)
     if outcome == "beaten" and standing is not None and standing.beaten_by:
-        said.append(element("span", "by ", together(*(element("code", label) for label in standing.beaten_by[:2]), between=", ")))
+        said.append(
+            element("span", "by ", together(*(element("code", breakable(label)) for label in standing.beaten_by[:2]), between=", "))
+        )
     return cell(f"heat-{outcome}", *said)
 
 

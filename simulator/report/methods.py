@@ -13,6 +13,7 @@ from simulator.verdict import CONFIDENCE, Comparison
 FIDELITY = {
     "token-accurate": "every step of every worker runs on the serving code, on a virtual clock",
     "policy-only": "the router's own code places every request; workers are arithmetic, not step by step",
+    "live": "a running cluster; requests are sent when the trace says, whatever came of those before",
 }
 UNKNOWN = "not recorded"
 NOT_TOLD = f"{UNKNOWN.capitalize()}."
@@ -78,7 +79,7 @@ def _terms(report: Report) -> Iterator[tuple[str, str]]:
         "Refused",
         "A request that was refused, failed or never ended is a miss in goodput and attainment; the notes below say what it is in TTFT.",
     )
-    yield "Fidelity", NOT_TOLD if fidelity is None else f"{fidelity}: {FIDELITY.get(fidelity, UNKNOWN)}."
+    yield "Fidelity", NOT_TOLD if fidelity is None else ": ".join([fidelity, *([FIDELITY[fidelity]] if fidelity in FIDELITY else [])]) + "."
     for bound in report.bounds.values():
         yield bound.title.capitalize() if bound.title.islower() else bound.title, bound.what
 

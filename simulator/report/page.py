@@ -87,13 +87,13 @@ def _sections(report: Report) -> Sequence[Section]:
         Section(
             name="regret",
             title="What a decision costs",
-            lead="Runs forked at a decision, with each worker taken in turn: how much longer the request waited than on the best worker.",
+            lead="A run is forked at a decision, each worker taken in turn: what the request, and all in the mean, waited beyond the best.",
             drawing=regret(report),
         ),
         Section(
             name="error",
             title="Where the winner still wins",
-            lead=holds_where(report) or "With the router's estimates made worse.",
+            lead=holds_where(report) or "Workers report their times wrong, and the router learns from that.",
             drawing=estimate_error(report),
         ),
         Section(name="methods", title="Setting and methods", lead="", drawing=together(methods(report), all_pairs(report) or "")),

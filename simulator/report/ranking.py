@@ -68,9 +68,9 @@ def ranking(report: Report) -> Markup:
         ratio = ratio_cells(pair, ratios) if has_plot else [cell("absent", "not compared", colspan=2)]
         figure = cell("figure", column.shown(standing.figure))
         number = cell("place", "" if policy.is_oracle else str(place))
-        cells = [number, policy_cell(policy), figure, *ratio, cell("cell", drawn), _mark(standing, report)]
+        cells = [number, policy_cell(policy, has_spec=True), figure, *ratio, cell("cell", drawn), _mark(standing, report)]
         lines.append(element("tr", *cells, class_="best" if standing.best_or_tied else None))
-    lines += [_bound_line(bound, column, axis, limits[bound.name]) for bound in bounds]
+    lines += [_bound_line(bound, column, ratios, axis, limits[bound.name]) for bound in bounds]
     heads = [
         heading(style="place"),
         heading("policy"),
@@ -97,10 +97,10 @@ def _mark(standing: Standing, report: Report) -> Markup:
     return cell("standing beaten", f"beaten by {len(by)}" if by else "beaten", title=", ".join(by) or None)
 
 
-def _bound_line(bound: Bound, column: Column, axis: Axis, ratio: float) -> Markup:
+def _bound_line(bound: Bound, column: Column, ratios: Ratios, axis: Axis, ratio: float) -> Markup:
     """No policy: how little anybody could wait."""
     name = element("th", bound.title, scope="row", class_="policy", title=bound.what)
-    figures = [cell("figure", column.shown(bound.middle)), cell("figure", Ratios(decimals=2).shown(ratio)), EMPTY]
+    figures = [cell("figure", column.shown(bound.middle)), cell("figure", ratios.shown(ratio)), EMPTY]
     return element("tr", EMPTY, name, *figures, cell("cell", bound_plot(axis, ratio)), cell("standing", "no policy"), class_="bound")
 
 

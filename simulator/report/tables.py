@@ -37,12 +37,12 @@ def table(
     return element("table", *body, class_=style, id=name)
 
 
-def policy_cell(policy: Policy) -> Markup:
-    """Name, the colour it has everywhere, and whether it knows what nobody can know."""
+def policy_cell(policy: Policy, *, has_spec: bool = False) -> Markup:
+    """Its name, the colour it has everywhere, whether it is an oracle, and how it is asked for where that is more than its name."""
     mark = element("span", "", class_=f"swatch {colour_class(policy.place)}")
     oracle = [" ", element("span", "oracle", class_="tag")] if policy.is_oracle else []
-    spec = [element("code", _breakable(policy.spec), class_="spec")] if policy.spec != policy.label else []
-    name = element("div", element("code", _breakable(policy.label)), *oracle, *spec)
+    spec = [element("code", breakable(policy.spec), class_="spec")] if has_spec and policy.spec != policy.label else []
+    name = element("div", element("code", breakable(policy.label)), *oracle, *spec)
     return element("th", element("div", mark, name, class_="name"), scope="row", class_="policy")
 
 
@@ -57,9 +57,9 @@ def upright(x: str, top: float, bottom: float | str, style: str) -> Markup:
     return element("line", x1=x, x2=x, y1=top, y2=bottom, class_=style)
 
 
-def _breakable(name: str) -> Markup:
+def breakable(name: str) -> Markup:
     """A long name may go on in another line behind a colon, a comma or a dot."""
     return together(*re.split(r"(?<=[:,.])", name), between=element("wbr"))
 
 
-__all__ = ["EMPTY", "cell", "heading", "plot", "policy_cell", "table", "upright"]
+__all__ = ["EMPTY", "breakable", "cell", "heading", "plot", "policy_cell", "table", "upright"]

@@ -219,7 +219,7 @@ def poisoned(value: Any, name: str = "") -> Any:
 KEYS = {
     "what", "values", "unit", "label", "policy", "is_oracle", "name", "better", "standings", "comparisons", "figure", "best_or_tied",
     "beaten_by", "first", "second", "ratio", "low", "high", "p_value", "p_adjusted", "ttft_s", "available", "staleness", "load_trade",
-    "eviction", "found", "num_forks", "mean_s", "p90_s", "best_share", "factor", "sigma",
+    "eviction", "found", "num_forks", "mean_s", "p90_s", "mean_of_all_s", "best_share", "factor", "sigma",
 }  # fmt: skip
 
 
