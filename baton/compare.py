@@ -23,6 +23,7 @@ from protocol.errors import BatonError, ConfigError
 from simulator.fidelity import Fidelity
 
 if TYPE_CHECKING:
+    from baton.bench.report import Row
     from control.config import ClusterConfig
     from simulator.comparison import Result
     from simulator.tournament import Cell, Outcome, Task, Tournament
@@ -93,7 +94,7 @@ class Run:
         from baton.bench.report import make_document
 
         sections = {"command": self.options.command, **self.result.sections()}
-        return make_document(SCHEMA, seed=self.options.seed, rows=[], sections=sections)
+        return make_document(SCHEMA, seed=self.options.seed, rows=rows_of(self.result), sections=sections)
 
     def manifest(self) -> dict[str, object]:
         """Of the run folder; what a second run needs, and what it may differ in."""
@@ -113,6 +114,25 @@ class Run:
             "took_s": round(self.took_s, 3),
             "processes": self.num_processes,
         }
+
+
+def rows_of(result: Result) -> list[Row]:
+    """A figure of each metric and policy, the median over replicates, and the share it finds of what a cache without end would."""
+    from statistics import median
+
+    from baton.bench.report import Row
+
+    rows = []
+    for metric in result.metrics.values():
+        for label, values in metric.values.items():
+            told = [value for value in values if value is not None]
+            why = {} if told else {"reason": "no request had the figure"}
+            rows.append(
+                Row(name=f"{label}/{metric.metric.name}", value=median(told) if told else None, unit=metric.metric.unit, details=why)
+            )
+    for label, shares in result.shares_of_ceiling.items():
+        rows.append(Row(name=f"{label}/share_of_ceiling", value=median(shares), unit="share of the hits of a cache without end"))
+    return rows
 
 
 def compare(
@@ -136,8 +156,9 @@ def compare(
         float | None, typer.Option(min=0.0, help="Requests of the first so many seconds are not counted; else of a tenth of the time.")
     ] = None,
     explain: Annotated[
-        bool, typer.Option("--explain/--no-explain", help="Add bounds, where reuse is lost and what decisions cost, by policy-only runs.")
-    ] = True,
+        bool | None,
+        typer.Option("--explain/--no-explain", help="Bounds, where reuse is lost, what decisions cost; else of token-accurate runs only."),
+    ] = None,
     estimate_error: Annotated[
         bool,
         typer.Option(
@@ -184,7 +205,7 @@ def compare(
             slo_ttft=slo_ttft,
             slo_tpot=slo_tpot,
             warm_up=warm_up,
-            explain=explain,
+            explain=fidelity is Fidelity.TOKEN_ACCURATE if explain is None else explain,  # beside these it costs little
             estimate_error=estimate_error,
             seed=seed,
             config=str(config) if config is not None else "",

@@ -77,6 +77,15 @@ class Result:
         return self.num_replicates < MIN_REPLICATES
 
     @property
+    def shares_of_ceiling(self) -> dict[str, list[float]]:
+        """Of each policy in each replicate: hits over those of a cache without end; 1 where that one has none either."""
+        hits = self.metrics["hit_share"].values
+        return {
+            label: [(hit or 0.0) / most if most else 1.0 for hit, most in zip(shares, self.available_shares, strict=True)]
+            for label, shares in hits.items()
+        }
+
+    @property
     def verdict(self) -> str:
         """One sentence that may be quoted."""
         oracles = {entrant.label for entrant in self.tournament.entrants if entrant.is_oracle}

@@ -281,6 +281,9 @@ def test_the_command_prints_one_document_or_a_table(cluster_yaml: Path) -> None:
     for metric in document["metrics"]:
         assert {len(values) for values in metric["values"].values()} == {3} and len(metric["comparisons"]) == 1
     assert all(len(curve["ttft_s"]) == 101 for curve in document["curves"].values())
+    rows = {row["name"]: row["value"] for row in document["rows"]}
+    assert rows["least_work/ttft_mean"] == next(r["figure"] for r in document["ranking"] if r["policy"] == "least_work")
+    assert 0.3 < rows["least_work/share_of_ceiling"] <= 1.0
     setting = document["setting"]
     assert setting["workers"] == {"prefill": 2, "decode": 2} and setting["warm_up_s"] == pytest.approx(0.1)
     table = runner.invoke(app, command(cluster_yaml))
