@@ -41,14 +41,10 @@ SIMULATED = ("model", "workers", "prefill", "decode", "paced", "simulation", "ro
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What was asked for, in the words it was asked in, as the manifest has it. Names are those of the command's options.
-
-    A trace's name is kept, not where it lay here: what is published can be run elsewhere, and tells nothing of this machine.
-    """
+    """What was asked for, as the manifest has it. Names are those of the command's options."""
 
     policies: str
-    trace: str = ""
-    dir: str = ""
+    trace: str = ""  # a path, or a name in the folder of traces
     generate: str = ""
     rate: float | None = None
     requests: int = DEFAULT_REQUESTS
@@ -184,7 +180,7 @@ def compare(
     import_last_from(str(Path.cwd()))
     num_processes = jobs or len(os.sched_getaffinity(0))
     if verify is not None:
-        verify_run(verify, num_processes=num_processes)
+        verify_run(verify, num_processes=num_processes, traces=traces)
         return
     if from_folder is not None:
         document = read_document(from_folder)
@@ -193,7 +189,6 @@ def compare(
         options = Options(
             policies=policies,
             trace=trace,
-            dir=str(traces) if traces is not None else "",
             generate=generate,
             rate=rate,
             requests=requests,
@@ -208,10 +203,10 @@ def compare(
             explain=fidelity is Fidelity.TOKEN_ACCURATE if explain is None else explain,  # beside these it costs little
             estimate_error=estimate_error,
             seed=seed,
-            config=str(config) if config is not None else "",
+            config=str(config or ""),
         )
         cluster = load_config(file=config) if config is not None else load_config(DEFAULT_CLUSTER)
-        run = run_tournament(options, cluster, num_processes=num_processes)
+        run = run_tournament(options, tournament_of(options, cluster, traces), num_processes=num_processes)
         document = run.document()
         if out is not None:
             write_run(out, document, run.cells, run.manifest())
@@ -229,8 +224,9 @@ def compare(
 # --- running ------------------------------------------------------------------------------------------------------------
 
 
-def tournament_of(options: Options, config: ClusterConfig) -> Tournament:
-    """
+def tournament_of(options: Options, config: ClusterConfig, traces: Path | None = None) -> Tournament:
+    """traces: where a trace that is named lies; None: as `baton trace` has it.
+
     Raises:
         ConfigError: something that does not exist, or does not go together.
     """
@@ -244,11 +240,11 @@ def tournament_of(options: Options, config: ClusterConfig) -> Tournament:
         options.trace,
         options.generate,
         rate=options.rate,
-        requests=None,
+        requests=options.requests,
         cv=options.cv,
         burst=options.burst,
         spread=options.spread,
-        folder=Path(options.dir) if options.dir else None,
+        folder=traces,
     )
     replicates = Replicates.of(source, num_requests=options.requests, seed=options.seed)
     warm_up_s = WARM_UP_SHARE * options.requests / replicates.rate_per_s if options.warm_up is None else options.warm_up
@@ -265,7 +261,7 @@ def tournament_of(options: Options, config: ClusterConfig) -> Tournament:
     )
 
 
-def run_tournament(options: Options, config: ClusterConfig, *, num_processes: int, num_tasks: int | None = None) -> Run:
+def run_tournament(options: Options, tournament: Tournament, *, num_processes: int, num_tasks: int | None = None) -> Run:
     """All of it, the first `num_tasks` of it, or what was whole when it was interrupted.
 
     Raises:
@@ -276,7 +272,6 @@ def run_tournament(options: Options, config: ClusterConfig, *, num_processes: in
     from simulator.crew import run_tasks
     from simulator.tournament import Cell
 
-    tournament = tournament_of(options, config)
     tasks, began_s = tournament.tasks[:num_tasks], time.monotonic()
     done: dict[Task, Outcome] = {}
     say(f"{len(tasks)} runs of {len(tournament.entrants)} policies under {tournament.num_replicates} replicates; starting")
@@ -308,7 +303,7 @@ def run_tournament(options: Options, config: ClusterConfig, *, num_processes: in
 # --- the folder of a run ------------------------------------------------------------------------------------------------
 
 
-def verify_run(folder: Path, *, num_processes: int) -> None:
+def verify_run(folder: Path, *, num_processes: int, traces: Path | None = None) -> None:
     """Run the folder's tournament again, from its own configuration.
 
     Raises:
@@ -319,10 +314,15 @@ def verify_run(folder: Path, *, num_processes: int) -> None:
     from simulator.run_folder import first_difference, read_manifest, write_run
 
     manifest = read_manifest(folder)
+    if manifest.get("schema") != MANIFEST_SCHEMA:
+        raise ConfigError(
+            f"the manifest of {folder} is {manifest.get('schema')!r}, {MANIFEST_SCHEMA!r} is read here; run it by its command"
+        )
     options, cluster = Options(**manifest["options"]), load_config(manifest["cluster"])  # type: ignore[arg-type]
-    run = run_tournament(options, cluster, num_processes=num_processes, num_tasks=manifest["tasks"])  # type: ignore[arg-type]
-    if manifest["trace_sha256"] != run.result.tournament.replicates.sha256:
+    tournament = tournament_of(options, cluster, traces)
+    if manifest["trace_sha256"] != tournament.replicates.sha256:
         raise ConfigError(f"{options.trace} is another trace than the one of {folder}: its sha256 differs")
+    run = run_tournament(options, tournament, num_processes=num_processes, num_tasks=manifest["tasks"])  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(prefix="baton-compare-") as scratch:
         write_run(Path(scratch), run.document(), run.cells, run.manifest())
         difference = first_difference(folder, Path(scratch))

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import baton.compare
 from baton.__main__ import app
-from baton.compare import Differs, Options, run_tournament, tournament_of
+from baton.compare import Differs, Options, Run, run_tournament, tournament_of
 from control.config import ClusterConfig, load_config
 from protocol.errors import ConfigError
 from simulator.comparison import result_of
@@ -75,6 +75,10 @@ def asked(policies: str, trace_file: Path, **changes: object) -> Options:
     return replace(options, **changes)  # type: ignore[arg-type]
 
 
+def run_here(options: Options, config: ClusterConfig, *, num_processes: int) -> Run:
+    return run_tournament(options, tournament_of(options, config), num_processes=num_processes)
+
+
 @pytest.fixture
 def crowded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "crowded_policy.py").write_text(CROWDED)
@@ -84,7 +88,7 @@ def crowded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_an_obvious_difference_is_called(crowded: str, trace_file: Path) -> None:
     """Two workers of which one policy uses one. Seen to fail with the policy of the configuration in place of the entrant's."""
-    run = run_tournament(asked(f"{crowded},least_work", trace_file), small(), num_processes=1)
+    run = run_here(asked(f"{crowded},least_work", trace_file), small(), num_processes=1)
     ranking = run.result.metrics["ttft_mean"].standings
     assert [(s.policy, s.best_or_tied) for s in ranking] == [("least_work", True), ("crowded_policy", False)]
     assert not run.result.is_exploratory and run.result.verdict.startswith(
@@ -149,7 +153,7 @@ def test_names_that_are_none_are_told(trace_file: Path) -> None:
     with pytest.raises(ConfigError, match="one name"):
         tournament_of(asked("least_work,router.policies.least_work:LeastWork", trace_file), small())
     with pytest.raises(ConfigError, match="a warm-up of 500 s"):
-        run_tournament(asked("least_work", trace_file, warm_up=500.0), small(), num_processes=1)
+        run_here(asked("least_work", trace_file, warm_up=500.0), small(), num_processes=1)
 
 
 def test_a_users_file_is_an_entrant_as_it_is(trace_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +162,7 @@ def test_a_users_file_is_an_entrant_as_it_is(trace_file: Path, monkeypatch: pyte
     Seen to fail with the policy of the configuration in place of the entrant's.
     """
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "policies"))
-    run = run_tournament(asked("fewest_tokens:FewestTokens,least_work", trace_file, replicates=2), small(), num_processes=1)
+    run = run_here(asked("fewest_tokens:FewestTokens,least_work", trace_file, replicates=2), small(), num_processes=1)
     assert {standing.policy for standing in run.result.metrics["ttft_mean"].standings} == {"fewest_tokens", "least_work"}
     placed = [
         [(row["prefill"], row["decode"]) for row in map(json.loads, gzip.decompress(cell.decisions).splitlines())] for cell in run.cells
@@ -173,13 +177,13 @@ def test_figures_are_explained_and_framed(trace_file: Path, fidelity: str) -> No
     Seen to fail with the explanations of one replicate left out, and with a cluster that cannot be explained ending the tournament.
     """
     options = asked("least_work,oracle_e2", trace_file, replicates=2, explain=True)
-    sections = run_tournament(replace(options, fidelity=fidelity), small(), num_processes=1).result.sections()
+    sections = run_here(replace(options, fidelity=fidelity), small(), num_processes=1).result.sections()
     assert {len(bound["values"]) for bound in sections["bounds"].values()} == {2}  # type: ignore[attr-defined]
     (fall,) = sections["waterfall"].values()  # type: ignore[attr-defined]
     assert fall["available"] == pytest.approx(sum(share for part, share in fall.items() if part != "available"))
     assert sections["regret"]["least_work"]["num_forks"] >= 1  # type: ignore[index]
     shortest_first = load_config({**SMALL, "prefill": {"order_by": "shortest_first"}})
-    plain = run_tournament(replace(options, replicates=1), shortest_first, num_processes=1).result
+    plain = run_here(replace(options, replicates=1), shortest_first, num_processes=1).result
     assert plain.sections()["bounds"] == {} and any("not explained: prefill.order_by" in note for note in plain.notes())
 
 
@@ -226,7 +230,7 @@ def test_a_users_file_is_found_in_the_working_directory(cluster_yaml: Path, tmp_
 def test_processes_make_the_same_cells(trace_file: Path) -> None:
     """Two processes and one. Seen to fail with cells taken in the order they are done."""
     options = asked("least_work,prefix_cost,round_robin", trace_file, replicates=3)
-    alone, together = (run_tournament(options, small(), num_processes=count) for count in (1, 2))
+    alone, together = (run_here(options, small(), num_processes=count) for count in (1, 2))
     assert alone.cells == together.cells and alone.result.sections() == together.result.sections()
     assert len(alone.cells) == 9
 
@@ -241,12 +245,12 @@ def test_an_interrupt_keeps_the_replicates_that_are_whole(trace_file: Path, monk
             yield done
 
     monkeypatch.setattr("simulator.crew.run_tasks", interrupted)
-    run = run_tournament(asked("least_work,round_robin", trace_file), small(), num_processes=1)
+    run = run_here(asked("least_work,round_robin", trace_file), small(), num_processes=1)
     assert run.result.num_replicates == 2 and len(run.cells) == 4 and run.result.is_exploratory
     assert "ended early: 2 of 20 replicates are whole" in run.result.notes()
     monkeypatch.setattr("simulator.crew.run_tasks", lambda *_, **__: at_once())
     with pytest.raises(KeyboardInterrupt):
-        run_tournament(asked("least_work", trace_file), small(), num_processes=1)
+        run_here(asked("least_work", trace_file), small(), num_processes=1)
 
 
 def at_once() -> Iterator[tuple[Task, Outcome]]:
