@@ -134,6 +134,7 @@ def redraw(trace: Trace, parts: Parts, *, num_requests: int, seed: int) -> Trace
     worlds: list[set[int]] = []  # positions in the trace of what each holds
     to_come: list[tuple[float, int, int, int]] = []  # when, number drawn, position, world
     drawn: list[TraceRequest] = []
+    copies: dict[tuple[int, Run], Run] = {}  # by world and original: turns of a conversation have most in common
     begin_s, num_drawn = 0.0, 0
     while len(drawn) < num_requests:
         gap_s, positions = draw(rng)
@@ -147,7 +148,7 @@ def redraw(trace: Trace, parts: Parts, *, num_requests: int, seed: int) -> Trace
             begin_s = requests[positions[-1]].at_s + shift_s
         while to_come and to_come[0][0] <= begin_s:  # nothing that is drawn from here on comes before it
             at_s, _, position, world = heappop(to_come)
-            drawn.append(_copied(requests[position], at_s, world))
+            drawn.append(_copied(requests[position], at_s, world, copies))
     return replace(trace, requests=tuple(drawn[:num_requests]))
 
 
@@ -216,11 +217,14 @@ def _enter(worlds: list[set[int]], positions: Sequence[int]) -> int:
     return world
 
 
-def _copied(request: TraceRequest, at_s: float, world: int) -> TraceRequest:
+def _copied(request: TraceRequest, at_s: float, world: int, copies: dict[tuple[int, Run], Run]) -> TraceRequest:
     if not world:
         return replace(request, at_s=at_s)
     mark = f"copy {world + 1} of "
-    runs = tuple(Run(mark + run.name, run.num_tokens) for run in request.runs)
+    for run in request.runs:
+        if (world, run) not in copies:
+            copies[world, run] = Run(mark + run.name, run.num_tokens)
+    runs = tuple(copies[world, run] for run in request.runs)
     return replace(request, at_s=at_s, runs=runs, session=mark + request.session if request.session else "")
 
 
