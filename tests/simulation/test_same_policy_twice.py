@@ -32,8 +32,8 @@ def trace_file(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("policy", ["power_of_two"])
-def test_one_policy_under_two_names_is_seldom_called_different(policy: str, trace_file: Path) -> None:
+@pytest.mark.parametrize(("policy", "fidelity"), [("power_of_two", "token-accurate"), ("random", "policy-only")])
+def test_one_policy_under_two_names_is_seldom_called_different(policy: str, fidelity: str, trace_file: Path) -> None:
     """How: 200 tournaments of 20 replicates on simulated workers, in each the policy and the policy with other draws, which differ in
     almost every replicate; called different are those whose verdict of mean TTFT leaves one behind. Six minutes on one core.
 
@@ -42,7 +42,14 @@ def test_one_policy_under_two_names_is_seldom_called_different(policy: str, trac
     config, called, num_unlike = load_config(SMALL), 0, 0
     for seed in range(NUM_TOURNAMENTS):
         options = Options(
-            policies=f"{policy},{policy}#2", trace=str(trace_file), requests=25, replicates=NUM_REPLICATES, warm_up=0.0, seed=seed
+            policies=f"{policy},{policy}#2",
+            trace=str(trace_file),
+            requests=25,
+            fidelity=fidelity,
+            explain=False,
+            replicates=NUM_REPLICATES,
+            warm_up=0.0,
+            seed=seed,
         )
         tournament = tournament_of(options, config)
         cells = dict(run_tasks(tournament, tournament.tasks, num_processes=1))
@@ -50,5 +57,6 @@ def test_one_policy_under_two_names_is_seldom_called_different(policy: str, trac
         primary = result.metrics["ttft_mean"]
         called += any(standing.beaten_by for standing in primary.standings)
         num_unlike += sum(a != b for a, b in zip(*primary.values.values(), strict=True))
+    print(f"{policy} and {policy}#2, {fidelity}: called different in {called} of {NUM_TOURNAMENTS} tournaments")
     assert num_unlike > 0.9 * NUM_TOURNAMENTS * NUM_REPLICATES, "the two are one run, and nothing was tried"
     assert called <= MOST_CALLED * NUM_TOURNAMENTS, f"{called} of {NUM_TOURNAMENTS}"
