@@ -55,10 +55,12 @@ def sim(
         raise typer.Exit(0 if run_again(events, as_json=as_json) else 1)
     from baton.bench.report import make_document
     from control.config import load_config
+    from router.policies.user_path import import_last_from
     from simulator.summary import Objective, summarise
     from simulator.token_accurate import DEFAULT_CLUSTER, run_token_accurate
     from simulator.traces.trace import facts_of
 
+    import_last_from(str(Path.cwd()))
     source = source_of(trace, generate, rate=rate, requests=requests, cv=cv, burst=burst, spread=spread, folder=traces)
     asked = source.draw(seed=seed)
     cluster = load_config(file=config) if config is not None else load_config(DEFAULT_CLUSTER)

@@ -1,6 +1,6 @@
 """From the cells of a tournament to what it says: figures in each replicate, who is better for certain and by how much, and one sentence.
 
-Only replicates that every policy met count, from the first on. Oracles stand beside the ranking: they are compared with the best that
+Only replicates that every policy met count, from the first on. Oracles stand beside the ranking: they are compared with those that
 could serve, and beat nobody. A figure of 0, as a share of hits where nothing is shared, is compared as FLOOR.
 """
 
@@ -243,11 +243,9 @@ def judge(metric: Metric, values: Mapping[str, Sequence[float | None]], oracles:
     comparisons = compare_all(able)
     standings = ranking({label: _known(values[label]) for label in able}, comparisons, metric.better)
     seers = [label for label in told if label in oracles]
-    if seers and standings:
-        best = standings[0].policy
-        against = [compare_pair(seer, told[seer], best, told[best]) for seer in seers]
-        adjusted = holm([pair.p_value for pair in against])
-        comparisons += [replace(pair, p_adjusted=p) for pair, p in zip(against, adjusted, strict=True)]
+    against = [compare_pair(seer, told[seer], label, told[label]) for seer in seers for label in able]
+    adjusted = holm([pair.p_value for pair in against])  # apart: nobody who is ranked is judged more mildly for an oracle beside him
+    comparisons += [replace(pair, p_adjusted=p) for pair, p in zip(against, adjusted, strict=True)]
     standings += [Standing(policy=seer, figure=median(_known(values[seer])), best_or_tied=False, beaten_by=()) for seer in seers]
     return MetricResult(
         metric=metric, values={label: list(each) for label, each in values.items()}, standings=standings, comparisons=comparisons

@@ -79,8 +79,10 @@ def test_an_oracle_is_shown_and_beats_nobody() -> None:
     result = judge(METRIC[PRIMARY], values, oracles={"oracle_x"})
     assert result.standings[0].policy == "x" and result.standings[0].best_or_tied
     assert next(s for s in result.standings if s.policy == "oracle_x").best_or_tied is False
-    pair = result.ratio("oracle_x", "x")
-    assert pair is not None and pair.high < 0.6
+    pair, other = result.ratio("oracle_x", "x"), result.ratio("oracle_x", "y")
+    assert pair is not None and pair.high < 0.6 and other is not None and other.high < 0.45
+    without = judge(METRIC[PRIMARY], {label: values[label] for label in ("x", "y")}, oracles=set())
+    assert [c for c in result.comparisons if "oracle_x" not in (c.first, c.second)] == without.comparisons
     assert "oracle_x" not in sentence(result, trace="t", oracles={"oracle_x"})
 
 
