@@ -25,6 +25,7 @@ from baton.bench.processor_time import others_between, processor_time
 from baton.bench.report import Row, Target, make_document, paired_ratio
 from baton.bench.serve import STATISTICS, error_counts, latencies_s
 from protocol.errors import ConfigError, ServiceError
+from simulator.verdict import Better
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -243,7 +244,7 @@ def rows_of(measured: Sequence[Measured]) -> list[Row]:
 
 
 def _ratio_row(ours: Measured, theirs: Measured, latency: str, statistic: str) -> Row:
-    ratio = paired_ratio(ours.figures_ms(latency, statistic), theirs.figures_ms(latency, statistic), "lower")
+    ratio = paired_ratio(ours.figures_ms(latency, statistic), theirs.figures_ms(latency, statistic), Better.LOWER)
     return Row(
         name=f"{latency}/{statistic}/{ours.name}_vs_{theirs.name}",
         value=ratio.median,

@@ -12,6 +12,7 @@ from typing import Any
 
 from baton.bench.report import PairedRatio, Row, Target, Verdict, paired_ratio, percentile
 from router.policies import label
+from simulator.verdict import Better
 
 OURS = "prefix_cost"
 BASELINE = "least_work"
@@ -134,7 +135,7 @@ def pair(cells: Sequence[Cell], policy: str, statistic: str) -> PairedRatio | No
     both = sorted(ours.keys() & theirs.keys())
     if not both:
         return None
-    return paired_ratio([ours[repeat] for repeat in both], [theirs[repeat] for repeat in both], "lower")
+    return paired_ratio([ours[repeat] for repeat in both], [theirs[repeat] for repeat in both], Better.LOWER)
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """What every benchmark prints: `{schema, machine, commit, seed, rows}`, and the one definition of a paired ratio and its verdict.
 
-Standard library only; nothing here measures.
+Nothing here measures.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from math import comb, floor
 from pathlib import Path
 from typing import Literal
 
+from simulator.verdict import Better
+
 TREE = Path(__file__).resolve().parents[2]
 CONFIDENCE = 0.95
 PACKAGES = ("torch", "ray", "numpy")  # whose versions belong to a figure of ours
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")  # of /proc/cpuinfo, where they decide a kernel's path
 GIT_TIMEOUT_S = 10.0
 
-Better = Literal["higher", "lower"]
 
 # --- the document -----------------------------------------------------------------------------------------------------
 
@@ -156,7 +157,7 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float], better: Better)
     """
     assert len(ours) == len(theirs) and ours, "values come in pairs"
     assert all(value > 0 for value in (*ours, *theirs)), "a ratio needs values above 0"
-    ratios = tuple(a / b if better == "higher" else b / a for a, b in zip(ours, theirs, strict=True))
+    ratios = tuple(a / b if better is Better.HIGHER else b / a for a, b in zip(ours, theirs, strict=True))
     low, high, confidence = median_interval(ratios)
     return PairedRatio(
         ratios=ratios,
@@ -202,7 +203,6 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 __all__ = [
-    "Better",
     "PairedRatio",
     "Row",
     "Target",

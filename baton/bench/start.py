@@ -17,6 +17,7 @@ import typer
 from baton.bench.peers import OURS, find_peers
 from baton.bench.report import Row, Target, make_document, paired_ratio
 from protocol.errors import ServiceError
+from simulator.verdict import Better
 
 if TYPE_CHECKING:
     from baton.bench.servers import ServerCommand
@@ -155,7 +156,7 @@ def rows_of(model: str, starts: Mapping[str, Sequence[Start]]) -> list[Row]:
         if name == OURS:
             continue
         for figure in FIGURES:
-            ratio = paired_ratio([figure.of(s) for s in starts[OURS]], [figure.of(s) for s in theirs], "lower")
+            ratio = paired_ratio([figure.of(s) for s in starts[OURS]], [figure.of(s) for s in theirs], Better.LOWER)
             rows.append(
                 Row(
                     name=f"{model}/{figure.name.rpartition('_')[0]}/vs_{name}",

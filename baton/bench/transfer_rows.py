@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from baton.bench.report import Row, Target, Verdict, median_interval, paired_ratio, percentile
 from baton.bench.transfer_run import OTHERS_MAX, Cell, Chunk, Measured, Total, TransferPlan, Turn
+from simulator.verdict import Better
 
 SCHEMA = "baton.bench.transfer.v1"
 
@@ -94,7 +95,7 @@ def _ratios(plan: TransferPlan, measured: Measured, chunk: Chunk, total: Total) 
         a, b = measured.turns[cell, ours], measured.turns[cell, theirs]
         both = {index: turn for index, turn in a.items() if index in b}
         chosen = _quiet(measured, cell, both)
-        paired = paired_ratio([a[i].median_s for i in chosen], [b[i].median_s for i in chosen], "lower")
+        paired = paired_ratio([a[i].median_s for i in chosen], [b[i].median_s for i in chosen], Better.LOWER)
         is_disturbed = measured.others[cell][chosen[0]] >= OTHERS_MAX
         if is_disturbed:
             paired = replace(paired, verdict=Verdict.UNDECIDED)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from baton.bench.report import Better, percentile
+from baton.bench.report import percentile
 from protocol.errors import ConfigError
 from protocol.timeline import Timeline
+from simulator.verdict import Better
 
 FIRST_TOKEN_ID = 3  # below it are the special tokens of Llama's vocabulary
 NUM_ONLINE_REQUESTS = 24
@@ -141,7 +142,7 @@ def prefill_speed(num_prompt_tokens: int) -> Measure:
     def prompt_tokens_per_s(timelines: Sequence[Timeline]) -> float:
         return num_prompt_tokens / timelines[0].token_times_s[0]
 
-    return Measure(name="", unit="tokens/s", better="higher", value=prompt_tokens_per_s)
+    return Measure(name="", unit="tokens/s", better=Better.HIGHER, value=prompt_tokens_per_s)
 
 
 def _present(values: list[float | None]) -> list[float]:
@@ -149,12 +150,12 @@ def _present(values: list[float | None]) -> list[float]:
 
 
 PER_TOKEN = Measure(
-    name="", unit="ms/token", better="lower", value=lambda ts: 1e3 * percentile(_present([t.tpot_s for t in ts]), 0.5)
+    name="", unit="ms/token", better=Better.LOWER, value=lambda ts: 1e3 * percentile(_present([t.tpot_s for t in ts]), 0.5)
 )  # without the prompt's time
-THROUGHPUT = Measure(name="", unit="tokens/s", better="higher", value=output_tokens_per_s)
+THROUGHPUT = Measure(name="", unit="tokens/s", better=Better.HIGHER, value=output_tokens_per_s)
 ONLINE = (
-    Measure(name="ttft_p50", unit="ms", better="lower", value=lambda ts: 1e3 * percentile(_present([t.ttft_s for t in ts]), 0.5)),
-    Measure(name="tpot_p50", unit="ms", better="lower", value=lambda ts: 1e3 * percentile(_present([t.tpot_s for t in ts]), 0.5)),
-    Measure(name="itl_p50", unit="ms", better="lower", value=lambda ts: 1e3 * percentile([gap for t in ts for gap in t.itl_s], 0.5)),
-    Measure(name="itl_p99", unit="ms", better="lower", value=lambda ts: 1e3 * percentile([gap for t in ts for gap in t.itl_s], 0.99)),
+    Measure(name="ttft_p50", unit="ms", better=Better.LOWER, value=lambda ts: 1e3 * percentile(_present([t.ttft_s for t in ts]), 0.5)),
+    Measure(name="tpot_p50", unit="ms", better=Better.LOWER, value=lambda ts: 1e3 * percentile(_present([t.tpot_s for t in ts]), 0.5)),
+    Measure(name="itl_p50", unit="ms", better=Better.LOWER, value=lambda ts: 1e3 * percentile([gap for t in ts for gap in t.itl_s], 0.5)),
+    Measure(name="itl_p99", unit="ms", better=Better.LOWER, value=lambda ts: 1e3 * percentile([gap for t in ts for gap in t.itl_s], 0.99)),
 )

@@ -1,7 +1,9 @@
 """A whole placement policy in one file: first where fewest prompt tokens are still to be computed, this prompt's missing ones included.
 
-baton compare --policies fewest_tokens:FewestTokens,prefix_cost,round_robin --generate toolbench --rate 60
-baton serve --policy fewest_tokens:FewestTokens:sequence_tokens=40                (both with this file in the working directory)
+    baton compare --policies fewest_tokens:FewestTokens,prefix_cost,round_robin --generate toolbench --rate 60
+    baton serve --policy fewest_tokens:FewestTokens:sequence_tokens=40
+
+Both with this file in the working directory, and the file as it is: what was tried is what serves.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import statistics
 import pytest
 
 from baton.bench.report import Row, Target, Verdict, make_document, median_interval, paired_ratio, percentile
+from simulator.verdict import Better
 
 pytestmark = pytest.mark.pure
 
@@ -41,12 +42,12 @@ def test_interval_holds_the_median_as_often_as_it_says() -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "better", "verdict"),
     [
-        ([2.0] * 9, [1.0] * 9, "higher", Verdict.WINS),
-        ([2.0] * 9, [1.0] * 9, "lower", Verdict.LOSES),
-        ([1.0] * 9, [2.0] * 9, "lower", Verdict.WINS),
-        ([1.1, 0.9] * 5, [1.0] * 10, "higher", Verdict.TIED),
-        ([1.0] * 9, [1.0] * 9, "higher", Verdict.TIED),
-        ([2.0] * 5, [1.0] * 5, "higher", Verdict.UNDECIDED),
+        ([2.0] * 9, [1.0] * 9, Better.HIGHER, Verdict.WINS),
+        ([2.0] * 9, [1.0] * 9, Better.LOWER, Verdict.LOSES),
+        ([1.0] * 9, [2.0] * 9, Better.LOWER, Verdict.WINS),
+        ([1.1, 0.9] * 5, [1.0] * 10, Better.HIGHER, Verdict.TIED),
+        ([1.0] * 9, [1.0] * 9, Better.HIGHER, Verdict.TIED),
+        ([2.0] * 5, [1.0] * 5, Better.HIGHER, Verdict.UNDECIDED),
     ],
 )
 def test_verdict_follows_from_the_interval(ours: list[float], theirs: list[float], better: str, verdict: Verdict) -> None:
@@ -56,7 +57,7 @@ def test_verdict_follows_from_the_interval(ours: list[float], theirs: list[float
 
 def test_pairs_stay_pairs() -> None:
     """A round in which the whole machine was slow moves no ratio. Seen to fail with both sides sorted first."""
-    paired = paired_ratio([10, 1, 10, 1, 10, 1], [5, 0.5, 5, 0.5, 5, 0.5], "higher")
+    paired = paired_ratio([10, 1, 10, 1, 10, 1], [5, 0.5, 5, 0.5, 5, 0.5], Better.HIGHER)
     assert set(paired.ratios) == {2.0}
 
 
