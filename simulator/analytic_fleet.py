@@ -56,17 +56,12 @@ class AnalyticWorker(Worker):
         "_fresh_s",
         "_learn_s",
         "_seen_at_s",
-        "booked_kv_tokens",
         "decoding",
         "fresh_flights",
-        "fresh_pairs",
-        "fresh_tokens",
         "has_changed",
         "late_tokens",
         "learn_at_s",
-        "local_tokens",
         "news_at_s",
-        "num_booked",
         "pending",
         "price",
         "reported",
@@ -96,14 +91,11 @@ class AnalyticWorker(Worker):
         self.news_at_s = _FOREVER  # when the next report comes
         self._drains_at_s = _NEVER  # when what reports show waiting is computed, as believed
         self._fresh_s = 0.0  # prefill seconds that come on top
-        # Bookings
+        # Bookings, beside the sums in `booked` and `fresh`
         self.fresh_flights: deque[Flight] = deque()  # prompts booked here that no report shows yet
-        self.fresh_tokens = self.fresh_pairs = 0
         self.late_tokens = 0  # of prompts that came since the steps under way began
-        self.local_tokens = 0  # of prompts computed where they decode
         self.pending: dict[Flight, None] = {}  # decode here later: their prompts are under way
         self.decoding: dict[Flight, int] = {}  # at which step each began
-        self.num_booked = self.booked_kv_tokens = 0
         # What the pace was last learned from
         self._done = (0.0, 0, 0.0, 0.0, 0.0)
         self.reported = reported
@@ -132,44 +124,46 @@ class AnalyticWorker(Worker):
         waiting, read_at_s, self.news_at_s = server.waiting(now)
         if server.began_s != self._seen_at_s and read_at_s >= server.began_s:
             self._seen_at_s, self.late_tokens = server.began_s, 0
-        fresh = self.fresh_flights
-        while fresh and fresh[0].ready_s <= read_at_s:
-            flight = fresh.popleft()
-            self.fresh_tokens -= flight.booked_tokens
-            self.fresh_pairs -= flight.booked_pairs
+        flights, fresh, booked = self.fresh_flights, self.fresh, self.booked
+        while flights and flights[0].ready_s <= read_at_s:
+            flight = flights.popleft()
+            fresh.num_prefills -= 1
+            fresh.prefill_tokens -= flight.booked_tokens
+            fresh.prefill_pairs -= flight.booked_pairs
             if flight.ready_s > server.began_s:
                 self.late_tokens += flight.prompt.num_tokens
-        waiting += self.late_tokens
-        cost, num_fresh, tokens = self.cost, len(fresh), self.fresh_tokens
-        self._fresh_s = 0.0
-        if num_fresh:
-            num_steps = min(num_fresh, 1 + tokens // self.max_num_batched_tokens)
-            self._fresh_s = num_steps * cost.step_s + tokens * cost.prefill_token_s + self.fresh_pairs * cost.prefill_pair_s
-        self._drains_at_s = _NEVER
-        if waiting:
-            self._drains_at_s = read_at_s + cost.step_s + waiting * (cost.prefill_token_s + cost.prefill_pair_s * self.context_mean)
-        self.queued_prefill_tokens = waiting + tokens
-        cache, block_tokens = server.cache, server.block_tokens
-        num_held = cache.num_reserved + server.num_pinned
-        self.free_kv_tokens = max(0, cache.num_free * block_tokens - tokens)
-        self.reclaimable_kv_tokens = max(0, cache.num_named - server.num_pinned) * block_tokens
-        self.num_sequences = len(server.running) + len(server.queue)
-        self.kv_tokens = num_held * block_tokens
-        if num_held == 0 and self.booked.num_prefills == 0:
-            self.prompt_room_tokens = self.max_request_tokens
-        else:
-            self.prompt_room_tokens = max(0, (cache.num_blocks - num_held) * block_tokens - tokens)
         self.read_at_s = read_at_s
+        self.num_sequences = len(server.running) + len(server.queue)
+        self._drains_at_s = _NEVER
+        if now > read_at_s + self._stale_s:  # not believed: bookings alone
+            self._fresh_s = self._prefill_s(booked)
+            self.queued_prefill_tokens = booked.prefill_tokens
+            self.free_kv_tokens = max(0, self.kv_capacity_tokens - booked.prefill_tokens)
+            self.reclaimable_kv_tokens = 0
+            self.prompt_room_tokens = self.max_request_tokens
+            return
+        self.news_at_s = min(self.news_at_s, read_at_s + self._stale_s + 1e-9) if server.is_busy else self.news_at_s
+        waiting += self.late_tokens
+        if waiting:
+            cost = self.cost
+            self._drains_at_s = read_at_s + cost.step_s + waiting * (cost.prefill_token_s + cost.prefill_pair_s * self.context_mean)
+        self._fresh_s = self._prefill_s(fresh) if flights else 0.0
+        self.queued_prefill_tokens = waiting + fresh.prefill_tokens
+        self._write_room(server)
 
     def _write_decode(self, server: DecodeServer, now: float) -> None:
-        cache, cost, block_tokens = server.cache, self.cost, server.block_tokens
+        booked, fresh = self.booked, self.fresh
         self.read_at_s = now
-        self.num_sequences = self.num_booked
-        self.kv_tokens = max(self.booked_kv_tokens, round(server.kv_tokens) + sum([f.booked_kv_tokens for f in self.pending]))
-        self.queued_prefill_tokens = tokens = self.local_tokens
-        self._fresh_s = cost.step_s + tokens * (cost.prefill_token_s + cost.prefill_pair_s * self.context_mean) if tokens else 0.0
+        self.num_sequences = booked.num_sequences
+        self.kv_tokens = max(booked.kv_tokens, round(server.kv_tokens) + fresh.kv_tokens)
+        self._fresh_s = self._prefill_s(fresh) if fresh.num_prefills else 0.0
+        self.queued_prefill_tokens = fresh.prefill_tokens
+        self._write_room(server)
+
+    def _write_room(self, server: PrefillServer | DecodeServer) -> None:
+        cache, block_tokens, tokens = server.cache, server.block_tokens, self.fresh.prefill_tokens
         num_held = cache.num_reserved + server.num_pinned
-        self.free_kv_tokens = cache.num_free * block_tokens
+        self.free_kv_tokens = max(0, cache.num_free * block_tokens - tokens)
         self.reclaimable_kv_tokens = max(0, cache.num_named - server.num_pinned) * block_tokens
         if num_held == 0 and self.booked.num_prefills == 0:
             self.prompt_room_tokens = self.max_request_tokens
@@ -179,37 +173,41 @@ class AnalyticWorker(Worker):
     # --- bookings ---
 
     def book_prefill(self, flight: Flight) -> None:
-        self.booked.num_prefills += 1
+        for tally in (self.booked, self.fresh):
+            tally.num_prefills += 1
+            tally.prefill_tokens += flight.booked_tokens
+            tally.prefill_pairs += flight.booked_pairs
         if isinstance(self.server, PrefillServer):
             self.fresh_flights.append(flight)
-            self.fresh_tokens += flight.booked_tokens
-            self.fresh_pairs += flight.booked_pairs
-        else:
-            self.local_tokens += flight.booked_tokens
         self.has_changed = True
 
     def end_prefill(self, flight: Flight) -> None:
-        self.booked.num_prefills -= 1
-        if not isinstance(self.server, PrefillServer):
-            self.local_tokens -= flight.booked_tokens
+        """What is computed where it decodes shows in no report: it is fresh until it is done."""
+        for tally in (self.booked,) if isinstance(self.server, PrefillServer) else (self.booked, self.fresh):
+            tally.num_prefills -= 1
+            tally.prefill_tokens -= flight.booked_tokens
+            tally.prefill_pairs -= flight.booked_pairs
         self.has_changed = True
 
     def book_decode(self, flight: Flight) -> None:
-        self.num_booked += 1
-        self.booked_kv_tokens += flight.booked_kv_tokens
+        for tally in (self.booked, self.fresh):
+            tally.num_sequences += 1
+            tally.kv_tokens += flight.booked_kv_tokens
         self.pending[flight] = None
         self.has_changed = True
 
     def begin_decode(self, flight: Flight) -> None:
+        """It shows in reports from now on."""
+        self.fresh.num_sequences -= 1
+        self.fresh.kv_tokens -= flight.booked_kv_tokens
         del self.pending[flight]
         self.decoding[flight] = int(self.server.step) if isinstance(self.server, DecodeServer) else 0
         self.has_changed = True
 
     def end_decode(self, flight: Flight) -> None:
-        self.num_booked -= 1
-        self.booked_kv_tokens -= flight.booked_kv_tokens
-        self.pending.pop(flight, None)
-        self.decoding.pop(flight, None)
+        self.booked.num_sequences -= 1
+        self.booked.kv_tokens -= flight.booked_kv_tokens
+        del self.decoding[flight]
         self.has_changed = True
 
     # --- what the batch will be ---
@@ -234,6 +232,7 @@ class AnalyticWorker(Worker):
         tally, before = self.server.tally, self._done
         done = (tally.num_steps, tally.prefill_tokens, tally.decode_tokens, tally.decode_kv_token_steps, tally.busy_s)
         if done[4] <= before[4]:
+            self.learn_at_s = now + LEARN_S  # idle
             return False
         self._done, self.learn_at_s = done, now + self._learn_s
         self._learn_s = min(LEARN_S_MAX, LEARN_GROWTH * self._learn_s)
@@ -274,15 +273,19 @@ class AnalyticFleet(Fleet):
         super().__init__()
         self.workers: tuple[AnalyticWorker, ...] = ()
         self._trust = EstimateTrust(error_max=config.estimate_error_max)
+        self._learn_at_s = 0.0  # when somebody's pace is learned from next
 
     def join(self, worker: AnalyticWorker) -> None:
         self.add(worker)
         self.workers += (worker,)
 
     def refresh(self, pools: Pools, now: float) -> None:  # type: ignore[override]
+        if now >= self._learn_at_s:
+            for worker in self.workers:
+                if worker.learn(now):
+                    self._lend(worker)
+            self._learn_at_s = min([worker.learn_at_s for worker in self.workers])
         for worker in self.workers:
-            if now >= worker.learn_at_s and worker.learn(now):
-                self._lend(worker)
             worker.refresh(now)
 
     def _lend(self, worker: AnalyticWorker) -> None:

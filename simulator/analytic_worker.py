@@ -87,5 +87,5 @@ class Driver:
         self.call_at: Callable[[float, Callable[[float], None]], None]
         self.prefilled: Callable[[Flight, float], None]  # its prompt is computed
         self.decoded: Callable[[Flight, float], None]  # its last token is out
-        self.cache_changed: Callable[[WorkerId, list[Piece], list[Piece], float], None]  # (who, stored, evicted, when)
+        self.cache_changed: Callable[[WorkerId, list[Piece], list[Piece], float], None]  # (who, stored, evicted, when); or room alone
         self.room_at: Callable[[float], None]  # from then on fewer tokens than the inbox holds wait somewhere

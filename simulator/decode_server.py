@@ -155,11 +155,10 @@ class DecodeServer:
         num_blocks = -(-(prompt.num_tokens + prompt.output_tokens) // self.block_tokens)
         flight.num_reserved, flight.pinned = num_blocks - num_named, num_named
         self.num_pinned += num_named
-        if evicted := cache.reserve(flight.num_reserved):  # perhaps of what is stored next: told before that
-            self._driver.cache_changed(self.worker_id, [], evicted, now)
-        stored, evicted = cache.store(prompt.segments)
-        if stored or evicted:
-            self._driver.cache_changed(self.worker_id, stored, evicted, now)
+        evicted = cache.reserve(flight.num_reserved)
+        stored, more = cache.store(prompt.segments)
+        evicted += more
+        self._driver.cache_changed(self.worker_id, stored, evicted, now)
 
     def _let_go(self, flight: Flight) -> None:
         self.cache.release(flight.num_reserved)

@@ -449,7 +449,8 @@ class PolicyOnlyCluster:
     def _cache_changed(self, worker_id: WorkerId, stored: list[Piece], evicted: list[Piece], now: float) -> None:
         worker = self._by_id[worker_id]
         worker.has_changed = True
-        self._late_changes.append((now + self._lateness.kv_events_s, worker, stored, evicted))
+        if stored or evicted:
+            self._late_changes.append((now + self._lateness.kv_events_s, worker, stored, evicted))
 
     def _prefilled(self, flight: Flight, now: float) -> None:
         served, prompt = flight.served, flight.prompt

@@ -141,11 +141,12 @@ class PrefillServer:
         done: list[Flight] = []
         for flight, num_tokens in self._step:
             flight.remaining -= num_tokens
+            self._store(flight, now)
             if flight.remaining == 0:
                 done.append(flight)
-        for flight in done:
-            self.running.remove(flight)
-            self._store(flight, now)
+                self.running.remove(flight)
+                self.num_pinned -= flight.pinned
+                self.cache.release(flight.num_reserved)
         self._plan(now)
         for flight in done:
             self._driver.prefilled(flight, now)
@@ -225,15 +226,19 @@ class PrefillServer:
         flight.pinned, flight.num_reserved = found, num_blocks - found
         self.num_pinned += found
         evicted += cache.reserve(flight.num_reserved)
-        if stored or evicted:
-            self._driver.cache_changed(self.worker_id, stored, evicted, now)
+        self._driver.cache_changed(self.worker_id, stored, evicted, now)
         return flight
 
     def _store(self, flight: Flight, now: float) -> None:
-        cache = self.cache
-        cache.release(flight.num_reserved)
-        self.num_pinned -= flight.pinned
-        stored, evicted = cache.store(flight.prompt.segments)
+        """What is computed of the prompt can be found from now on, also by the one that begins in the next step."""
+        cache, prompt = self.cache, flight.prompt
+        num_blocks = (prompt.num_tokens - flight.remaining) // self.block_tokens
+        num_new = num_blocks - flight.pinned
+        if num_new > 0:
+            flight.pinned, flight.num_reserved = num_blocks, flight.num_reserved - num_new
+            self.num_pinned += num_new
+            cache.release(num_new)
+        stored, evicted = cache.store(prompt.segments, num_blocks)
         if stored or evicted:
             self._driver.cache_changed(self.worker_id, stored, evicted, now)
 
