@@ -26,10 +26,11 @@ from simulator.analytic_worker import Flight
 from simulator.decode_server import DecodeServer
 from simulator.noise import Lognormal
 from simulator.prefill_server import PrefillServer
+from simulator.segment_cache import SegmentCache
 
 LEARN_S = 0.5  # between two reports the pace is learned from, at first
-LEARN_S_MAX = 20.0  # and later: each time this much longer, up to that
-LEARN_GROWTH = 1.25
+LEARN_S_MAX = 60.0  # and later: each time this much longer, up to that
+LEARN_GROWTH = 1.4
 _NEVER = float("-inf")
 _FOREVER = float("inf")
 
@@ -52,12 +53,12 @@ class AnalyticWorker(Worker):
 
     __slots__ = (
         "_done",
-        "_drains_at_s",
-        "_fresh_s",
         "_learn_s",
         "_seen_at_s",
         "decoding",
+        "drains_at_s",
         "fresh_flights",
+        "fresh_s",
         "has_changed",
         "late_tokens",
         "learn_at_s",
@@ -89,8 +90,8 @@ class AnalyticWorker(Worker):
         self.server = server
         self.has_changed = True
         self.news_at_s = _FOREVER  # when the next report comes
-        self._drains_at_s = _NEVER  # when what reports show waiting is computed, as believed
-        self._fresh_s = 0.0  # prefill seconds that come on top
+        self.drains_at_s = _NEVER  # when what reports show waiting is computed, as believed
+        self.fresh_s = 0.0  # prefill seconds that come on top
         # Bookings, beside the sums in `booked` and `fresh`
         self.fresh_flights: deque[Flight] = deque()  # prompts booked here that no report shows yet
         self.late_tokens = 0  # of prompts that came since the steps under way began
@@ -109,16 +110,20 @@ class AnalyticWorker(Worker):
     def refresh(self, now: float) -> None:
         """Make the sheet true at `now`."""
         if self.has_changed or now >= self.news_at_s:
-            server = self.server
-            if isinstance(server, PrefillServer):
-                self._write_prefill(server, now)
-            else:
-                self._write_decode(server, now)
-            self.has_changed = False
-            if self.price is not None:
-                self._drains_at_s, self._fresh_s = _NEVER, self.booked.num_prefills * self.price.prefill_s
-        left_s = self._drains_at_s - now
-        self.queued_prefill_s = self._fresh_s + left_s if left_s > 0.0 else self._fresh_s
+            self.write(now)
+        left_s = self.drains_at_s - now
+        self.queued_prefill_s = self.fresh_s + left_s if left_s > 0.0 else self.fresh_s
+
+    def write(self, now: float) -> None:
+        """All of the sheet but what follows from the time alone."""
+        server = self.server
+        if isinstance(server, PrefillServer):
+            self._write_prefill(server, now)
+        else:
+            self._write_decode(server, now)
+        self.has_changed = False
+        if self.price is not None:
+            self.drains_at_s, self.fresh_s = _NEVER, self.booked.num_prefills * self.price.prefill_s
 
     def _write_prefill(self, server: PrefillServer, now: float) -> None:
         waiting, read_at_s, self.news_at_s = server.waiting(now)
@@ -134,9 +139,9 @@ class AnalyticWorker(Worker):
                 self.late_tokens += flight.prompt.num_tokens
         self.read_at_s = read_at_s
         self.num_sequences = len(server.running) + len(server.queue)
-        self._drains_at_s = _NEVER
+        self.drains_at_s = _NEVER
         if now > read_at_s + self._stale_s:  # not believed: bookings alone
-            self._fresh_s = self._prefill_s(booked)
+            self.fresh_s = self._prefill_s(booked)
             self.queued_prefill_tokens = booked.prefill_tokens
             self.free_kv_tokens = max(0, self.kv_capacity_tokens - booked.prefill_tokens)
             self.reclaimable_kv_tokens = 0
@@ -146,29 +151,30 @@ class AnalyticWorker(Worker):
         waiting += self.late_tokens
         if waiting:
             cost = self.cost
-            self._drains_at_s = read_at_s + cost.step_s + waiting * (cost.prefill_token_s + cost.prefill_pair_s * self.context_mean)
-        self._fresh_s = self._prefill_s(fresh) if flights else 0.0
+            self.drains_at_s = read_at_s + cost.step_s + waiting * (cost.prefill_token_s + cost.prefill_pair_s * self.context_mean)
+        self.fresh_s = self._prefill_s(fresh) if flights else 0.0
         self.queued_prefill_tokens = waiting + fresh.prefill_tokens
-        self._write_room(server)
+        self._write_room(server.cache, server.block_tokens)
 
     def _write_decode(self, server: DecodeServer, now: float) -> None:
         booked, fresh = self.booked, self.fresh
         self.read_at_s = now
         self.num_sequences = booked.num_sequences
         self.kv_tokens = max(booked.kv_tokens, round(server.kv_tokens) + fresh.kv_tokens)
-        self._fresh_s = self._prefill_s(fresh) if fresh.num_prefills else 0.0
+        self.fresh_s = self._prefill_s(fresh) if fresh.num_prefills else 0.0
         self.queued_prefill_tokens = fresh.prefill_tokens
-        self._write_room(server)
+        self._write_room(server.cache, server.block_tokens)
 
-    def _write_room(self, server: PrefillServer | DecodeServer) -> None:
-        cache, block_tokens, tokens = server.cache, server.block_tokens, self.fresh.prefill_tokens
-        num_held = cache.num_reserved + server.num_pinned
-        self.free_kv_tokens = max(0, cache.num_free * block_tokens - tokens)
-        self.reclaimable_kv_tokens = max(0, cache.num_named - server.num_pinned) * block_tokens
-        if num_held == 0 and self.booked.num_prefills == 0:
+    def _write_room(self, cache: SegmentCache, block_tokens: int) -> None:
+        named, pinned, reserved, tokens = cache.num_named, cache.num_pinned, cache.num_reserved, self.fresh.prefill_tokens
+        free_tokens = (cache.num_blocks - named - reserved) * block_tokens - tokens
+        self.free_kv_tokens = free_tokens if free_tokens > 0 else 0
+        self.reclaimable_kv_tokens = (named - pinned) * block_tokens
+        if not pinned + reserved and not self.booked.num_prefills:
             self.prompt_room_tokens = self.max_request_tokens
         else:
-            self.prompt_room_tokens = max(0, (cache.num_blocks - num_held) * block_tokens - tokens)
+            room_tokens = (cache.num_blocks - pinned - reserved) * block_tokens - tokens
+            self.prompt_room_tokens = room_tokens if room_tokens > 0 else 0
 
     # --- bookings ---
 
@@ -285,8 +291,11 @@ class AnalyticFleet(Fleet):
                 if worker.learn(now):
                     self._lend(worker)
             self._learn_at_s = min([worker.learn_at_s for worker in self.workers])
-        for worker in self.workers:
-            worker.refresh(now)
+        for worker in self.workers:  # `refresh` of each, whose call would take longer than what it mostly does
+            if worker.has_changed or now >= worker.news_at_s:
+                worker.write(now)
+            left_s = worker.drains_at_s - now
+            worker.queued_prefill_s = worker.fresh_s + left_s if left_s > 0.0 else worker.fresh_s
 
     def _lend(self, worker: AnalyticWorker) -> None:
         """As `WorkerReports` does after a fit."""

@@ -34,8 +34,8 @@ class Flight:
         "decode",
         "end_step",
         "lands_s",
+        "num_named",
         "num_reserved",
-        "pinned",
         "predicted_output_tokens",
         "prefill",
         "prompt",
@@ -61,7 +61,7 @@ class Flight:
         self.remaining = 0  # tokens of the prompt not computed yet
         self.cached_tokens = 0
         self.num_reserved = 0
-        self.pinned = 0
+        self.num_named = 0  # leading blocks of the prompt that can be found where it is computed
         self.end_step = 0  # of the clock of its decode worker
 
 

@@ -111,8 +111,9 @@ def pooled_share(prompts: PromptTree, num_blocks: int) -> float:
     num_found = 0
     for prompt in prompts.prompts:
         num_found += min(cache.match(prompt.segments) * prompts.block_tokens, max(0, prompt.num_tokens - 1))
-        cache.touch(prompt.segments)
+        cache.pin(prompt.segments)
         cache.store(prompt.segments)
+        cache.unpin(prompt.segments)
     return num_found / max(1, prompts.num_tokens)
 
 

@@ -34,7 +34,6 @@ class DecodeServer:
         "block_tokens",
         "cache",
         "kv_tokens",
-        "num_pinned",
         "num_running",
         "step",
         "tally",
@@ -69,7 +68,6 @@ class DecodeServer:
         self._waiting: deque[Flight] = deque()  # for a slot or blocks
         self._num_joined = 0
         self._version = 0
-        self.num_pinned = 0
 
     # --- the clock ---
 
@@ -135,7 +133,7 @@ class DecodeServer:
         num_blocks = -(-prompt.num_tokens // self.block_tokens)
         found = cache.match(prompt.segments)
         if self.num_running:
-            left = cache.num_blocks - cache.num_reserved - self.num_pinned - (num_blocks - found)
+            left = cache.num_blocks - cache.num_reserved - cache.num_pinned - (num_blocks - found)
             if self.num_running >= self._max_num_seqs or left < max(0.01 * cache.num_blocks, 0.5 * self.num_running):
                 return False
         else:
@@ -153,8 +151,8 @@ class DecodeServer:
         cache, prompt = self.cache, flight.prompt
         num_named = prompt.num_tokens // self.block_tokens
         num_blocks = -(-(prompt.num_tokens + prompt.output_tokens) // self.block_tokens)
-        flight.num_reserved, flight.pinned = num_blocks - num_named, num_named
-        self.num_pinned += num_named
+        flight.num_reserved = num_blocks - num_named
+        cache.pin(prompt.segments)
         evicted = cache.reserve(flight.num_reserved)
         stored, more = cache.store(prompt.segments)
         evicted += more
@@ -162,8 +160,7 @@ class DecodeServer:
 
     def _let_go(self, flight: Flight) -> None:
         self.cache.release(flight.num_reserved)
-        self.cache.touch(flight.prompt.segments)
-        self.num_pinned -= flight.pinned
+        self.cache.unpin(flight.prompt.segments)
 
     # --- prompts that are computed here ---
 
@@ -182,7 +179,6 @@ class DecodeServer:
         found = max(cache.match(prompt.segments), flight.pulled_blocks)
         flight.cached_tokens = min(found * self.block_tokens, prompt.num_tokens - 1)
         missed = prompt.num_tokens - flight.cached_tokens
-        cache.touch(prompt.segments)
         took_s = self._pace.prompt_s(flight.cached_tokens, missed, self._chunk_tokens)
         self._last_s = max(self._last_s, now) + took_s
         self.tally.busy_s += took_s

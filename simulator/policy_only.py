@@ -202,6 +202,7 @@ class PolicyOnlyCluster:
         self._placement = Placement(told, fleet=self.fleet, index=self.index, policies=self._policies, regret=self._regret, rng=rng)
         self.queue: FairQueue = FairQueue(output_weight=told.output_weight, max_tenants=told.max_tenants)
         self._flights: dict[str, Flight] = {}  # that wait at the router
+        self._num_waiting = 0
         self._tick_s = 0.0
         self._num_kv_events = 0
         driver = Driver()
@@ -294,7 +295,7 @@ class PolicyOnlyCluster:
                 self._arrive(prompt, record, due_s)
                 prompt, record = next(arrivals, (None, None))
                 due_s = prompt.at_s + LINK_S if prompt is not None else inf
-            elif len(self.queue):
+            elif self._num_waiting:
                 self._call_at(self._now + TICK_S, self._pump)  # until there is room, or they have waited too long
             else:
                 return served
@@ -310,9 +311,9 @@ class PolicyOnlyCluster:
         served.num_attempts = 1
         if prompt.num_tokens + 1 > self.fleet.pools(MODEL_ID).most_tokens:
             self._refuse(flight, "no worker can hold the prompt", now)
-        elif len(self.queue) >= self._config.max_queue:
+        elif self._num_waiting >= self._config.max_queue:
             self._refuse(flight, "the queue is full", now)
-        elif len(self.queue):
+        elif self._num_waiting:
             self._wait(flight, now)
         else:
             self._catch_up(now)
@@ -326,34 +327,37 @@ class PolicyOnlyCluster:
     def _wait(self, flight: Flight, now: float) -> None:
         place = flight.prompt.place
         key = AttemptKey(request_id=place.request_id, attempt=place.attempt)
-        if not len(self.queue):  # what was on its way to us when nobody waited
+        if not self._num_waiting:  # what was on its way to us when nobody waited
             self._call_at(now + self._lateness.reports_s + self._lateness.report_interval_s / 2, self._pump)
+        self._num_waiting += 1
         self.queue.push(Waiting(key=key, gateway=_GATEWAY, place=place, since_s=now))
         self._flights[place.request_id] = flight
 
     def _room_at(self, at_s: float) -> None:
-        if len(self.queue):
+        if self._num_waiting:
             self._call_at(at_s, self._pump)
 
     def _pump(self, now: float) -> None:
         """Place who is next until nobody can be placed; turn away who waited too long."""
         queue = self.queue
-        while len(queue):
+        while self._num_waiting:
             waiting = next(queue.heads())
             place = waiting.place
             if now - waiting.since_s >= self._config.max_wait_s:
                 queue.remove(waiting.key)
+                self._num_waiting -= 1
                 self._refuse(self._flights.pop(place.request_id), "no worker had room", waiting.since_s + self._config.max_wait_s)
                 continue
             self._catch_up(now)
             choice = self._placement.choose(place, now, predicted_output_tokens=queue.predicted_output_tokens(place))
             if not isinstance(choice, Choice):
                 return
+            self._num_waiting -= 1
             self._book(self._flights.pop(place.request_id), choice, queue.serve(waiting.key), now)
 
     def _pump_if_changed(self, now: float) -> None:
         """A prompt or an answer is over. That is no room where every inbox was full of tokens: reports will tell of those by themselves."""
-        if len(self.queue):
+        if self._num_waiting:
             room_tokens = self._room_tokens
             if any([worker.queued_prefill_tokens < room_tokens for worker in self._prefillers]):
                 self._pump(now)
@@ -418,9 +422,8 @@ class PolicyOnlyCluster:
         while late and late[0][0] <= now:
             _, worker, stored, evicted = late.popleft()
             index.change(worker.worker_id, stored, evicted)
-            if worker.role.prefills:
-                for piece in evicted:
-                    self._regret.evicted_run(*piece)
+            if evicted and worker.role.prefills:
+                self._regret.evicted_runs(evicted)
             if self._is_listening:
                 self._policies.observe(KvChanged(worker_id=worker.worker_id, events=self._kv_events(stored, evicted)), now)
         index.expire(now)

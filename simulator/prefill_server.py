@@ -42,7 +42,6 @@ class PrefillServer:
         "cache",
         "is_busy",
         "num_done_steps_max",
-        "num_pinned",
         "queue",
         "running",
         "step_s",
@@ -85,7 +84,6 @@ class PrefillServer:
         self.queue: deque[Flight] = deque()
         self.running: deque[Flight] = deque()  # begun and not done, in order
         self._step: list[tuple[Flight, int]] = []  # chunks of the step, or steps, under way
-        self.num_pinned = 0  # named blocks that prompts under way read
         # What a report says: (tokens that wait, when that was), of the steps under way and before them.
         self.is_busy = False
         self.began_s = 0.0
@@ -145,8 +143,8 @@ class PrefillServer:
             if flight.remaining == 0:
                 done.append(flight)
                 self.running.remove(flight)
-                self.num_pinned -= flight.pinned
                 self.cache.release(flight.num_reserved)
+                self.cache.unpin(flight.prompt.segments)
         self._plan(now)
         for flight in done:
             self._driver.prefilled(flight, now)
@@ -212,19 +210,18 @@ class PrefillServer:
         segments, num_tokens = flight.prompt.segments, flight.prompt.num_tokens
         num_blocks = -(-num_tokens // self.block_tokens)
         found = max(cache.match(segments), flight.pulled_blocks)
-        if self.running and num_blocks - found > cache.num_blocks - cache.num_reserved - self.num_pinned:
+        if self.running and num_blocks - found > cache.num_blocks - cache.num_reserved - cache.num_pinned:
             return None
         self.queue.popleft()
         self.running.append(flight)
-        cache.touch(segments)
+        cache.pin(segments)
         stored: list[Piece] = []
         evicted: list[Piece] = []
         if flight.pulled_blocks:
             stored, evicted = cache.store(segments, flight.pulled_blocks)
         flight.cached_tokens = min(found * self.block_tokens, num_tokens - 1)
         flight.remaining = num_tokens - flight.cached_tokens
-        flight.pinned, flight.num_reserved = found, num_blocks - found
-        self.num_pinned += found
+        flight.num_named, flight.num_reserved = found, num_blocks - found
         evicted += cache.reserve(flight.num_reserved)
         self._driver.cache_changed(self.worker_id, stored, evicted, now)
         return flight
@@ -233,10 +230,9 @@ class PrefillServer:
         """What is computed of the prompt can be found from now on, also by the one that begins in the next step."""
         cache, prompt = self.cache, flight.prompt
         num_blocks = (prompt.num_tokens - flight.remaining) // self.block_tokens
-        num_new = num_blocks - flight.pinned
+        num_new = num_blocks - flight.num_named
         if num_new > 0:
-            flight.pinned, flight.num_reserved = num_blocks, flight.num_reserved - num_new
-            self.num_pinned += num_new
+            flight.num_named, flight.num_reserved = num_blocks, flight.num_reserved - num_new
             cache.release(num_new)
         stored, evicted = cache.store(prompt.segments, num_blocks)
         if stored or evicted:
@@ -244,7 +240,9 @@ class PrefillServer:
 
     def _began(self, at_s: float, step_s: float, num_steps: int, step_tokens: int) -> None:
         """Note what reports will say of these steps, and when they will tell of room."""
-        waiting = sum([flight.remaining for flight in self.running])
+        waiting = 0
+        for flight in self.running:
+            waiting += flight.remaining
         for flight in self.queue:
             if flight.ready_s <= at_s:
                 waiting += flight.prompt.num_tokens

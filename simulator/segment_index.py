@@ -27,44 +27,47 @@ class SegmentIndex(PrefixIndex):
         super().__init__(max_bytes=0, speculative_ttl_s=speculative_ttl_s)
         self._block_tokens = block_tokens
         self._guess_s = speculative_ttl_s
-        self._confirmed: dict[Segment, dict[WorkerId, int]] = {}  # leading blocks of it that each worker has told of
+        self._whole: dict[Segment, dict[WorkerId, None]] = {}  # who has told of all of it
+        self._parts: dict[Segment, dict[WorkerId, int]] = {}  # who of some leading blocks of it
         self._guessed: dict[Segment, dict[WorkerId, float]] = {}  # until when each is believed to get all of it
         self._guess_ends: deque[tuple[float, WorkerId, tuple[Segment, ...]]] = deque()
 
     def match(self, hashes: Sequence[bytes]) -> Match:
-        segments = cast(BlockNames, hashes).segments
-        confirmed, guessed = self._confirmed.get, self._guessed.get
+        whole_of, part_of, guess_of = self._whole.get, self._parts.get, self._guessed.get
         found: dict[WorkerId, int] = {}
-        alive: list[WorkerId] | None = None
+        alive: dict[WorkerId, None] | None = None  # who has all so far; None: everybody has nothing
         depth, block_tokens = 0, self._block_tokens
-        for segment in segments:
-            told, hoped = confirmed(segment), guessed(segment)
-            if not told and not hoped:
+        for segment in cast(BlockNames, hashes).segments:
+            whole, parts, hoped = whole_of(segment), part_of(segment), guess_of(segment)
+            going_on: dict[WorkerId, None] = {}
+            if whole:
+                going_on = whole if alive is None and not hoped else {w: None for w in whole if alive is None or w in alive}
+            if hoped:
+                for worker in hoped:
+                    if alive is None or worker in alive:
+                        going_on[worker] = None
+            if parts:
+                for worker, here in parts.items():
+                    if (alive is None or worker in alive) and worker not in going_on:
+                        found[worker] = (depth + here) * block_tokens
+            if not going_on:
                 break
-            size = segment.num_blocks
-            if alive is None:
-                alive = list(told) if told else []
-                if hoped:
-                    alive += [worker for worker in hoped if not told or worker not in told]
-            going_on = []
-            for worker in alive:
-                here = size if hoped and worker in hoped else told.get(worker, 0) if told else 0
-                if here == size:
-                    going_on.append(worker)
-                if here:
-                    found[worker] = (depth + here) * block_tokens
-            alive, depth = going_on, depth + size
-            if not alive:
-                break
+            depth += segment.num_blocks
+            found.update(dict.fromkeys(going_on, depth * block_tokens))
+            alive = going_on
         return Match(device_tokens=found, total_tokens=found) if found else _EMPTY
 
     def confirmed_tokens(self, worker_id: WorkerId, hashes: Sequence[bytes], num_tokens: int) -> int:
         num_blocks = num_tokens // self._block_tokens
         found = 0
         for segment in cast(BlockNames, hashes).segments:
-            here = self._confirmed.get(segment, {}).get(worker_id, 0)
-            found += here
-            if here < segment.num_blocks or found >= num_blocks:
+            whole = self._whole.get(segment)
+            if whole is None or worker_id not in whole:
+                parts = self._parts.get(segment)
+                found += parts.get(worker_id, 0) if parts is not None else 0
+                break
+            found += segment.num_blocks
+            if found >= num_blocks:
                 break
         return min(found, num_blocks) * self._block_tokens
 
@@ -89,16 +92,32 @@ class SegmentIndex(PrefixIndex):
 
     def change(self, worker_id: WorkerId, stored: Sequence[Piece], evicted: Sequence[Piece]) -> None:
         """A worker's own word."""
-        for segment, _, last in stored:
-            self._confirmed.setdefault(segment, {})[worker_id] = last
-        for segment, first, _ in evicted:
-            told = self._confirmed[segment]
+        for segment, first, last in stored:
             if first:
-                told[worker_id] = first
+                self._forget_part(worker_id, segment)
+            self._learn(worker_id, segment, last)
+        for segment, first, last in evicted:
+            if last < segment.num_blocks:
+                self._forget_part(worker_id, segment)
             else:
-                del told[worker_id]
-                if not told:
-                    del self._confirmed[segment]
+                whole = self._whole[segment]
+                del whole[worker_id]
+                if not whole:
+                    del self._whole[segment]
+            if first:
+                self._learn(worker_id, segment, first)
+
+    def _learn(self, worker_id: WorkerId, segment: Segment, num_blocks: int) -> None:
+        if num_blocks == segment.num_blocks:
+            self._whole.setdefault(segment, {})[worker_id] = None
+        else:
+            self._parts.setdefault(segment, {})[worker_id] = num_blocks
+
+    def _forget_part(self, worker_id: WorkerId, segment: Segment) -> None:
+        parts = self._parts[segment]
+        del parts[worker_id]
+        if not parts:
+            del self._parts[segment]
 
 
 class SegmentRegret(EvictionRegret):
@@ -108,17 +127,20 @@ class SegmentRegret(EvictionRegret):
         super().forget()
         self._lost: OrderedDict[Segment, tuple[int, int]] = OrderedDict()  # blocks of it that went last, oldest first
 
-    def evicted_run(self, segment: Segment, first: int, last: int) -> None:
-        num_blocks = (last - first) * segment.hashes_per_block
+    def evicted_runs(self, pieces: Sequence[Piece]) -> None:
+        lost = self._lost
+        num_blocks = 0
+        for segment, first, last in pieces:
+            num_blocks += (last - first) * segment.hashes_per_block
+            before = lost.pop(segment, None)
+            if before is not None and before[0] == last:
+                last = before[1]  # its end went earlier
+            lost[segment] = (first, last)
         kept = 0.5 ** (num_blocks / HALF_LIFE_BLOCKS)
         self._num_evicted = self._num_evicted * kept + num_blocks
         self._num_wanted *= kept
-        before = self._lost.pop(segment, None)
-        if before is not None and before[0] == last:
-            last = before[1]  # its end went earlier
-        self._lost[segment] = (first, last)
-        if len(self._lost) > MAX_EVICTED_SEGMENTS:
-            self._lost.popitem(last=False)
+        while len(lost) > MAX_EVICTED_SEGMENTS:
+            lost.popitem(last=False)
 
     def asked_in_vain_from(self, segments: Sequence[Segment], num_found: int) -> None:
         """A prompt of which only so many leading blocks were found where it went."""
