@@ -25,31 +25,37 @@ from simulator.traces.trace import Trace
 
 
 class Segment:
-    """`num_blocks` KV blocks that are shared by the same prompts. Hash blocks in them are named when somebody asks, each but once."""
+    """`num_blocks` KV blocks that are shared by the same prompts. Hash blocks in them are named for who asks."""
 
-    __slots__ = ("hashes_per_block", "index", "names", "num_blocks")
+    __slots__ = ("_prefix", "asked", "hashes_per_block", "index", "num_blocks")
 
     def __init__(self, index: int, num_blocks: int, hashes_per_block: int) -> None:
         self.index = index
         self.num_blocks = num_blocks
         self.hashes_per_block = hashes_per_block
-        self.names: dict[int, bytes] = {}  # by number of the hash block in it: those anybody asked for
+        self._prefix = b"%d " % index
+        self.asked: dict[int, bytes] = {}  # by number of the hash block in it: names that were asked for one by one
 
     def name(self, number: int) -> bytes:
-        name = self.names.get(number)
+        name = self.asked.get(number)
         if name is None:
-            name = self.names[number] = b"%d %d" % (self.index, number)
+            name = self.asked[number] = self._prefix + b"%d" % number
         return name
+
+    def names(self, first: int, last: int) -> list[bytes]:
+        """Of its hash blocks from `first` to before `last`."""
+        prefix = self._prefix
+        return [prefix + b"%d" % number for number in range(first, last)]
 
     def all_names(self, first: int, last: int) -> tuple[bytes, ...]:
         """Of the hash blocks of its blocks from `first` to before `last`."""
         size = self.hashes_per_block
-        return tuple([self.name(number) for number in range(first * size, last * size)])
+        return tuple(self.names(first * size, last * size))
 
     def asked_names(self, first: int, last: int) -> tuple[bytes, ...]:
-        """Of those of them that anybody ever asked for."""
+        """Of those of them that anybody ever asked for one by one."""
         low, high = first * self.hashes_per_block, last * self.hashes_per_block
-        return tuple([name for number, name in self.names.items() if low <= number < high])
+        return tuple([name for number, name in self.asked.items() if low <= number < high])
 
 
 class BlockNames(Sequence[bytes]):
@@ -70,7 +76,8 @@ class BlockNames(Sequence[bytes]):
     def __getitem__(self, index: slice) -> tuple[bytes, ...]: ...
     def __getitem__(self, index: int | slice) -> bytes | tuple[bytes, ...]:
         if isinstance(index, slice):
-            return tuple([self[i] for i in range(*index.indices(len(self)))])
+            start, stop, step = index.indices(len(self))
+            return self._names(start, stop) if step == 1 else tuple([self[i] for i in range(start, stop, step)])
         if index < 0:
             index += len(self)
         which = bisect_right(self.ends, index)
@@ -79,9 +86,16 @@ class BlockNames(Sequence[bytes]):
         return self.segments[which].name(index - (self.ends[which - 1] if which else 0))
 
     def __iter__(self) -> Iterator[bytes]:
-        for segment in self.segments:
-            for number in range(segment.num_blocks * segment.hashes_per_block):
-                yield segment.name(number)
+        return iter(self._names(0, len(self)))
+
+    def _names(self, start: int, stop: int) -> tuple[bytes, ...]:
+        names: list[bytes] = []
+        begin = 0
+        for segment, end in zip(self.segments, self.ends, strict=True):
+            if end > start and begin < stop:
+                names += segment.names(max(start - begin, 0), min(stop, end) - begin)
+            begin = end
+        return tuple(names)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -21,7 +21,7 @@ def config(num_kv_blocks: int, **router: object) -> ClusterConfig:
 
 @pytest.mark.parametrize("policy", ["round_robin", "prefix_cost"])
 def test_a_run_that_is_looked_at_is_the_run(policy: str) -> None:
-    """How: with pulls, where a policy that prices pools and one that does not are wrapped. Seen to fail with a policy that is told nothing."""
+    """How: with pulls, one policy that prices pools and one that does not. Seen to fail with a policy that is told nothing."""
     trace = generate("toolbench", Arrivals(rate_per_s=20.0), num_requests=60, seed=2)
     served, total = routed_waterfall_of(trace, config(1024), policy=policy, seed=5)
     assert served == run_token_accurate(trace, config(1024), policy=policy, seed=5)
@@ -47,7 +47,7 @@ def test_what_is_known_and_passed_by_is_traded_for_load_and_what_was_pushed_out_
 def test_the_fast_mode_loses_reuse_in_the_same_places(policy: str) -> None:
     """How: small caches and load enough that all steps lose something; shares of prompt tokens within 4 points.
 
-    Seen to fail with what is believed of the chosen worker left out.
+    Seen to fail with evictions that nobody hears of.
     """
     asked = config(640, prefix_pull=False, disaggregate="always")
     trace = generate("video_qa", Arrivals(rate_per_s=3.0), num_requests=120, seed=4)
