@@ -169,9 +169,8 @@ class History:
                 record.coldest.clear()
             elif isinstance(event, BlocksStored | BlocksRemoved) and event.tier is Tier.DEVICE:
                 change = 1 if isinstance(event, BlocksStored) else -1
-                known = (self._tree.node_of(block_hash) for block_hash in event.hashes)
-                for node in filter(None, known):
-                    self._hold(worker_id, record, node, node.record.held.get(worker_id, 0) + change)
+                for node, num_blocks in self._tree.count(event.hashes).items():
+                    self._hold(worker_id, record, node, node.record.held.get(worker_id, 0) + change * num_blocks)
 
     # --- what follows ---
 

@@ -11,8 +11,8 @@ the longest known beginning of a prompt is found by bisection. When the tree is 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 Record = TypeVar("Record")
@@ -82,6 +82,11 @@ class PrefixTree(Generic[Record]):
 
     def node_of(self, block_hash: bytes) -> Node[Record] | None:
         return self._node_of.get(block_hash)
+
+    def count(self, hashes: Iterable[bytes]) -> dict[Node[Record], int]:
+        """How many of these blocks each node has, in the order of its first; blocks of no prompt are passed over."""
+        found = Counter(map(self._node_of.get, hashes))  # at C speed: a worker tells of thousands at once
+        return {node: count for node, count in found.items() if node is not None}
 
     def find(self, hashes: Sequence[bytes]) -> Node[Record] | None:
         """The node in which the longest known beginning of the prompt ends."""
