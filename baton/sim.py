@@ -29,7 +29,7 @@ def sim(
     policy: Annotated[str, typer.Option(help="NAME[:k=v,...] or module:Class[:k=v,...].")] = "prefix_cost",
     config: Annotated[Path | None, typer.Option(help="A cluster.yaml of paced workers; else 8 + 8 of them.")] = None,
     rate: Rate = None,
-    requests: Annotated[int | None, typer.Option(min=1, help="The first so many; of a generator 1,000.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="The first so many; of a generator 1,000, of a seed of faults 200.")] = None,
     cv: Cv = 1.0,
     burst: Burst = 1,
     spread: Spread = 0.0,
@@ -49,7 +49,7 @@ def sim(
 ) -> None:
     """Run a placement policy over a trace, on the cluster's own code and a virtual clock."""
     if faults:
-        sim_faults(seeds_of(seeds, seed), kinds, jobs=jobs, as_json=as_json)
+        sim_faults(seeds_of(seeds, seed), kinds, requests=requests, jobs=jobs, as_json=as_json)
         return
     if events is not None:
         raise typer.Exit(0 if run_again(events, as_json=as_json) else 1)

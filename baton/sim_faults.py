@@ -35,20 +35,21 @@ def seeds_of(text: str, seed: int) -> range:
     return range(int(first), int(last))
 
 
-def sim_faults(seeds: range, kinds: str, *, jobs: int, as_json: bool) -> None:
+def sim_faults(seeds: range, kinds: str, *, requests: int | None, jobs: int, as_json: bool) -> None:
     """Run them and print what came of it; ends with status 1 when a law broke."""
-    from simulator.fault_campaign import kinds_of, repeat_command, run_campaign
+    from simulator.fault_campaign import kinds_of, run_campaign
+    from simulator.fault_run import NUM_REQUESTS
 
     chosen, began_s = kinds_of(kinds), time.monotonic()
 
     def told(campaign: Campaign, outcome: Outcome) -> None:
         if outcome.law is not None:
-            say_line(f"seed {outcome.seed}: {outcome.text}\n  {repeat_command(outcome.seed, chosen)}")
+            say_line(f"seed {outcome.seed}: {outcome.text}\n  {campaign.repeat(outcome)}")
         took_s = time.monotonic() - began_s
         left_s = took_s / campaign.num_seeds * (len(seeds) - campaign.num_seeds)
         say(f"{campaign.num_seeds:,} of {len(seeds):,} seeds, {len(campaign.failures)} failed, {took_s:.0f} s, {left_s:.0f} s left")
 
-    campaign = run_campaign(seeds, kinds=chosen, num_jobs=jobs, on_outcome=told)
+    campaign = run_campaign(seeds, kinds=chosen, num_requests=requests or NUM_REQUESTS, num_jobs=jobs, on_outcome=told)
     say("")
     if as_json:
         print(json.dumps(_document(campaign, seeds, took_s=time.monotonic() - began_s), indent=1))

@@ -31,10 +31,11 @@ def kinds_of(text: str) -> tuple[Kind, ...]:
     return tuple(names[name] for name in asked) or tuple(Kind)
 
 
-def repeat_command(seed: int, kinds: tuple[Kind, ...]) -> str:
+def repeat_command(seed: int, kinds: tuple[Kind, ...] = tuple(Kind), num_requests: int = NUM_REQUESTS) -> str:
     """What repeats a seed, to the last turn."""
     chosen = "" if kinds == tuple(Kind) else f" --kinds {','.join(kind.value for kind in kinds)}"
-    return f"baton sim --faults --seed {seed}{chosen}"
+    count = "" if num_requests == NUM_REQUESTS else f" --requests {num_requests}"
+    return f"baton sim --faults --seed {seed}{chosen}{count}"
 
 
 @dataclass(slots=True)
@@ -42,6 +43,7 @@ class Campaign:
     """What the seeds so far came to."""
 
     kinds: tuple[Kind, ...]
+    requests_a_seed: int = NUM_REQUESTS
     num_seeds: int = 0
     num_requests: int = 0
     num_retried: int = 0
@@ -80,6 +82,9 @@ class Campaign:
         cells = {f"{kind}/{state}": count for kind, row in self.matrix.items() for state, count in row.items()}
         return min(cells.items(), key=lambda cell: cell[1])
 
+    def repeat(self, outcome: Outcome) -> str:
+        return repeat_command(outcome.seed, self.kinds, self.requests_a_seed)
+
     def document(self) -> dict[str, object]:
         """JSON values."""
         return {
@@ -112,7 +117,7 @@ def run_campaign(
     on_outcome: Callable[[Campaign, Outcome], None] = lambda campaign, outcome: None,
 ) -> Campaign:
     """Every seed, in order, whatever comes of those before; the result does not depend on `num_jobs`."""
-    campaign = Campaign(kinds)
+    campaign = Campaign(kinds, num_requests)
     for outcome in _outcomes(seeds, partial(run_seed, kinds=kinds, num_requests=num_requests), num_jobs):
         campaign.add(outcome)
         on_outcome(campaign, outcome)

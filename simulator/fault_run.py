@@ -191,9 +191,10 @@ def draw_config(rng: Random) -> ClusterConfig:
                 "prefix_pull_deadline_s": rng.choice((0.05, 0.2)),
                 "offer_early": rng.random() < 0.5,
                 "force_preempt_every": rng.choice((0, 0, 9)),
-                "kv_host_tier_bytes": rng.choice((0, 0, 32 << 10)),
+                "kv_host_tier_bytes": rng.choice((0, 0, 64 << 20)),
             },
-            "paced": {"prefill_base_s": 0.001, "prefill_token_s": 2e-5, "decode_base_s": 0.003},
+            "paced": {"prefill_base_s": 0.001, "prefill_token_s": rng.choice((2e-5, 1e-4)), "decode_base_s": 0.003},
+            "simulation": {"link_bytes_per_s": rng.choice((50e9, 3e9, 3e8))},  # 26 MB of a prompt of 200 tokens: half a millisecond to 90
             "transport": {"kv_load_failure_policy": rng.choice(("recompute", "recompute", "retry"))},
             "router": {
                 "policy": policy,
@@ -205,6 +206,9 @@ def draw_config(rng: Random) -> ClusterConfig:
                 "speculative_ttl_s": SPECULATIVE_TTL_S,
                 "resync_interval_s": 0.2,
                 "ready_wait_s": 0.5,
+                "prefix_pull_min_tokens": 16,
+                "prefix_pull_s_base": 1e-5,
+                "link_bytes_per_s": 100e9,
             },
             "gateway": {
                 "router_silent_s": 0.5,

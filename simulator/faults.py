@@ -44,13 +44,13 @@ class Kind(Enum):
 
 _ON_WORKER = "a queued attempt is on no worker, and nothing of it is on a link to one"
 _NO_COPY = "nothing is copied for an attempt that has no place yet"
-_COPIED = "whoever decodes has its blocks: what is copied for it later ends without a word to it"
+_COPIED = "whoever decodes has its blocks: copies that end later, and words about them, are of no account to it"
 _BELIEF = "what the router believes of caches is read when an attempt is placed, and never again"
 
 UNREACHABLE: dict[tuple[Kind, AttemptState], str] = {
     **{(kind, AttemptState.QUEUED): _ON_WORKER for kind in (Kind.KILL, Kind.SLOW, Kind.STEP)},
     **{(kind, AttemptState.QUEUED): _NO_COPY for kind in (Kind.PULL, Kind.CORRUPT, Kind.WORDS)},
-    **{(kind, AttemptState.DECODING): _COPIED for kind in (Kind.PULL, Kind.CORRUPT)},
+    **{(kind, AttemptState.DECODING): _COPIED for kind in (Kind.PULL, Kind.CORRUPT, Kind.WORDS)},
     **{(kind, state): _BELIEF for kind in (Kind.KV_LOSS, Kind.KV_LAG) for state in LIVE_STATES[1:]},
     (Kind.STEP, AttemptState.WAITING_KV): "an attempt whose blocks are on their way is in no step",
 }
@@ -138,6 +138,8 @@ class FaultInjector:
             self._cluster.loop.call_later(self._rng.random() * _SOON_S, lambda: self._inject(kind, session))
 
     def _place(self, session: Session, assigned: Assigned) -> None:
+        if session.state is not AttemptState.QUEUED or assigned.assignment.attempt != session.attempt.number:
+            return  # told once more
         index = self._cluster.router.index
         for worker_id, (kind, number) in list(self._blind.items()):
             if index.next_number(worker_id) > number:

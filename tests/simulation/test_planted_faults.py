@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from engine.core.intake import Intake
 from engine.core.landing import Landing
 from engine.core.offers import Offers
 from engine.core.residence import Residence
-from gateway.events import Deliver, TellRouter
+from gateway.events import TellRouter
 from gateway.routers import Routers
 from gateway.session import Session
 from kvtransfer.handoff import TargetHandoff
@@ -128,12 +128,15 @@ def depend_on_nobody_while_waiting(self: Session) -> tuple[str, ...]:
     return () if self.state is AttemptState.WAITING_KV else WORKERS.fget(self)  # type: ignore[misc]
 
 
-def deliver_all_of_a_run(self: Session, run: TokenRun, now: float) -> None:
-    run_starts_here = len(self.delivered[run.choice])
-    DELIVER(self, run, now)
-    again = run.token_ids[: run_starts_here - run.position]
-    if again:
-        self._out.append(Deliver(choice=run.choice, position=run.position, token_ids=again, logprobs=(), finish_reason=None))
+def one_token_too_many(self: Session, now: float, *, pause_s: float) -> None:
+    NEXT_ATTEMPT(self, now, pause_s=pause_s)
+    self.attempt = replace(self.attempt, delivered=tuple(tokens + tokens[-1:] for tokens in self.attempt.delivered))
+
+
+def believe_any_attempt(self: Session, worker_id: str, fact: object, now: float) -> None:
+    if isinstance(fact, TokenRun):
+        fact = replace(fact, attempt=self.attempt.number)
+    ON_FACT(self, worker_id, fact, now)
 
 
 def cached_of_the_last_run(self: Session, run: TokenRun, now: float) -> None:
@@ -172,6 +175,7 @@ def overlook_gaps(self: PrefixIndex, frame: Any) -> Any:
 INTAKE_ABANDON, INTAKE_FINISH, FINISH_PULL = Intake._abandon, Intake.finish, TargetHandoff.finish_pull
 OPEN_SEQUENCES, RAISE_GENERATIONS = worker_core.open_sequences, SimPool.raise_generations
 END_ATTEMPT, ROUTER_UP, WORKERS, DELIVER = Session._end_attempt, Routers._up, Session.workers, Session._deliver
+NEXT_ATTEMPT, ON_FACT = Session._next_attempt, Session._on_fact
 MOVE_DECODE, APPLY = Bookings.move_decode, PrefixIndex.apply
 
 BUGS: dict[str, Bug] = {
@@ -188,7 +192,8 @@ BUGS: dict[str, Bug] = {
     "the end of a cancelled attempt is not told": bug(Session, "_end_attempt", lost_done, Law.BLOCKS),
     "an end that was lost on its way is not told again": bug(Routers, "_up", tell_ends_once, Law.BLOCKS),
     "a lost worker is not noticed while KV is awaited": bug(Session, "workers", property(depend_on_nobody_while_waiting), Law.ONE_END),
-    "tokens are delivered twice after a retry": bug(Session, "_deliver", deliver_all_of_a_run, Law.STREAM),
+    "a retry begins one token late": bug(Session, "_next_attempt", one_token_too_many, Law.STREAM, Law.ONE_END),
+    "tokens of an attempt that is over are taken": bug(Session, "_on_fact", believe_any_attempt, Law.STREAM, Law.ONE_END, Law.BLOCKS),
     "cached tokens are counted with every run": bug(Session, "_deliver", cached_of_the_last_run, Law.USAGE),
     "a booking that moves stays where it was, too": bug(Bookings, "move_decode", booked_here_and_there, Law.BLOCKS),
     "who left the queue is placed all the same": bug(WaitingRoom, "leave", waits_for_ever, Law.BLOCKS),
