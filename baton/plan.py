@@ -193,17 +193,17 @@ class Told:
         asked = [f"{name} {limit * 1e3:g} ms" for name, limit in (("TTFT", wanted.ttft_s), ("TPOT", wanted.tpot_s)) if limit is not None]
         print(f"{what}: {' and '.join(asked)} for {self.goal.attainment:.0%} of {lengths['name']}", end="")
         print(f" (prompts of {lengths['input_mean']:,.0f} tokens, answers of {lengths['output_mean']:,.0f}, on average)\n")
-        head = ["", "placement", "GPUs", "req/s/GPU", "req/s", "in time", f"TTFT {share} ms", f"TPOT {share} ms"]
+        head = ["", "placement", "GPUs", "req/s/GPU", "req/s", "in time", f"TTFT {share} ms", f"TPOT {share} ms", f"pause {share} ms"]
         asks = self.rate_per_s is not None
         lines = [head + ([f"GPUs for {self.rate_per_s:g}/s"] if asks else [])]
         for one in plan.found:
             trial = one.trial
             cells = ["*" if one is plan.best else "", str(one.pools), str(one.pools.num_gpus)]
             if trial is None:
-                cells += ["-"] * 5
+                cells += ["-"] * 6
             else:
-                figures = (f"{one.rate_per_s:.2f}", f"{trial.attainment:.1%}", f"{trial.ttft_s * 1e3:.0f}", f"{trial.tpot_s * 1e3:.1f}")
-                cells += [f"{one.rate_per_gpu:.2f}", *figures]
+                cells += [f"{one.rate_per_gpu:.2f}", f"{one.rate_per_s:.2f}", f"{trial.attainment:.1%}"]
+                cells += [f"{trial.ttft_s * 1e3:.0f}", f"{trial.tpot_s * 1e3:.1f}", f"{trial.pause_s * 1e3:.0f}"]
             if self.rate_per_s is not None:
                 cells.append(f"{one.gpus_for(self.rate_per_s):.0f}" if trial is not None else "-")
             lines.append(cells)
@@ -238,6 +238,7 @@ class Told:
             "attainment": None if trial is None else trial.attainment,
             "ttft_s": None if trial is None else trial.ttft_s,
             "tpot_s": None if trial is None else trial.tpot_s,
+            "pause_s": None if trial is None else trial.pause_s,
         }
         if self.rate_per_s is not None:
             details["gpus_for_rate"] = one.gpus_for(self.rate_per_s) if trial is not None else None

@@ -56,7 +56,6 @@ WORKLOADS = {  # in the order of the tables
     "prefill8k": "prefill of 8,192",
 }
 ONE_TO_ONE = re.compile(r"prefill 1 x TP\d+, decode 1 x TP\d+")
-MOST_PLACEMENTS = 12  # lines of a plan's table
 MODELS = ("15m", "125m", "0.5b", "moe", None)  # the order of the tables; None: no engine's document
 PEERS = {"vllm": "vLLM", "llamacpp": "llama.cpp", "transformers": "transformers"}
 
@@ -276,13 +275,14 @@ def _plan_part(document: Document) -> str:
     about = (
         f"TTFT {asked['ttft_s'] * 1e3:g} ms and TPOT {asked['tpot_s'] * 1e3:g} ms for {asked['attainment']:.0%} of"
         f" {asked['requests']:,} requests on {asked['gpus']} GPUs; step times {asked['step_times']}; {lengths['name']}, prompts of"
-        f" {lengths['input_mean']:,.0f} tokens and answers of {lengths['output_mean']:,.0f} on average."
+        f" {lengths['input_mean']:,.0f} tokens and answers of {lengths['output_mean']:,.0f} on average. Latencies are those that the same"
+        f" share of requests does not exceed, each on its own; a pause is the longest time between two tokens of a request."
     )
-    lines = [["placement", "GPUs", "requests/s a GPU", "in time", "TTFT ms", "TPOT ms"]]
-    for row in rows[:MOST_PLACEMENTS]:
+    lines = [["placement", "GPUs", "requests/s a GPU", "in time", "TTFT ms", "TPOT ms", "pause ms"]]
+    for row in rows:
         if row["attainment"] is not None:
-            figures = (f"{row['value']:.2f}", f"{row['attainment']:.1%}", f"{row['ttft_s'] * 1e3:.0f}", f"{row['tpot_s'] * 1e3:.1f}")
-            lines.append([row["name"], str(row["gpus"]), *figures])
+            latencies = (f"{row['ttft_s'] * 1e3:.0f}", f"{row['tpot_s'] * 1e3:.1f}", f"{row['pause_s'] * 1e3:.0f}")
+            lines.append([row["name"], str(row["gpus"]), f"{row['value']:.2f}", f"{row['attainment']:.1%}", *latencies])
     alone = max((row for row in rows if ONE_TO_ONE.fullmatch(row["name"])), key=lambda row: row["value"])
     theirs = "(DistServe's simulator: TP2 and TP1, 1.56)"
     said = [f"Of one prefill and one decode worker, {alone['name']} is the best: {alone['value']:.2f} {theirs}."]

@@ -13,6 +13,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import sub
 from random import Random
 
 from engine.step_time import StepShape
@@ -26,6 +27,13 @@ GROWTH_TOKENS = 8  # for each sequence that decodes, half a block: as decode_wor
 DEADLINE_S = 90 * 86_400.0  # of virtual time; a run that is not over then never ends
 
 
+@dataclass(slots=True, kw_only=True)
+class Outcome(Served):
+    """And the longest time between two of its tokens, in seconds; 0 where there is one at most."""
+
+    pause_s: float = 0.0
+
+
 def run_phases(
     requests: Sequence[TraceRequest],
     pools: Pools,
@@ -34,7 +42,7 @@ def run_phases(
     link: Link,
     batch_tokens: int,
     rng: Random | None = None,
-) -> list[Served]:
+) -> list[Outcome]:
     """What comes of each request, in order. The same arguments are the same run.
 
     With `pools.prefill` alone a request ends with its first token; with `pools.decode` alone it arrives computed, its first token with it.
@@ -56,10 +64,12 @@ def run_phases(
 class _Sequence:
     """One request on one worker. `num_prompt_tokens`: to be computed at once; grows by what was generated when it has to start again."""
 
-    served: Served
+    served: Outcome
     num_prompt_tokens: int
     num_left: int  # tokens that are still to come
     num_computed: int = 0  # of the prompt
+    joined_step: int = 0
+    told_s: float = 0.0  # when its last token came, while it does not decode
     origin: int = 0  # context at step s of its worker is origin + s, while it decodes
     ticket: int = -1  # of its membership in the batch; -1: in none
 
@@ -91,6 +101,7 @@ class _Worker:
         self._joined: list[tuple[int, _Sequence]] = []  # (ticket, sequence) in order, and of who left
         self._num_tickets = 0
         self._step = 0
+        self._step_ends_s: list[float] = []  # of each decode step; those that were taken together evenly
         self._num_reads = 0  # KV tokens that the next decode step reads
         self._num_held = 0  # tokens of KV
         self._is_busy = False
@@ -129,7 +140,8 @@ class _Worker:
             if with_decodes:
                 shape = shape.with_decodes(self.num_running, self._num_reads)
             self._is_busy = True
-            self._loop.call_later(self.model.step_time.step_s(shape), lambda: self._end(parts, int(with_decodes)))
+            duration_s = self.model.step_time.step_s(shape)
+            self._loop.call_later(duration_s, lambda: self._end(parts, int(with_decodes), duration_s))
         elif self.num_running:
             self._make_room()
             self._decode_steps()
@@ -147,9 +159,11 @@ class _Worker:
             duration_s += self.model.step_time.step_s(StepShape(decodes=count, decode_reads=reads))
             num_steps += 1
         self._is_busy = True
-        self._loop.call_later(duration_s, lambda: self._end((), num_steps))
+        self._loop.call_later(duration_s, lambda: self._end((), num_steps, duration_s / num_steps))
 
-    def _end(self, parts: Sequence[tuple[_Sequence, int]], num_steps: int) -> None:
+    def _end(self, parts: Sequence[tuple[_Sequence, int]], num_steps: int, step_s: float) -> None:
+        now = self._loop.now
+        self._step_ends_s += [now - step_s * left for left in range(num_steps - 1, -1, -1)]
         self._step += num_steps
         self._num_reads += num_steps * self.num_running
         self._num_held += num_steps * self.num_running
@@ -171,8 +185,12 @@ class _Worker:
     def _first_token(self, sequence: _Sequence) -> None:
         """The first, or the first since it was computed anew."""
         sequence.num_left -= 1
-        if sequence.served.first_token_s is None:
-            sequence.served.first_token_s = self._loop.now
+        served, now = sequence.served, self._loop.now
+        if served.first_token_s is None:
+            served.first_token_s = now
+        else:
+            served.pause_s = max(served.pause_s, now - sequence.told_s)
+        sequence.told_s = now
         if not sequence.num_left:
             self._num_held -= sequence.num_prompt_tokens
             self._run.end(sequence)
@@ -254,7 +272,7 @@ class _Worker:
 
     def _join(self, sequence: _Sequence, num_context_tokens: int) -> None:
         step = self._step
-        sequence.ticket, sequence.origin = self._num_tickets, num_context_tokens - step
+        sequence.ticket, sequence.joined_step, sequence.origin = self._num_tickets, step, num_context_tokens - step
         self._num_tickets += 1
         heapq.heappush(self._ends, (step + sequence.num_left, sequence.ticket, sequence))
         self._joined.append((sequence.ticket, sequence))
@@ -264,6 +282,9 @@ class _Worker:
     def _leave(self, sequence: _Sequence) -> int:
         """Tokens of its context."""
         num_tokens = sequence.origin + self._step
+        times = [sequence.told_s, *self._step_ends_s[sequence.joined_step : self._step]]
+        sequence.told_s = times[-1]
+        sequence.served.pause_s = max([sequence.served.pause_s, *map(sub, times[1:], times)])
         sequence.ticket = -1
         self.num_running -= 1
         self._num_reads -= num_tokens
@@ -301,7 +322,7 @@ class _Run:
         self.loop = VirtualLoop()
         self.link = link
         self.batch_tokens = batch_tokens
-        self.served: list[Served] = []
+        self.served: list[Outcome] = []
         self.num_over = 0
         self._rng = rng
 
@@ -316,7 +337,7 @@ class _Run:
         self._kv_tokens = min(worker.model.kv_tokens for worker in self._prefill + self._decode)
 
     def arrive(self, request_id: str, request: TraceRequest) -> None:
-        served = Served(request_id=request_id, arrived_s=request.at_s, num_prompt_tokens=request.num_prompt_tokens)
+        served = Outcome(request_id=request_id, arrived_s=request.at_s, num_prompt_tokens=request.num_prompt_tokens)
         served.num_output_tokens = request.output_tokens
         sequence = _Sequence(served=served, num_prompt_tokens=request.num_prompt_tokens, num_left=request.output_tokens)
         self.served.append(served)
@@ -335,7 +356,7 @@ class _Run:
         elif self._prefill:
             self._least(self._prefill, lambda w: (w.num_waiting_tokens, w.num_running)).compute(sequence)
         else:
-            served.first_token_s = self.loop.now
+            served.first_token_s = sequence.told_s = self.loop.now
             sequence.num_left -= 1
             if sequence.num_left:
                 self._least(self._decode, lambda w: (w.num_running + w.num_coming, 0)).decode(sequence, None)

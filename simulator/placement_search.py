@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil, inf
 from statistics import fmean
 
-from simulator.phases import run_phases
+from simulator.phases import Outcome, run_phases
 from simulator.planner import algorithm_1, algorithm_2, best_rate, copies, mixed_within, units_within
 from simulator.pools import Affinity, Criterion, Link, Pool, Pools, WorkerModel
 from simulator.routed_gateway import Served
@@ -16,7 +16,6 @@ from simulator.traces.trace import Trace
 
 SATURATING_TOKENS = 512  # L_m: one prompt of so many fills an A100 with a model of 13B (Sec. 3.1 of DistServe, OSDI'24)
 MIXED_CHUNKS = (None, 512, 2048)  # whole prompts first; Sarathi-Serve's strict and relaxed budgets (OSDI'24)
-PAUSES = " Steps with long prompts pause decodes, which TPOT, a mean, hides: if pauses matter to you, ask for less TPOT."
 MOST_UNITS = 40  # that are simulated whole: those whose phases alone promise most
 
 
@@ -33,12 +32,13 @@ class Trial:
 
     rate_per_s: float
     attainment: float  # of both parts, by the same request
-    ttft_s: float  # that the goal's share of requests does not exceed; so with TPOT
+    ttft_s: float  # that the goal's share of requests does not exceed; so with the others
     tpot_s: float
+    pause_s: float  # the longest time between two tokens of a request
     num_decoding: float  # sequences at a time, on average, over all workers
 
     @classmethod
-    def of(cls, served: Sequence[Served], goal: Goal, rate_per_s: float) -> Trial:
+    def of(cls, served: Sequence[Outcome], goal: Goal, rate_per_s: float) -> Trial:
         ends = [one.end_s for one in served if one.end_s is not None]
         decoding_s = sum(one.end_s - one.first_token_s for one in served if one.end_s is not None and one.first_token_s is not None)
         return cls(
@@ -46,6 +46,7 @@ class Trial:
             attainment=fmean(goal.objective.is_met_by(one) for one in served),
             ttft_s=_not_exceeded([_or_never(one, one.ttft_s) for one in served], goal.attainment),
             tpot_s=_not_exceeded([_or_never(one, one.tpot_s or 0.0) for one in served], goal.attainment),
+            pause_s=_not_exceeded([_or_never(one, one.pause_s) for one in served], goal.attainment),
             num_decoding=decoding_s / (max(ends) - served[0].arrived_s or inf),
         )
 
@@ -207,8 +208,10 @@ def advice(split: Found | None, mixed: Found | None) -> str:
         return f"{said}: no difference this search can see, so take what is simpler to run."
     if split.rate_per_gpu > mixed.rate_per_gpu:
         return f"{said}: disaggregation pays."
-    pauses = "" if mixed.pools.chunk_tokens == min(chunk for chunk in MIXED_CHUNKS if chunk) else PAUSES
-    return f"{said}: disaggregation does not pay here.{pauses}"
+    assert split.trial is not None and mixed.trial is not None
+    pauses = f"{mixed.trial.pause_s * 1e3:.0f} ms instead of {split.trial.pause_s * 1e3:.0f} ms"
+    told = f" Its answers pause for {pauses}, though, which TPOT, a mean, hides." if mixed.trial.pause_s > split.trial.pause_s else ""
+    return f"{said}: disaggregation does not pay here.{told}"
 
 
 def _best(found: Iterable[Found], rate_per_s: float | None) -> Found | None:

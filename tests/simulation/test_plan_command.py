@@ -33,7 +33,7 @@ TYPICAL = Typical(prompt_tokens=780, context_tokens=900, longest_prompt_tokens=2
 
 
 def found(pools: Pools, num_decoding: float = 40.0) -> Found:
-    return Found(pools=pools, trial=Trial(rate_per_s=6.0, attainment=0.9, ttft_s=0.2, tpot_s=0.05, num_decoding=num_decoding))
+    return Found(pools=pools, trial=Trial(rate_per_s=6.0, attainment=0.9, ttft_s=0.2, tpot_s=0.05, pause_s=0.06, num_decoding=num_decoding))
 
 
 def asked_for(*, trace: str = "", generate: str = "", requests: int) -> Source:

@@ -249,7 +249,7 @@ def test_a_placement_has_what_it_costs_others_in_its_line() -> None:
 
 def test_a_plan_has_its_best_of_each_kind_and_distserve_s_beside() -> None:
     """Seen to fail with the best of all ratios named as the best of one to one."""
-    split = {"gpus": 3, "attainment": 0.91, "ttft_s": 0.19, "tpot_s": 0.05}
+    split = {"gpus": 3, "attainment": 0.91, "ttft_s": 0.19, "tpot_s": 0.05, "pause_s": 0.07}
     document = {
         "schema": figures.PLAN,
         "machine": ENGINE["machine"],
@@ -273,6 +273,8 @@ def test_a_plan_has_its_best_of_each_kind_and_distserve_s_beside() -> None:
         "advice": "It pays.",
     }
     text = figures.all_figures([document])
-    assert "### Planning: opt-13b, 300 requests" in text and "| prefill 2 x TP1, decode 1 x TP1 | 3 | 2.40 | 91.0% | 190 | 50.0 |" in text
+    assert (
+        "### Planning: opt-13b, 300 requests" in text and "| prefill 2 x TP1, decode 1 x TP1 | 3 | 2.40 | 91.0% | 190 | 50.0 | 70 |" in text
+    )
     assert "It pays. Of one prefill and one decode worker, prefill 1 x TP2, decode 1 x TP1 is the best: 2.03" in text
     assert "Best apart under 3 seeds: 1.50 to 2.50, median 2.00." in text and "mixed 3" not in text
