@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from typer.testing import CliRunner
 from baton.__main__ import app
 from baton.plan import draws_of, workers_of
 from baton.trace_options import source_of
-from control.compose import step_time
+from control.compose import compose_worker, pool_sizes, step_time
 from control.config import load_config
+from engine.demo import DEMO_MODEL_DIR
 from engine.published_steps import PUBLISHED
-from engine.step_time import StepShape
+from engine.step_time import LinearStepTime, StepShape
 from simulator.phases import run_phases
 from simulator.placement_search import Found, Trial
 from simulator.plan_config import Typical, cluster_tree
@@ -52,8 +54,24 @@ def test_the_command_prints_a_table_with_its_best_and_its_advice(tmp_path: Path)
     )
     assert "Note: no pipeline parallelism: a worker is one tensor-parallel group." in lines
     assert "under 2 seeds" in told.stdout and "DistServe's algorithm 2 says" in told.stdout
-    config = load_config(file=tmp_path / "cluster.yaml")
-    assert config.workers.prefill_workers + config.workers.decode_workers + config.workers.mixed_workers >= 1
+
+
+@pytest.mark.parametrize("slo_tpot", ["0.1", "0.03"])
+def test_the_file_is_taken_by_serve_and_by_sim(tmp_path: Path, slo_tpot: str) -> None:
+    """Workers come out of it as `baton serve` makes them, and a trace through it as `baton sim` does. Seen to fail with a section that
+    the schema does not have, and with more blocks than the prompts' worker holds tokens."""
+    file = tmp_path / "cluster.yaml"
+    planned = RUNNER.invoke(app, [*ASKED, "--slo-tpot", slo_tpot, "--output", str(file), "--json"])
+    assert planned.exit_code == 0, planned.output
+    best = next(row for row in json.loads(planned.stdout)["rows"] if row["is_best"])
+    config = load_config(file=file)
+    made = compose_worker(config, DEMO_MODEL_DIR)
+    held = {f"TP{tp}": published.kv_tokens for tp, published in PUBLISHED["opt-13b"].items()}
+    assert made.num_kv_blocks == min(tokens for name, tokens in held.items() if name in best["name"]) // 16
+    assert isinstance(made.step_time, LinearStepTime) and made.core.scheduler.max_num_seqs == 1024
+    assert sum(pool_sizes(config).values()) == sum(map(int, re.findall(r"(\d) x TP", best["name"])))
+    ran = RUNNER.invoke(app, ["sim", "--config", str(file), "--generate", "sharegpt", "--requests", "20", "--rate", "1", "--json"])
+    assert ran.exit_code == 0 and json.loads(ran.stdout)["summary"]["num_finished"] == 20
 
 
 def test_the_document_has_a_row_a_placement_and_the_same_seed_is_the_same_plan() -> None:
