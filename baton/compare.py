@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import Enum
 from itertools import takewhile
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from baton.progress import say, say_line
-from baton.trace_options import Burst, Cv, Generator, Rate, Spread, TraceName, TracesDir, source_of
+from baton.trace_options import Burst, Cv, Generator, Rate, Spread, TraceName, TracesDir, command_of, source_of
 from protocol.errors import BatonError, ConfigError
 from simulator.fidelity import Fidelity
 
@@ -64,15 +63,7 @@ class Options:
     @property
     def command(self) -> str:
         """That asks for the same."""
-        told = {field.name: getattr(self, field.name) for field in fields(self)}
-        words = ["baton", "compare"]
-        for name, value in told.items():
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words += [f"--{flag}" if value else f"--no-{flag}"]
-            elif value not in (None, ""):
-                words += [f"--{flag}", str(value)]
-        return shlex.join(words)
+        return command_of("compare", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

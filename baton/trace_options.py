@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +12,8 @@ import typer
 from baton.trace import traces_dir
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from simulator.traces.source import Source
 
 TraceName = Annotated[str, typer.Option("--trace", help="A file, or a name in the folder of traces (`baton trace list`).")]
@@ -56,4 +60,16 @@ def source_of(
     )
 
 
-__all__ = ["Burst", "Cv", "Generator", "Rate", "Spread", "TraceName", "TracesDir", "source_of"]
+def command_of(verb: str, options: DataclassInstance) -> str:
+    """The command line that asks for the same. Fields are named as the verb's options; None and "" were not given."""
+    words = ["baton", verb]
+    for field in fields(options):
+        flag, value = field.name.replace("_", "-"), getattr(options, field.name)
+        if isinstance(value, bool):
+            words += [f"--{flag}" if value else f"--no-{flag}"]
+        elif value not in (None, ""):
+            words += [f"--{flag}", str(value)]
+    return shlex.join(words)
+
+
+__all__ = ["Burst", "Cv", "Generator", "Rate", "Spread", "TraceName", "TracesDir", "command_of", "source_of"]

@@ -29,7 +29,7 @@ from baton.bench.transfer_rows import SCHEMA as TRANSFER
 from baton.bench.validation import SCHEMA as VALIDATION
 from baton.bench.validation_model import NULL
 from baton.compare import SCHEMA as COMPARE
-from baton.plan import SCHEMA as PLAN
+from baton.plan_told import SCHEMA as PLAN
 from benchmarks.tournament import tournament
 
 HERE = Path(__file__).resolve().parent
@@ -273,8 +273,8 @@ def _plan_part(document: Document) -> str:
     """The best of each kind, what DistServe's own space of placements has for its best, and how far the draw of requests matters."""
     asked, lengths, rows = document["asked"], document["lengths"], document["rows"]
     about = (
-        f"TTFT {asked['ttft_s'] * 1e3:g} ms and TPOT {asked['tpot_s'] * 1e3:g} ms for {asked['attainment']:.0%} of"
-        f" {asked['requests']:,} requests on {asked['gpus']} GPUs; step times {asked['step_times']}; {lengths['name']}, prompts of"
+        f"TTFT {asked['slo_ttft'] * 1e3:g} ms and TPOT {asked['slo_tpot'] * 1e3:g} ms for {asked['attainment']:.0%} of"
+        f" {asked['requests']:,} requests on {asked['gpus']} GPUs; step times {document['step_times']}; {lengths['name']}, prompts of"
         f" {lengths['input_mean']:,.0f} tokens and answers of {lengths['output_mean']:,.0f} on average. Latencies are those that the same"
         f" share of requests does not exceed, each on its own; a pause is the longest time between two tokens of a request."
     )

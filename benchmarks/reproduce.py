@@ -1,6 +1,6 @@
 """Every published figure made anew: what ran on the virtual clock runs again and must come to the same, the rest is drawn again.
 
-    results/*.json ──► of a tournament: its own command again, every member compared but machine and commit
+    results/*.json ──► of a tournament or a plan: its own command again, every member compared but machine and commit
                    ──► of anything that times real processes: left as measured, and named with what it takes
                    ──► drawings beside them, tables of README and docs
 
@@ -21,9 +21,11 @@ from typing import Annotated, Any
 import typer
 
 from baton.compare import SCHEMA as COMPARE
+from baton.plan_told import SCHEMA as PLAN
 from benchmarks.figures import RESULTS, drawings, pages
 
 ROOT = Path(__file__).resolve().parents[1]
+VIRTUAL = (COMPARE, PLAN)  # schemas of what runs on the virtual clock
 OF_THE_MACHINE = ("machine", "commit")  # members that another machine or a later commit may have otherwise
 
 Document = Mapping[str, Any]
@@ -33,11 +35,11 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Run this document's command again, `compare-toolbench`; may be repeated.")] = None,
     results: Annotated[Path, typer.Option(help="Where documents lie.")] = RESULTS,
 ) -> None:
-    """Run published tournaments again, draw figures and tables anew; ends with 1 where something is not as it was published."""
+    """Run published tournaments and plans again, draw figures and tables anew; ends with 1 where something is not as it was published."""
     documents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
-    again = [name for name, document in documents.items() if document["schema"] == COMPARE and (not only or name in only)]
+    again = [name for name, document in documents.items() if document["schema"] in VIRTUAL and (not only or name in only)]
     unknown = sorted(set(only or ()) - set(again))
-    faults = [f"{name}: no tournament of that name in {results}" for name in unknown]
+    faults = [f"{name}: no tournament or plan of that name in {results}" for name in unknown]
     for name in again:
         began_s = time.monotonic()
         fault = not_as_published(documents[name])
@@ -82,7 +84,7 @@ def first_difference(published: object, again: object, at: str = "") -> str | No
 def left_as_measured(documents: Mapping[str, Document]) -> Iterator[str]:
     """What this machine could not give the same figures for, however long it ran."""
     for name, document in documents.items():
-        if document["schema"] != COMPARE:
+        if document["schema"] not in VIRTUAL:
             took = f", {document['took_s'] / 60:.0f} minutes" if document.get("took_s") else ""
             machine = document["machine"]
             yield f"{name}: left as measured, on {machine['cpu']} ({machine['num_cores']} cores){took}; benchmarks/README.md says how"

@@ -256,13 +256,13 @@ def test_a_plan_has_its_best_of_each_kind_and_distserve_s_beside() -> None:
         "commit": ENGINE["commit"],
         "asked": {
             "model": "opt-13b",
-            "ttft_s": 0.2,
-            "tpot_s": 0.1,
+            "slo_ttft": 0.2,
+            "slo_tpot": 0.1,
             "attainment": 0.9,
             "requests": 300,
             "gpus": 4,
-            "step_times": "published",
         },
+        "step_times": "published",
         "lengths": {"name": "sharegpt", "input_mean": 780.0, "output_mean": 157.0},
         "rows": [
             row("prefill 2 x TP1, decode 1 x TP1", 2.4, "requests/s/GPU", **split),
