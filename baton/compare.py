@@ -63,7 +63,7 @@ class Options:
     @property
     def command(self) -> str:
         """That asks for the same."""
-        return command_of("compare", self)
+        return command_of("compare", asdict(self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,7 +78,7 @@ class Told:
                 "gpus": published.num_gpus,
             }
         sections = {
-            "command": command_of("plan", self.asked),
+            "command": command_of("plan", asdict(self.asked)),
             "asked": asdict(self.asked),
             "step_times": self.workers.origin,
             "link": asdict(self.link),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +12,6 @@ import typer
 from baton.trace import traces_dir
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
     from simulator.traces.source import Source
 
 TraceName = Annotated[str, typer.Option("--trace", help="A file, or a name in the folder of traces (`baton trace list`).")]
@@ -60,11 +58,11 @@ def source_of(
     )
 
 
-def command_of(verb: str, options: DataclassInstance) -> str:
-    """The command line that asks for the same. Fields are named as the verb's options; None and "" were not given."""
+def command_of(verb: str, options: Mapping[str, object]) -> str:
+    """The command line that asks for the same. Keys are named as the verb's options; None and "" were not given."""
     words = ["baton", verb]
-    for field in fields(options):
-        flag, value = field.name.replace("_", "-"), getattr(options, field.name)
+    for name, value in options.items():
+        flag = name.replace("_", "-")
         if isinstance(value, bool):
             words += [f"--{flag}" if value else f"--no-{flag}"]
         elif value not in (None, ""):
