@@ -139,9 +139,9 @@ class Told:
             "is_best": one is self.plan.best,
             "rate_per_s": one.rate_per_s,
             "attainment": None if trial is None else trial.attainment,
-            "ttft_s": None if trial is None else trial.ttft_s,
-            "tpot_s": None if trial is None else trial.tpot_s,
-            "pause_s": None if trial is None else trial.pause_s,
+            "ttft_s": None if trial is None else round(trial.ttft_s, 6),
+            "tpot_s": None if trial is None else round(trial.tpot_s, 6),
+            "pause_s": None if trial is None else round(trial.pause_s, 6),
             "gpus_for_rate": None if trial is None or rate is None else one.gpus_for(rate),
         }
 

@@ -13,6 +13,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from operator import sub
 from random import Random
 
@@ -52,9 +53,7 @@ def run_phases(
         computed alone.
     rng: draws workers evenly, as closed forms assume; None: the one with the least to do is taken.
     """
-    run = _Run(pools, models, link=link, batch_tokens=batch_tokens, rng=rng)
-    for number, request in enumerate(requests):
-        run.arrive(f"{number:08x}", request)
+    run = _Run(requests, pools, models, link=link, batch_tokens=batch_tokens, rng=rng)
     done = run.loop.run(lambda: run.num_over == len(requests), deadline_s=DEADLINE_S)
     assert done, f"{len(requests) - run.num_over} requests do not end"
     return run.served
@@ -96,7 +95,7 @@ class _Worker:
         self._on_first = on_first
         self._waiting: deque[_Sequence] = deque()  # prompts, in order; the first may be computed in part
         self._coming: deque[tuple[_Sequence, _Worker | None]] = deque()  # with the worker that holds its KV, in order
-        self._here: list[_Sequence] = []  # that came during a step
+        self._here: list[_Sequence] = []  # that decode from the next step on
         self._ends: list[tuple[int, int, _Sequence]] = []  # (first step without it, ticket, sequence) of the batch, and of who left it
         self._joined: list[tuple[int, _Sequence]] = []  # (ticket, sequence) in order, and of who left
         self._num_tickets = 0
@@ -118,6 +117,7 @@ class _Worker:
         self.num_coming += 1
         self._coming.append((sequence, source))
         self._accept()
+        self._wake()
 
     def release(self, num_tokens: int) -> None:
         self._num_held -= num_tokens
@@ -128,6 +128,7 @@ class _Worker:
 
     def _wake(self) -> None:
         if not self._is_busy:
+            self._join_arrived()
             self._begin()
 
     def _begin(self) -> None:
@@ -143,21 +144,22 @@ class _Worker:
             duration_s = self.model.step_time.step_s(shape)
             self._loop.call_later(duration_s, lambda: self._end(parts, int(with_decodes), duration_s))
         elif self.num_running:
-            self._make_room()
-            self._decode_steps()
+            self._decode_steps(1 if self._make_room() else inf)
 
-    def _decode_steps(self) -> None:
-        """As many as nothing changes in, and the one that the next event falls into."""
+    def _decode_steps(self, most: float) -> None:
+        """As many as nothing changes in, `most` at the most, and the one that the next change falls into."""
         count = self.num_running
         if not count:
             self._begin()  # the last one made room and is computed anew
             return
-        most = min(self._next_end() - self._step, (self.model.kv_tokens - self._num_held) // count)
+        most = min(most, self._next_end() - self._step, (self.model.kv_tokens - self._num_held) // count)
+        left_s = self._run.change_s - self._loop.now
         duration_s, num_steps = 0.0, 0
-        while not num_steps or (num_steps < most and self._loop.now + duration_s < self._loop.next_s):
+        while not num_steps or (num_steps < most and duration_s < left_s):
             reads = self._num_reads + num_steps * count
             duration_s += self.model.step_time.step_s(StepShape(decodes=count, decode_reads=reads))
             num_steps += 1
+        self._num_held += (num_steps - 1) * count  # whoever asks for room meanwhile asks in the last of these steps
         self._is_busy = True
         self._loop.call_later(duration_s, lambda: self._end((), num_steps, duration_s / num_steps))
 
@@ -166,7 +168,7 @@ class _Worker:
         self._step_ends_s += [now - step_s * left for left in range(num_steps - 1, -1, -1)]
         self._step += num_steps
         self._num_reads += num_steps * self.num_running
-        self._num_held += num_steps * self.num_running
+        self._num_held += min(1, num_steps) * self.num_running  # of the last; `_decode_steps` counted those before
         while self._ends and self._ends[0][0] <= self._step:
             _, ticket, sequence = heapq.heappop(self._ends)
             if sequence.ticket == ticket:
@@ -177,9 +179,8 @@ class _Worker:
             self.num_waiting_tokens -= num_tokens
             if sequence.num_computed == sequence.num_prompt_tokens:
                 self._first_token(sequence)
-        self._join_arrived()
-        self._is_busy = False
         self._accept()
+        self._is_busy = False
         self._wake()
 
     def _first_token(self, sequence: _Sequence) -> None:
@@ -241,7 +242,7 @@ class _Worker:
             sequence, source = self._coming.popleft()
             self._num_held += sequence.num_prompt_tokens + 1
             if source is None:
-                self._arrived(sequence)
+                self._here.append(sequence)
             else:
                 self._pull(sequence, source)
 
@@ -252,17 +253,11 @@ class _Worker:
         source.link_free_s = self.link_free_s = end_s
 
         def arrived() -> None:
-            self._arrived(sequence)
+            self._here.append(sequence)
             source.release(sequence.num_prompt_tokens)
+            self._wake()
 
         self._loop.call_at(end_s + link.latency_s, arrived)
-
-    def _arrived(self, sequence: _Sequence) -> None:
-        """It decodes from the next step on."""
-        self._here.append(sequence)
-        if not self._is_busy:
-            self._join_arrived()
-            self._begin()
 
     def _join_arrived(self) -> None:
         for sequence in self._here:
@@ -299,8 +294,12 @@ class _Worker:
         kept = max(FREE_SHARE * self.model.kv_tokens, GROWTH_TOKENS * self.num_running)
         return not self._num_held or self._num_held + num_tokens + kept <= self.model.kv_tokens
 
-    def _make_room(self) -> None:
-        """For one token of everybody who decodes: who joined last leaves, and is computed anew when there is room."""
+    def _make_room(self) -> bool:
+        """For one token of everybody who decodes: who joined last leaves, and is computed anew when there is room.
+
+        True: somebody left, so that there may be room for others after the next step.
+        """
+        before = self.num_running
         while self.num_running and self._num_held + self.num_running > self.model.kv_tokens:
             ticket, sequence = self._joined.pop()
             if sequence.ticket != ticket:
@@ -313,16 +312,26 @@ class _Worker:
             self.num_waiting_tokens += num_tokens
             at = 1 if self._waiting and self._waiting[0].num_computed else 0
             self._waiting.insert(at, sequence)
+        return self.num_running < before
 
 
 class _Run:
     """The pools of one run, and who is sent where."""
 
-    def __init__(self, pools: Pools, models: Mapping[int, WorkerModel], *, link: Link, batch_tokens: int, rng: Random | None) -> None:
+    def __init__(
+        self,
+        requests: Sequence[TraceRequest],
+        pools: Pools,
+        models: Mapping[int, WorkerModel],
+        *,
+        link: Link,
+        batch_tokens: int,
+        rng: Random | None,
+    ) -> None:
         self.loop = VirtualLoop()
         self.link = link
         self.batch_tokens = batch_tokens
-        self.served: list[Outcome] = []
+        self.served = [_outcome(number, request) for number, request in enumerate(requests)]
         self.num_over = 0
         self._rng = rng
 
@@ -335,20 +344,29 @@ class _Run:
         self._prefill = workers(pools.prefill, self._hand_off) or workers(pools.mixed, _stay)
         self._decode = workers(pools.decode, _stay)
         self._kv_tokens = min(worker.model.kv_tokens for worker in self._prefill + self._decode)
+        self._due = iter(self.served)
+        self._next_arrival_s = inf
+        self._await_next()
 
-    def arrive(self, request_id: str, request: TraceRequest) -> None:
-        served = Outcome(request_id=request_id, arrived_s=request.at_s, num_prompt_tokens=request.num_prompt_tokens)
-        served.num_output_tokens = request.output_tokens
-        sequence = _Sequence(served=served, num_prompt_tokens=request.num_prompt_tokens, num_left=request.output_tokens)
-        self.served.append(served)
-        self.loop.call_at(request.at_s, lambda: self._send(sequence))
+    @property
+    def change_s(self) -> float:
+        """When somebody who decodes may hear of something next: workers that do both hear of arrivals alone, others of hand-offs too."""
+        return self.loop.next_s if self._decode else self._next_arrival_s
 
     def end(self, sequence: _Sequence) -> None:
         sequence.served.end_s, sequence.served.terminal = self.loop.now, "finished"
         self.num_over += 1
 
-    def _send(self, sequence: _Sequence) -> None:
-        served = sequence.served
+    def _await_next(self) -> None:
+        """One arrival at a time is on the clock, which is the quicker the less it holds."""
+        served = next(self._due, None)
+        self._next_arrival_s = served.arrived_s if served is not None else inf
+        if served is not None:
+            self.loop.call_at(served.arrived_s, lambda: self._arrive(served))
+
+    def _arrive(self, served: Outcome) -> None:
+        self._await_next()
+        sequence = _Sequence(served=served, num_prompt_tokens=served.num_prompt_tokens, num_left=served.num_output_tokens)
         if sequence.num_prompt_tokens + sequence.num_left > self._kv_tokens:
             served.end_s, served.terminal = self.loop.now, "refused"
             served.reason = f"{sequence.num_prompt_tokens + sequence.num_left:,} tokens; a worker holds {self._kv_tokens:,}"
@@ -373,6 +391,15 @@ class _Run:
 
     def _least(self, workers: Sequence[_Worker], key: Callable[[_Worker], tuple[int, int]]) -> _Worker:
         return min(workers, key=key) if self._rng is None else self._rng.choice(workers)
+
+
+def _outcome(number: int, request: TraceRequest) -> Outcome:
+    return Outcome(
+        request_id=f"{number:08x}",
+        arrived_s=request.at_s,
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_output_tokens=request.output_tokens,
+    )
 
 
 def _stay(worker: _Worker, sequence: _Sequence) -> bool:
