@@ -11,10 +11,11 @@ from control.config import ClusterConfig, load_config
 from gateway.events import Event
 from gateway.session import Session
 from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS, block_hashes
+from protocol.errors import IllegalMove
 from protocol.request import Request, SamplingParams, token_buffer
 from simulator.faults import LIVE_STATES, FaultInjector, Kind, draw_plan
 from simulator.faulty_cluster import FaultyCluster
-from simulator.laws import Law, LawBroken, RequestLaws, WorkerLaws
+from simulator.laws import Law, LawBroken, RequestLaws, WorkerLaws, check_books
 from simulator.routed_cluster import MODEL_ID, VOCAB_SIZE
 from simulator.sim_processes import SimWorkerProcess
 
@@ -59,8 +60,8 @@ def run_seed(seed: int, *, kinds: tuple[Kind, ...] = tuple(Kind), num_requests: 
         run.perform()
     except LawBroken as broken:
         law, text = broken.law, str(broken)
-    except (AssertionError, KeyError, ValueError, IndexError) as error:  # a core's own checks: the books of a part do not add up
-        law, text = Law.BLOCKS, f"{Law.BLOCKS.value}: {type(error).__name__}: {error}"
+    except (AssertionError, IllegalMove, KeyError, ValueError, IndexError) as error:
+        law, text = Law.OWN, f"{Law.OWN.value}: {type(error).__name__}: {error}"
     return run.outcome(law, text)
 
 
@@ -102,10 +103,10 @@ class _Run:
             raise LawBroken(law, text)
         loop.run(lambda: False, deadline_s=loop.now + 2 * SPECULATIVE_TTL_S)  # guesses are over then
         router = cluster.router
-        router.check()
+        check_books(router.check)
         self._compare_caches()
         for worker in cluster.workers.values():
-            worker.core.check()
+            check_books(worker.core.check)
         if router.counters["bookings_expired"]:
             raise LawBroken(Law.BLOCKS, f"{router.counters['bookings_expired']} bookings were never ended")
 
@@ -150,7 +151,7 @@ class _Run:
         self._laws.hear(session, event)
         self._num_heard += 1
         if self._num_heard % CHECK_ROUTER_EVENTS == 0:
-            self._cluster.router.check()
+            check_books(self._cluster.router.check)
 
     def outcome(self, law: Law | None, text: str) -> Outcome:
         served = self._cluster.gateway.served.values()

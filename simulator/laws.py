@@ -13,7 +13,7 @@ A turn costs what changed in it; whole pools are looked at now and then.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 
 from engine.core.events import (
@@ -56,6 +56,7 @@ class Law(Enum):
     VERIFIED = "I5"
     USAGE = "I6"
     INDEX = "index"  # at rest the router believes of each cache what is in it
+    OWN = "assert"  # a part found by itself that it is broken
 
 
 class LawBroken(AssertionError):
@@ -64,6 +65,14 @@ class LawBroken(AssertionError):
     def __init__(self, law: Law, text: str) -> None:
         super().__init__(f"{law.value}: {text}")
         self.law = law
+
+
+def check_books(check: Callable[[], None]) -> None:
+    """A part's own count of everything it holds."""
+    try:
+        check()
+    except AssertionError as error:
+        raise LawBroken(Law.BLOCKS, str(error)) from error
 
 
 class WorkerLaws:
@@ -88,7 +97,7 @@ class WorkerLaws:
             self._see(command)
         self._num_turns += 1
         if self._num_turns % FULL_CHECK_TURNS == 0:
-            self._worker.core.check()
+            check_books(self._worker.core.check)
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, StepDone):

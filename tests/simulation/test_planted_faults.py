@@ -30,7 +30,6 @@ from router.prefix_index import PrefixIndex
 from router.waiting_room import WaitingRoom
 from simulator.fault_run import run_seed
 from simulator.laws import Law
-from simulator.sim_executor import SimPool
 from simulator.sim_transport import SimTransport
 
 pytestmark = [pytest.mark.pure, pytest.mark.slow]
@@ -99,10 +98,8 @@ def never_expire(self: Offers, now: float) -> None:
     return
 
 
-def raise_no_generation(self: SimPool, block_ids: array[int], generations: array[int]) -> None:
-    before = self.generations[:]
-    RAISE_GENERATIONS(self, block_ids, generations)
-    self.generations[:] = before
+def believe_any_generation(self: SimTransport, command: Any) -> bool:
+    return self._source(command.handoff) is not None
 
 
 def believe_any_epoch(self: SimTransport, peer: Any) -> Any:
@@ -131,12 +128,6 @@ def depend_on_nobody_while_waiting(self: Session) -> tuple[str, ...]:
 def one_token_too_many(self: Session, now: float, *, pause_s: float) -> None:
     NEXT_ATTEMPT(self, now, pause_s=pause_s)
     self.attempt = replace(self.attempt, delivered=tuple(tokens + tokens[-1:] for tokens in self.attempt.delivered))
-
-
-def believe_any_attempt(self: Session, worker_id: str, fact: object, now: float) -> None:
-    if isinstance(fact, TokenRun):
-        fact = replace(fact, attempt=self.attempt.number)
-    ON_FACT(self, worker_id, fact, now)
 
 
 def cached_of_the_last_run(self: Session, run: TokenRun, now: float) -> None:
@@ -173,9 +164,9 @@ def overlook_gaps(self: PrefixIndex, frame: Any) -> Any:
 
 
 INTAKE_ABANDON, INTAKE_FINISH, FINISH_PULL = Intake._abandon, Intake.finish, TargetHandoff.finish_pull
-OPEN_SEQUENCES, RAISE_GENERATIONS = worker_core.open_sequences, SimPool.raise_generations
+OPEN_SEQUENCES = worker_core.open_sequences
 END_ATTEMPT, ROUTER_UP, WORKERS, DELIVER = Session._end_attempt, Routers._up, Session.workers, Session._deliver
-NEXT_ATTEMPT, ON_FACT = Session._next_attempt, Session._on_fact
+NEXT_ATTEMPT = Session._next_attempt
 MOVE_DECODE, APPLY = Bookings.move_decode, PrefixIndex.apply
 
 BUGS: dict[str, Bug] = {
@@ -187,17 +178,16 @@ BUGS: dict[str, Bug] = {
     "the tenant is left out of the hash chain": bug(worker_core, "open_sequences", one_root_for_all, Law.TENANTS),
     "a retry counts its output from its own beginning": bug(worker_core, "open_sequences", count_from_the_retry, Law.STREAM, Law.BLOCKS),
     "leases never end": bug(Offers, "expire", never_expire, Law.BLOCKS),
-    "generations are not raised": bug(SimPool, "raise_generations", raise_no_generation, Law.VERIFIED),
+    "generations are not compared after a copy": bug(SimTransport, "_is_fresh", believe_any_generation, Law.VERIFIED),
     "the epoch of a source is not compared": bug(SimTransport, "_incarnation", believe_any_epoch, Law.VERIFIED),
     "the end of a cancelled attempt is not told": bug(Session, "_end_attempt", lost_done, Law.BLOCKS),
     "an end that was lost on its way is not told again": bug(Routers, "_up", tell_ends_once, Law.BLOCKS),
     "a lost worker is not noticed while KV is awaited": bug(Session, "workers", property(depend_on_nobody_while_waiting), Law.ONE_END),
     "a retry begins one token late": bug(Session, "_next_attempt", one_token_too_many, Law.STREAM, Law.ONE_END),
-    "tokens of an attempt that is over are taken": bug(Session, "_on_fact", believe_any_attempt, Law.STREAM, Law.ONE_END, Law.BLOCKS),
     "cached tokens are counted with every run": bug(Session, "_deliver", cached_of_the_last_run, Law.USAGE),
     "a booking that moves stays where it was, too": bug(Bookings, "move_decode", booked_here_and_there, Law.BLOCKS),
-    "who left the queue is placed all the same": bug(WaitingRoom, "leave", waits_for_ever, Law.BLOCKS),
-    "what a dead worker cached is not forgotten": bug(PrefixIndex, "_clear", keep_bits_of_the_dead, Law.INDEX),
+    "who left the queue is placed all the same": bug(WaitingRoom, "leave", waits_for_ever, Law.BLOCKS, Law.OWN),
+    "what a dead worker cached is not forgotten": bug(PrefixIndex, "_clear", keep_bits_of_the_dead, Law.INDEX, Law.OWN),
     "a gap in KV events is overlooked": bug(PrefixIndex, "apply", overlook_gaps, Law.INDEX),
 }
 

@@ -52,7 +52,9 @@ def test_every_fault_met_requests_in_every_state_it_can() -> None:
     met = {cell for cell, count in SO_FAR.hits.items() if count}
     assert not {f"{kind.value}/{state.value}" for kind, state in REACHABLE} - met - RARE
     assert not {f"{kind.value}/{state.value}" for kind, state in UNREACHABLE} & met
-    assert SO_FAR.num_retried > 100 and SO_FAR.ends["failed"] + SO_FAR.ends["refused"] < 0.02 * SO_FAR.num_requests
+    assert SO_FAR.num_retried > 1000
+    assert SO_FAR.ends["failed"] < 0.001 * SO_FAR.num_requests, "who was accepted is served"
+    assert SO_FAR.ends["refused"] < 0.05 * SO_FAR.num_requests, "the router was away, and so was every decode worker"
 
 
 def test_a_seed_is_a_run_and_hits_at_least_three_kinds() -> None:
@@ -72,17 +74,17 @@ def test_only_the_faults_that_were_asked_for_come() -> None:
 
 
 def test_processes_share_seeds_and_the_result_is_the_same() -> None:
-    """Seen to fail with outcomes taken as they come."""
+    """Seen to fail with processes that pass over a seed."""
     alone, shared = (run_campaign(range(4), num_requests=20, num_jobs=jobs) for jobs in (1, 2))
     assert alone.document() == shared.document() and alone.num_seeds == 4
 
 
 def test_a_failing_seed_prints_the_command_that_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How: ends of attempts are not told to the router, and the command is run twice."""
+    """How: a request does not end with its last token, and the command is run twice. Seen to fail with a repeat that leaves out --kinds."""
     monkeypatch.setattr(Session, "_finish_if_complete", lambda self, now: None)
     asked = ["sim", "--faults", "--seed", "5", "--kinds", "slow"]
     told = CliRunner().invoke(app, asked)
-    assert told.exit_code == 1 and "seed 5: I" in told.stderr and "baton sim --faults --seed 5 --kinds slow" in told.stderr
+    assert told.exit_code == 1 and "seed 5: " in told.stderr and "baton sim --faults --seed 5 --kinds slow" in told.stderr
     again = CliRunner().invoke(app, [*asked, "--json"])
     (failure,) = json.loads(again.stdout)["failures"]
     assert failure["seed"] == 5 and failure["repeat"] == "baton sim --faults --seed 5 --kinds slow" and failure["text"] in told.stderr
