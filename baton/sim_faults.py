@@ -61,7 +61,8 @@ def sim_faults(seeds: range, kinds: str, *, requests: int | None, jobs: int, as_
 
 def _document(campaign: Campaign, seeds: range, *, took_s: float) -> dict[str, object]:
     from baton.bench.report import Row, Target, make_document
-    from simulator.fault_run import NUM_KINDS, NUM_REQUESTS
+    from simulator.fault_run import NUM_REQUESTS
+    from simulator.faults import NUM_KINDS
 
     name, count = campaign.least_cell
 

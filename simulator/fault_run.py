@@ -23,10 +23,10 @@ NUM_REQUESTS = 200
 BEGIN_S = 1.0  # all have reported then
 SERVED_WITHIN_S = 240.0  # of virtual time, after the last request came
 AT_REST_WITHIN_S = 60.0
+TOP_UP_S = 0.002  # after a request came
 BOOKING_TTL_S = 8.0
 SPECULATIVE_TTL_S = 0.3
 CHECK_ROUTER_EVENTS = 100  # of sessions, between two looks at all bookings
-NUM_KINDS = 3  # that must take effect in a run
 TENANTS = (b"tenant-0 of three", b"tenant-1 of three", b"tenant-2 of three")
 POLICIES = ("prefix_cost", "prefix_cost", "least_work", "round_robin", "power_of_two", "e2")
 POOLS = ((2, 2, 0), (2, 2, 0), (1, 2, 0), (2, 1, 1), (1, 1, 2), (0, 0, 3))  # prefill, decode, mixed workers
@@ -79,7 +79,8 @@ class _Run:
         self._injector: FaultInjector | None = None
         self._cluster = FaultyCluster(self._config, seed=seed, max_kept_kv_events=rng.choice((2, 16, 8192)), on_start=self._watch)
         plan = draw_plan(Random(f"plan {seed}"), kinds, begin_s=BEGIN_S, end_s=self._arrivals_s[-1])
-        self._injector = FaultInjector(self._cluster, plan, Random(f"faults {seed}"))
+        top_up_s = [self._arrivals_s[int(share * (num_requests - 1))] + TOP_UP_S for share in (0.6, 0.8, 1.0)]
+        self._injector = FaultInjector(self._cluster, plan, Random(f"faults {seed}"), kinds=kinds, top_up_s=top_up_s)
         gateway = self._cluster.gateway
         gateway.on_deliver = self._laws.delivered
         gateway.on_end = self._laws.ended

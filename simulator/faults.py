@@ -56,6 +56,9 @@ UNREACHABLE: dict[tuple[Kind, AttemptState], str] = {
 }
 REACHABLE = tuple((kind, state) for kind in Kind for state in LIVE_STATES if (kind, state) not in UNREACHABLE)
 
+NUM_KINDS = 3  # that must take effect in a run
+_SURE = (Kind.ROUTER, Kind.SLOW, Kind.KILL, Kind.RESET, Kind.CANCEL)  # they meet whoever is there
+
 _SOON_S = 0.0015  # a fault that waited for a state comes within this
 _BRINGS: dict[AttemptState, tuple[type, ...]] = {  # by the event that moves a session into it
     AttemptState.QUEUED: (Start,),
@@ -87,13 +90,19 @@ def draw_plan(rng: Random, kinds: tuple[Kind, ...], *, begin_s: float, end_s: fl
 
 
 class FaultInjector:
-    """Performs a plan on a cluster. `hits`: requests by fault and state; `effects`: how often each fault met anybody."""
+    """Performs a plan on a cluster. `hits`: requests by fault and state; `effects`: how often each fault met anybody.
 
-    def __init__(self, cluster: FaultyCluster, plan: list[Injection], rng: Random) -> None:
+    A run in which fewer than `NUM_KINDS` of `kinds` have met anybody by one of the times `top_up_s` gets some that do.
+    """
+
+    def __init__(
+        self, cluster: FaultyCluster, plan: list[Injection], rng: Random, *, kinds: tuple[Kind, ...], top_up_s: list[float]
+    ) -> None:
         self.hits: Counter[tuple[Kind, AttemptState]] = Counter()
         self.effects: Counter[Kind] = Counter()
         self._cluster = cluster
         self._rng = rng
+        self._kinds = kinds
         self._causes: dict[str, Kind] = {}  # worker -> why its link to the gateway ended last
         self._waiting: list[Injection] = []  # for a state
         self._transfer_until_s: dict[Kind, float] = {}
@@ -105,6 +114,9 @@ class FaultInjector:
         cluster.on_kv_fault = self._on_kv_fault
         for injection in plan:
             cluster.loop.call_at(injection.at_s, lambda injection=injection: self._due(injection))  # type: ignore[misc]
+
+        for at_s in top_up_s:
+            cluster.loop.call_at(at_s, self._top_up)
 
     def started(self, process: SimWorkerProcess) -> None:
         """A worker came up: forget what ailed the one before."""
@@ -187,6 +199,11 @@ class FaultInjector:
             self._inject(injection.kind, None)
         else:
             self._waiting.append(injection)
+
+    def _top_up(self) -> None:
+        for kind in _SURE:
+            if len(+self.effects) < NUM_KINDS and kind in self._kinds and not self.effects[kind]:
+                self._inject(kind, None)
 
     def _inject(self, kind: Kind, session: Session | None) -> None:
         """`session`: one that is to be hit, as far as it is on this kind's way; None: anybody."""

@@ -17,8 +17,8 @@ from baton.sim_faults import seeds_of
 from gateway.session import Session
 from protocol.errors import ConfigError
 from simulator.fault_campaign import Campaign, kinds_of, repeat_command, run_campaign
-from simulator.fault_run import NUM_KINDS, NUM_REQUESTS, run_seed
-from simulator.faults import REACHABLE, UNREACHABLE, Kind
+from simulator.fault_run import NUM_REQUESTS, run_seed
+from simulator.faults import NUM_KINDS, REACHABLE, UNREACHABLE, Kind
 
 pytestmark = pytest.mark.pure
 
