@@ -27,7 +27,7 @@ WARM_UP_SHARE = 0.1
 
 
 def main(
-    config: Path,
+    config: Annotated[Path, typer.Option(help="A cluster.yaml of paced workers.")],
     trace: TraceName = "",
     generate: Generator = "",
     policy: str = "round_robin",
