@@ -16,11 +16,12 @@ from control.compose import pool_sizes
 from protocol.worker import Role
 from simulator.bounds import bounds_section
 from simulator.estimate_error import EXACT, EstimateError
+from simulator.fidelity import Fidelity
 from simulator.metrics import METRICS, PRIMARY, Metric
 from simulator.regret import regret_section
 from simulator.tournament import Cell, Entrant, Explain, Explained, Key, Outcome, Task, Tournament, Unexplained
 from simulator.verdict import MIN_REPLICATES, Comparison, Standing, compare_all, compare_pair, holm, ranking
-from simulator.waterfall import waterfall_section
+from simulator.waterfall import Waterfall, waterfall_section
 
 FLOOR = 1e-6
 NUM_QUANTILES = 101  # at 0, 0.01, ... 1
@@ -68,6 +69,7 @@ class Result:
     curves: dict[str, list[float]]  # quantiles of TTFT in seconds, of the requests of all replicates
     available_shares: list[float]  # of prompt tokens, what a cache without end would find, in each replicate
     num_unserved: dict[str, int]  # of each policy: requests that count and were refused, failed or never ended
+    waterfalls: dict[str, list[Waterfall]]  # of each policy that could serve, in each replicate; of those not explained none
     explained: dict[str, list[Explained]]  # of each policy that could serve, in each replicate; empty: not all were
     unexplained: str  # why not; empty: nobody asked, or there was no time
     under_errors: dict[EstimateError, list[Standing]]  # of the primary metric, where all replicates were run with reports so wrong
@@ -121,7 +123,7 @@ class Result:
             "ranking": [asdict(standing) for standing in self.metrics[PRIMARY].standings],
             "curves": {label: {"ttft_s": curve} for label, curve in self.curves.items()},
             "bounds": self._bounds(),
-            "waterfall": waterfall_section({label: [each.waterfall for each in of] for label, of in self.explained.items()}),
+            "waterfall": waterfall_section(self.waterfalls),
             "regret": regret_section({label: of[0].regret for label, of in self.explained.items()}),
             "estimate_error": [
                 {"factor": error.factor, "sigma": error.sigma, "standings": [asdict(standing) for standing in standings]}
@@ -144,7 +146,8 @@ class Result:
             if count:
                 notes.append(f"{label}: {count:,} requests were not served")
         if self.explained:
-            notes.append("bounds, where reuse is lost and regret are of policy-only runs; regret of the first replicate")
+            modelled = "bounds and" if asked.fidelity is Fidelity.TOKEN_ACCURATE else "bounds, where reuse is lost and"
+            notes.append(f"{modelled} regret are of policy-only runs at the pace as configured; regret of the first replicate")
         if self.unexplained:
             notes.append(f"not explained: {self.unexplained}")
         if self.under_errors:
@@ -193,6 +196,7 @@ def result_of(tournament: Tournament, outcomes: Outcomes) -> Result:
             under_errors[error] = judge(primary, {label: _figures(so_wrong[label], primary) for label in labels}, oracles).standings
     metrics = {metric.name: judge(metric, values[metric.name], oracles) for metric in METRICS}
     explained = {entrant.label: _explained(outcomes, entrant, count) for entrant in tournament.able}
+    waterfalls = {label: _waterfalls(of[label], each) for label, each in explained.items()}
     if under_errors:
         under_errors[EXACT] = metrics[PRIMARY].standings
     return Result(
@@ -202,6 +206,7 @@ def result_of(tournament: Tournament, outcomes: Outcomes) -> Result:
         curves={label: quantiles([ttft_s for cell in of[label] for ttft_s in cell.figures.ttfts_s]) for label in labels},
         available_shares=[cell.available_share for cell in of[labels[0]]],
         num_unserved={label: sum(cell.figures.num_unserved for cell in of[label]) for label in labels},
+        waterfalls={label: falls for label, falls in waterfalls.items() if len(falls) == count},
         explained=explained if all(len(each) == count for each in explained.values()) else {},
         unexplained=next((outcome.reason for outcome in outcomes.values() if isinstance(outcome, Unexplained)), ""),
         under_errors={error: under_errors[error] for error in sorted(under_errors, key=lambda e: (e.sigma, e.factor))},
@@ -230,6 +235,12 @@ def _by_label(tournament: Tournament, outcomes: Outcomes, error: EstimateError, 
 def _explained(outcomes: Outcomes, entrant: Entrant, count: int) -> list[Explained]:
     each = [outcomes.get(Explain(replicate=index, entrant=entrant)) for index in range(count)]
     return [outcome for outcome in each if isinstance(outcome, Explained)]
+
+
+def _waterfalls(cells: Sequence[Cell], explained: Sequence[Explained]) -> list[Waterfall]:
+    """Of the cells where they have them, else of the runs apart."""
+    own, apart = [cell.waterfall for cell in cells], [each.waterfall for each in explained]
+    return [waterfall for waterfall in (*own, *apart) if waterfall is not None]
 
 
 def _figures(cells: Sequence[Cell], metric: Metric) -> list[float | None]:

@@ -22,6 +22,7 @@ from simulator.prompt_tree import PromptTree
 from simulator.regret import Regret, forks_of
 from simulator.replicates import Replicates
 from simulator.routed_gateway import Served
+from simulator.routed_waterfall import routed_waterfall_of
 from simulator.summary import Objective
 from simulator.token_accurate import MAX_TOKENS, run_token_accurate
 from simulator.traces.trace import Trace
@@ -78,7 +79,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explain:
-    """A policy under a replicate once more, by policy-only runs, for why its figures are what they are."""
+    """A policy under a replicate once more, by policy-only runs, for what frames its figures and what its decisions cost."""
 
     replicate: int
     entrant: Entrant
@@ -145,6 +146,7 @@ class Cell:
     key: Key
     figures: Figures
     available_share: float  # of the prompt tokens that count, what a cache without end would find
+    waterfall: Waterfall | None  # of this run; None: it is not explained, or its fidelity has that in a run apart
     outcomes: bytes  # a row for each request, packed (cell_rows.py)
     decisions: bytes
 
@@ -153,7 +155,7 @@ class Cell:
 class Explained:
     """What came of an Explain."""
 
-    waterfall: Waterfall
+    waterfall: Waterfall | None  # None: the cell has it
     bounds: Bounds | None  # of the replicate; with its first policy alone
     regret: Regret | None  # under replicate 0 alone; None too where nothing could be placed otherwise
 
@@ -184,7 +186,7 @@ class Runner:
 
     def _cell(self, key: Key) -> Cell:
         asked, replicate = self.tournament, self._replicate(key.replicate)
-        served = self._serve(key, replicate)
+        served, waterfall = self._serve(key, replicate)
         after = counted(served, asked.warm_up_s)
         if not after:
             duration_s = replicate.trace.duration_s
@@ -195,6 +197,7 @@ class Runner:
             key=key,
             figures=figures_of(after, asked.objective, unserved_ttft_s=asked.config.router.max_wait_s),
             available_share=replicate.available_share,
+            waterfall=waterfall,
             outcomes=pack(outcome_rows(name, key.replicate, served, is_counted)) if is_told else b"",
             decisions=pack(decision_rows(name, key.replicate, served)) if is_told else b"",
         )
@@ -208,12 +211,12 @@ class Runner:
             self._kept = Replicate(index=index, trace=trace, prompts=prompts, available_share=available)
         return self._kept
 
-    def _serve(self, key: Key, replicate: Replicate) -> list[Served]:
+    def _serve(self, key: Key, replicate: Replicate) -> tuple[list[Served], Waterfall | None]:
         asked, entrant = self.tournament, key.entrant
         seed = asked.seed_of(key.replicate, entrant)
         max_tokens, steps = None if entrant.is_oracle else MAX_TOKENS, true_steps(asked.config, seed=seed)
         if asked.fidelity is Fidelity.POLICY_ONLY:
-            return run_policy_only(
+            served = run_policy_only(
                 replicate.trace,
                 asked.config,
                 policy=entrant.policy,
@@ -223,7 +226,10 @@ class Runner:
                 steps=steps,
                 estimate_error=key.error,
             )
-        return run_token_accurate(
+            return served, None
+        if asked.is_explained and key.error.is_none and not entrant.is_oracle:  # the same run, looked at
+            return routed_waterfall_of(replicate.trace, asked.config, policy=entrant.policy, seed=seed, steps=steps)
+        served = run_token_accurate(
             replicate.trace,
             asked.config,
             policy=entrant.policy,
@@ -232,12 +238,15 @@ class Runner:
             steps=steps,
             estimate_error=key.error,
         )
+        return served, None
 
     def _explained(self, task: Explain) -> Explained | Unexplained:
         asked, entrant, replicate = self.tournament, task.entrant, self._replicate(task.replicate)
         trace, config, prompts, seed = replicate.trace, asked.config, replicate.prompts, asked.seed_of(task.replicate, entrant)
         try:
-            _, waterfall = waterfall_of(trace, config, policy=entrant.policy, seed=seed, prompts=prompts)
+            waterfall = None
+            if asked.fidelity is Fidelity.POLICY_ONLY:
+                _, waterfall = waterfall_of(trace, config, policy=entrant.policy, seed=seed, prompts=prompts)
             bounds = bounds_of(trace, config, seed=seed, prompts=prompts) if entrant == asked.able[0] else None
             forks = (
                 [] if task.replicate else forks_of(trace, config, policy=entrant.policy, seed=seed, num_forks=NUM_FORKS, prompts=prompts)

@@ -172,19 +172,23 @@ def test_a_users_file_is_an_entrant_as_it_is(trace_file: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("fidelity", ["token-accurate", "policy-only"])
 def test_figures_are_explained_and_framed(trace_file: Path, fidelity: str) -> None:
-    """Bounds of each replicate, parts of reuse that add up, regret; none where policy-only runs do not know the cluster, which is told.
+    """Bounds of each replicate, parts of reuse that add up, regret; figures as without. No bounds where policy-only runs do not know the
+    cluster, which is told.
 
-    Seen to fail with the explanations of one replicate left out, and with a cluster that cannot be explained ending the tournament.
+    Seen to fail with the explanations of one replicate left out, with a cluster that cannot be explained ending the tournament, and with a
+    run that is looked at taking other steps.
     """
     options = asked("least_work,oracle_e2", trace_file, replicates=2, explain=True)
     sections = run_here(replace(options, fidelity=fidelity), small(), num_processes=1).result.sections()
     assert {len(bound["values"]) for bound in sections["bounds"].values()} == {2}  # type: ignore[attr-defined]
     (fall,) = sections["waterfall"].values()  # type: ignore[attr-defined]
     assert fall["available"] == pytest.approx(sum(share for part, share in fall.items() if part != "available"))
+    plain = run_here(replace(options, fidelity=fidelity, explain=False), small(), num_processes=1).result.sections()
+    assert plain["metrics"] == sections["metrics"] and plain["waterfall"] == plain["bounds"] == {}
     assert sections["regret"]["least_work"]["num_forks"] >= 1  # type: ignore[index]
     shortest_first = load_config({**SMALL, "prefill": {"order_by": "shortest_first"}})
-    plain = run_here(replace(options, replicates=1), shortest_first, num_processes=1).result
-    assert plain.sections()["bounds"] == {} and any("not explained: prefill.order_by" in note for note in plain.notes())
+    other = run_here(replace(options, replicates=1), shortest_first, num_processes=1).result
+    assert other.sections()["bounds"] == {} and any("not explained: prefill.order_by" in note for note in other.notes())
 
 
 def test_a_winner_is_told_with_how_wrong_reports_may_be(trace_file: Path) -> None:
