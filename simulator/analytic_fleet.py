@@ -132,9 +132,7 @@ class AnalyticWorker(Worker):
         flights, fresh, booked = self.fresh_flights, self.fresh, self.booked
         while flights and flights[0].ready_s <= read_at_s:
             flight = flights.popleft()
-            fresh.num_prefills -= 1
-            fresh.prefill_tokens -= flight.booked_tokens
-            fresh.prefill_pairs -= flight.booked_pairs
+            self._show(flight)
             if flight.ready_s > server.began_s:
                 self.late_tokens += flight.prompt.num_tokens
         self.read_at_s = read_at_s
@@ -157,13 +155,27 @@ class AnalyticWorker(Worker):
         self._write_room(server.cache, server.block_tokens)
 
     def _write_decode(self, server: DecodeServer, now: float) -> None:
-        booked, fresh = self.booked, self.fresh
+        booked, fresh, cost = self.booked, self.fresh, self.cost
         self.read_at_s = now
+        while self.fresh_flights and self.fresh_flights[0].ready_s <= now:
+            self._show(self.fresh_flights.popleft())
+        waiting = server.waiting_tokens if server.is_mixing else 0
+        self.drains_at_s = _NEVER
+        if waiting:
+            self.drains_at_s = now + cost.step_s + waiting * (cost.prefill_token_s + cost.prefill_pair_s * self.context_mean)
         self.num_sequences = booked.num_sequences
         self.kv_tokens = max(booked.kv_tokens, round(server.kv_tokens) + fresh.kv_tokens)
         self.fresh_s = self._prefill_s(fresh) if fresh.num_prefills else 0.0
-        self.queued_prefill_tokens = fresh.prefill_tokens
+        self.queued_prefill_tokens = waiting + fresh.prefill_tokens
+        self.news_at_s = now if server.is_mixing or self.fresh_flights else _FOREVER
         self._write_room(server.cache, server.block_tokens)
+
+    def _show(self, flight: Flight) -> None:
+        """A report shows its prompt."""
+        fresh = self.fresh
+        fresh.num_prefills -= 1
+        fresh.prefill_tokens -= flight.booked_tokens
+        fresh.prefill_pairs -= flight.booked_pairs
 
     def _write_room(self, cache: SegmentCache, block_tokens: int) -> None:
         named, pinned, reserved, tokens = cache.num_named, cache.num_pinned, cache.num_reserved, self.fresh.prefill_tokens
@@ -183,16 +195,13 @@ class AnalyticWorker(Worker):
             tally.num_prefills += 1
             tally.prefill_tokens += flight.booked_tokens
             tally.prefill_pairs += flight.booked_pairs
-        if isinstance(self.server, PrefillServer):
-            self.fresh_flights.append(flight)
+        self.fresh_flights.append(flight)
         self.has_changed = True
 
     def end_prefill(self, flight: Flight) -> None:
-        """What is computed where it decodes shows in no report: it is fresh until it is done."""
-        for tally in (self.booked,) if isinstance(self.server, PrefillServer) else (self.booked, self.fresh):
-            tally.num_prefills -= 1
-            tally.prefill_tokens -= flight.booked_tokens
-            tally.prefill_pairs -= flight.booked_pairs
+        self.booked.num_prefills -= 1
+        self.booked.prefill_tokens -= flight.booked_tokens
+        self.booked.prefill_pairs -= flight.booked_pairs
         self.has_changed = True
 
     def book_decode(self, flight: Flight) -> None:

@@ -45,6 +45,16 @@ class Pace:
             shape = shape.with_prefill(start, size)
         return self._model.step_s(shape)
 
+    def mixed_step_s(self, chunks: Iterable[Chunk], batch: int, kv_tokens: float) -> float:
+        """One step with chunks of prompts and a token of each sequence of a batch."""
+        if self._linear is not None:
+            chunks = list(chunks)
+            return (self.step_s(chunks) if chunks else 0.0) + (self.decode_step_s(batch, kv_tokens) if batch else 0.0)
+        shape = StepShape()
+        for start, size in chunks:
+            shape = shape.with_prefill(start, size)
+        return self._model.step_s(shape.with_decodes(batch, round(kv_tokens)))
+
     def prompt_s(self, start: int, num_tokens: int, chunk_tokens: int) -> float:
         """The rest of a prompt alone, from token `start` on, in chunks."""
         num_chunks, rest = divmod(num_tokens, chunk_tokens)

@@ -21,18 +21,24 @@ class DecodeServer:
 
     __slots__ = (
         "_chunk_tokens",
+        "_chunk_tokens_beside",
+        "_chunks",
+        "_computing",
         "_driver",
         "_ends",
-        "_is_planned",
         "_last_s",
+        "_late_s",
         "_max_num_seqs",
         "_num_joined",
         "_pace",
+        "_prompts",
+        "_room_tokens",
         "_step_s",
         "_version",
         "_waiting",
         "block_tokens",
         "cache",
+        "is_mixing",
         "kv_tokens",
         "num_running",
         "step",
@@ -49,8 +55,12 @@ class DecodeServer:
         num_blocks: int,
         block_tokens: int,
         chunk_tokens: int,
+        chunk_tokens_beside: int,
         max_num_seqs: int,
+        room_tokens: int,
+        late_s: float,
     ) -> None:
+        """chunk_tokens: most of one step; chunk_tokens_beside: of it, most of prompts where a batch decodes. Others as of PrefillServer."""
         self.worker_id = worker_id
         self.block_tokens = block_tokens
         self.cache = SegmentCache(num_blocks)
@@ -58,16 +68,23 @@ class DecodeServer:
         self._driver = driver
         self._pace = pace
         self._chunk_tokens = chunk_tokens
+        self._chunk_tokens_beside = chunk_tokens_beside
+        self._room_tokens = room_tokens
+        self._late_s = late_s
         self._max_num_seqs = max_num_seqs
         self.num_running = 0
         self.kv_tokens = 0.0  # of the batch, at `step`
         self.step = 0.0  # of the clock
         self._step_s = 1.0
-        self._last_s = 0.0  # when that was the step; later than now while a prompt is computed
+        self._last_s = 0.0  # when that was the step
         self._ends: list[tuple[int, int, Flight]] = []
         self._waiting: deque[Flight] = deque()  # for a slot or blocks
         self._num_joined = 0
         self._version = 0
+        self._prompts: deque[Flight] = deque()  # that have come and are not begun
+        self._computing: deque[Flight] = deque()
+        self._chunks: list[tuple[Flight, int]] | None = None  # of the step under way; None: no step of prompts is
+        self.is_mixing = False  # prompts are computed here
 
     # --- the clock ---
 
@@ -95,16 +112,22 @@ class DecodeServer:
         batch = self.num_running
         self._step_s = self._pace.decode_step_s(batch, self.kv_tokens + batch * (1.0 + left / 2))
         version = self._version
-        self._driver.call_at(max(now, self._last_s) + max(0.0, left) * self._step_s, lambda now: self._end(now, version))
+        self._driver.call_at(now + max(0.0, left) * self._step_s, lambda now: self._end(now, version))
 
     def _end(self, now: float, version: int) -> None:
         if version != self._version:
             return  # somebody joined or ended since: another end is planned
         self._advance(now)
+        self.step = float(self._ends[0][0])  # which it is but for rounding
+        ended = self._take_ended()
+        self._admit_waiting(now)
+        self._plan(now)
+        for flight in ended:
+            self._driver.decoded(flight, now)
+
+    def _take_ended(self) -> list[Flight]:
         ends, ended = self._ends, []
-        last = ends[0][0]
-        self.step = float(last)  # which it is but for rounding
-        while ends and ends[0][0] <= last:
+        while ends and ends[0][0] <= self.step:
             _, _, flight = heappop(ends)
             ended.append(flight)
             self.num_running -= 1
@@ -112,16 +135,23 @@ class DecodeServer:
             self._let_go(flight)
         if not self.num_running:
             self.kv_tokens = 0.0
+        return ended
+
+    def _admit_waiting(self, now: float) -> None:
         while self._waiting and self._admit(self._waiting[0], now):
             self._waiting.popleft()
-        self._plan(now)
-        for flight in ended:
-            self._driver.decoded(flight, now)
 
     # --- who decodes ---
 
     def join(self, flight: Flight, now: float) -> None:
         """Its KV has come."""
+        if self.is_mixing and now > self._last_s:
+            self._waiting.append(flight)  # until the step is over
+            return
+        if self.is_mixing:
+            if self._waiting or not self._admit(flight, now):
+                self._waiting.append(flight)
+            return
         self._advance(now)
         if self._waiting or not self._admit(flight, now):
             self._waiting.append(flight)
@@ -164,29 +194,111 @@ class DecodeServer:
 
     # --- prompts that are computed here ---
 
+    @property
+    def waiting_tokens(self) -> int:
+        """Of prompts that have come and are not computed."""
+        return sum([f.remaining for f in self._computing]) + sum([f.prompt.num_tokens for f in self._prompts])
+
     def busy_s(self, now: float) -> float:
         """Seconds until a prompt that came now would be begun."""
-        return max(0.0, self._last_s - now)
+        return self._pace.prompt_s(0, self.waiting_tokens, self._chunk_tokens) if self.is_mixing else 0.0
 
     def submit(self, flight: Flight) -> None:
         """Compute the prompt, then decode; it arrives at flight.ready_s."""
-        self._driver.call_at(flight.ready_s, lambda now: self._compute(flight, now))
+        self._driver.call_at(flight.ready_s, lambda now: self._arrive(flight, now))
 
-    def _compute(self, flight: Flight, now: float) -> None:
-        """Its chunks ride on steps of the batch, which take that much longer: the clock stands still for the difference."""
+    def _arrive(self, flight: Flight, now: float) -> None:
+        self._prompts.append(flight)
+        if self.is_mixing:
+            return
+        self.is_mixing = True
+        self._version += 1  # ends come with the steps now
         self._advance(now)
-        prompt, cache = flight.prompt, self.cache
-        found = max(cache.match(prompt.segments), flight.pulled_blocks)
-        flight.cached_tokens = min(found * self.block_tokens, prompt.num_tokens - 1)
-        missed = prompt.num_tokens - flight.cached_tokens
-        took_s = self._pace.prompt_s(flight.cached_tokens, missed, self._chunk_tokens)
-        self._last_s = max(self._last_s, now) + took_s
-        self.tally.busy_s += took_s
-        self.tally.prefill_tokens += missed
-        if self.num_running:
-            done_s = self._last_s + -(-missed // self._chunk_tokens) * self._step_s
+        left = ceil(self.step - 1e-9) - self.step if self.num_running else 0.0  # of the step under way
+        self._driver.call_at(now + max(0.0, left) * self._step_s, self._mix)
+
+    def _mix(self, now: float) -> None:
+        """A step is over: ends and room first, then the next, with what it takes of prompts."""
+        done: list[Flight] = []
+        if self._chunks is None:
+            self._advance(now)
+            self.step = float(round(self.step))
         else:
-            done_s = self._last_s
-            self.tally.num_steps += -(-missed // self._chunk_tokens)
-        self._plan(now)
-        self._driver.call_at(done_s, lambda now: self._driver.prefilled(flight, now))
+            self.step += 1.0
+            self.kv_tokens += self.num_running
+            self._last_s = now
+            for flight, num_tokens in self._chunks:
+                flight.remaining -= num_tokens
+                self._keep(flight, now)
+                if not flight.remaining:
+                    done.append(flight)
+                    self._computing.remove(flight)
+                    self.cache.release(flight.num_reserved)
+                    self.cache.unpin(flight.prompt.segments)
+        ended = self._take_ended()
+        self._admit_waiting(now)
+        for flight in done:
+            self._driver.prefilled(flight, now)  # and it joins
+        for flight in ended:
+            self._driver.decoded(flight, now)
+        self._next_mixed(now)
+        if self.waiting_tokens < self._room_tokens:
+            self._driver.room_at(now + self._late_s)
+
+    def _next_mixed(self, now: float) -> None:
+        batch, left = self.num_running, self._chunk_tokens - self.num_running
+        if batch:
+            left = min(left, self._chunk_tokens_beside)
+        while len(self._prompts) and sum([f.remaining for f in self._computing]) < left and self._begin(now):
+            pass
+        step: list[tuple[Flight, int]] = []
+        for flight in self._computing:
+            size = min(flight.remaining, left)
+            if size <= 0:
+                break
+            step.append((flight, size))
+            left -= size
+        if not step and not self._prompts:
+            self.is_mixing, self._chunks = False, None
+            self._plan(now)
+            return
+        self._chunks = step
+        chunks = [(flight.prompt.num_tokens - flight.remaining, size) for flight, size in step]
+        took_s = self._pace.mixed_step_s(chunks, batch, self.kv_tokens + batch)
+        tally = self.tally
+        tally.num_steps += 1
+        tally.prefill_tokens += sum([size for _, size in step])
+        tally.decode_tokens += batch
+        tally.decode_kv_token_steps += self.kv_tokens + batch
+        tally.busy_s += took_s
+        self._driver.call_at(now + took_s, self._mix)
+
+    def _begin(self, now: float) -> bool:
+        """The next prompt, with what the cache has of it; False: there is no slot or no room for its blocks."""
+        flight, cache = self._prompts[0], self.cache
+        segments, num_tokens = flight.prompt.segments, flight.prompt.num_tokens
+        num_blocks = -(-num_tokens // self.block_tokens)
+        found = max(cache.match(segments), flight.pulled_blocks)
+        num_busy = self.num_running + len(self._computing)
+        if num_busy and (num_busy >= self._max_num_seqs or num_blocks - found > cache.num_blocks - cache.num_reserved - cache.num_pinned):
+            return False
+        self._prompts.popleft()
+        self._computing.append(flight)
+        cache.pin(segments)
+        stored, evicted = cache.store(segments, flight.pulled_blocks) if flight.pulled_blocks else ([], [])
+        flight.cached_tokens = min(found * self.block_tokens, num_tokens - 1)
+        flight.remaining = num_tokens - flight.cached_tokens
+        flight.num_named, flight.num_reserved = found, num_blocks - found
+        evicted += cache.reserve(flight.num_reserved)
+        self._driver.cache_changed(self.worker_id, stored, evicted, now)
+        return True
+
+    def _keep(self, flight: Flight, now: float) -> None:
+        """What is computed of the prompt can be found from now on."""
+        num_blocks = (flight.prompt.num_tokens - flight.remaining) // self.block_tokens
+        num_new = num_blocks - flight.num_named
+        if num_new > 0:
+            flight.num_named, flight.num_reserved = num_blocks, flight.num_reserved - num_new
+            self.cache.release(num_new)
+        stored, evicted = self.cache.store(flight.prompt.segments, num_blocks)
+        self._driver.cache_changed(self.worker_id, stored, evicted, now)

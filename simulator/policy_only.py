@@ -259,7 +259,10 @@ class PolicyOnlyCluster:
                     num_blocks=num_blocks,
                     block_tokens=workers.block_size,
                     chunk_tokens=self.chunk_tokens,
+                    chunk_tokens_beside=config.prefill.chunk_tokens_beside_decodes,
                     max_num_seqs=workers.max_num_seqs,
+                    room_tokens=int(config.router.inbox_steps * workers.max_num_batched_tokens),
+                    late_s=self._lateness.reports_s,
                 )
             noise = Lognormal(seed, "report", worker_id, sigma=error.sigma)
             reported = ReportedPace(factor=error.factor, noise=noise)

@@ -12,6 +12,7 @@ from simulator.routed_gateway import Served
 from simulator.summary import Objective, summarise
 from simulator.token_accurate import DEFAULT_CLUSTER, run_token_accurate
 from simulator.traces.generators import Arrivals, generate
+from simulator.true_steps import true_steps
 
 pytestmark = [pytest.mark.pure, pytest.mark.slow]
 
@@ -53,3 +54,26 @@ def test_policies_come_in_the_order_of_the_token_accurate_run(pulls: bool) -> No
     if not pulls:
         assert true["prefix_cost"] < true["least_work"] < true["round_robin"]
         assert fast["prefix_cost"] < fast["least_work"] < fast["round_robin"]
+
+
+@pytest.mark.parametrize("policy", ["prefix_cost", "e2"])
+@pytest.mark.parametrize(
+    ("workers", "router"),
+    [
+        ({"prefill_workers": 0, "decode_workers": 0, "mixed_workers": 4}, {}),
+        ({"prefill_workers": 2, "decode_workers": 2}, {"disaggregate": "never"}),
+        ({"prefill_workers": 2, "decode_workers": 2}, {}),
+    ],
+    ids=["mixed", "never", "auto"],
+)
+def test_prompts_beside_answers_wait_and_hold_up_as_long(workers: dict[str, int], router: dict[str, str], policy: str) -> None:
+    """How: short prompts at a rate that fills the workers, on steps of another form than anybody fits. Seen to fail with a batch that
+    waits while prompts are computed.
+    """
+    asked = load_config(DEFAULT_CLUSTER | {"workers": DEFAULT_CLUSTER["workers"] | workers, "router": router})
+    trace = generate("toolbench", Arrivals(rate_per_s=60.0), num_requests=300, seed=3)
+    steps = true_steps(asked, seed=0)
+    ours = figures(run_policy_only(trace, asked, policy=policy, seed=0, steps=steps))
+    theirs = figures(run_token_accurate(trace, asked, policy=policy, seed=0, steps=steps))
+    assert ours[0] == pytest.approx(theirs[0], rel=WAITS) and ours[1] == pytest.approx(theirs[1], rel=TOKENS)
+    assert ours[2] == pytest.approx(theirs[2], abs=HITS)

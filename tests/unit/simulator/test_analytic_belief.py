@@ -77,6 +77,8 @@ class Doubles(Watcher):
         if isinstance(server, PrefillServer):
             waiting, read_at_s, _ = server.waiting(now)
             waiting += worker.late_tokens
+        elif server.is_mixing:
+            waiting = server.waiting_tokens
         booked, fresh = worker.booked, worker.fresh
         seen = (
             booked.num_prefills - fresh.num_prefills,
