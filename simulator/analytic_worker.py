@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from protocol.worker import WorkerId
+from simulator.analytic_pace import Pace
 from simulator.prompt_tree import Prompt
 from simulator.routed_gateway import Served
-from simulator.segment_cache import Piece
+from simulator.segment_cache import Piece, SegmentCache
 
 if TYPE_CHECKING:
     from simulator.decode_server import DecodeServer
@@ -89,3 +90,56 @@ class Driver:
         self.decoded: Callable[[Flight, float], None]  # its last token is out
         self.cache_changed: Callable[[WorkerId, list[Piece], list[Piece], float], None]  # (who, stored, evicted, when); or room alone
         self.room_at: Callable[[float], None]  # from then on fewer tokens than the inbox holds wait somewhere
+
+
+class PromptServer:
+    """What both kinds of worker do with a prompt they compute: its room, what is found of it, and what can be found afterwards."""
+
+    __slots__ = ("_chunk_tokens", "_driver", "_max_num_seqs", "_pace", "block_tokens", "cache", "tally", "worker_id")
+
+    def __init__(
+        self, worker_id: WorkerId, *, driver: Driver, pace: Pace, num_blocks: int, block_tokens: int, chunk_tokens: int, max_num_seqs: int
+    ) -> None:
+        """chunk_tokens: most of one step."""
+        self.worker_id = worker_id
+        self.block_tokens = block_tokens
+        self.cache = SegmentCache(num_blocks)
+        self.tally = Tally()
+        self._driver = driver
+        self._pace = pace
+        self._chunk_tokens = chunk_tokens
+        self._max_num_seqs = max_num_seqs
+
+    def _take(self, flight: Flight, now: float, *, is_busy: bool) -> bool:
+        """Room for the prompt, with what the cache has of it. False: there is none; one alone is always taken."""
+        cache, segments, num_tokens = self.cache, flight.prompt.segments, flight.prompt.num_tokens
+        num_blocks = -(-num_tokens // self.block_tokens)
+        found = max(cache.match(segments), flight.pulled_blocks)
+        if is_busy and num_blocks - found > cache.num_blocks - cache.num_reserved - cache.num_pinned:
+            return False
+        cache.pin(segments)
+        stored, evicted = cache.store(segments, flight.pulled_blocks) if flight.pulled_blocks else ([], [])
+        flight.cached_tokens = min(found * self.block_tokens, num_tokens - 1)
+        flight.remaining = num_tokens - flight.cached_tokens
+        flight.num_named, flight.num_reserved = found, num_blocks - found
+        evicted += cache.reserve(flight.num_reserved)
+        self._driver.cache_changed(self.worker_id, stored, evicted, now)
+        return True
+
+    def _keep(self, flight: Flight, num_tokens: int, now: float) -> bool:
+        """So many tokens more are computed, and can be found from now on, also by a prompt that begins in the next step. True: all are."""
+        cache, prompt = self.cache, flight.prompt
+        flight.remaining -= num_tokens
+        num_blocks = (prompt.num_tokens - flight.remaining) // self.block_tokens
+        num_new = num_blocks - flight.num_named
+        if num_new > 0:
+            flight.num_named, flight.num_reserved = num_blocks, flight.num_reserved - num_new
+            cache.release(num_new)
+        stored, evicted = cache.store(prompt.segments, num_blocks)
+        if stored or evicted:
+            self._driver.cache_changed(self.worker_id, stored, evicted, now)
+        if flight.remaining:
+            return False
+        cache.release(flight.num_reserved)
+        cache.unpin(prompt.segments)
+        return True

@@ -12,38 +12,29 @@ from math import ceil
 
 from protocol.worker import WorkerId
 from simulator.analytic_pace import Pace
-from simulator.analytic_worker import Driver, Flight, Tally
-from simulator.segment_cache import SegmentCache
+from simulator.analytic_worker import Driver, Flight, PromptServer
 
 
-class DecodeServer:
+class DecodeServer(PromptServer):
     """Decodes sequences in one batch; also computes short prompts, whose steps hold up everybody else there."""
 
     __slots__ = (
-        "_chunk_tokens",
         "_chunk_tokens_beside",
         "_chunks",
         "_computing",
-        "_driver",
         "_ends",
         "_last_s",
         "_late_s",
-        "_max_num_seqs",
         "_num_joined",
-        "_pace",
         "_prompts",
         "_room_tokens",
         "_step_s",
         "_version",
         "_waiting",
-        "block_tokens",
-        "cache",
         "is_mixing",
         "kv_tokens",
         "num_running",
         "step",
-        "tally",
-        "worker_id",
     )
 
     def __init__(
@@ -60,18 +51,19 @@ class DecodeServer:
         room_tokens: int,
         late_s: float,
     ) -> None:
-        """chunk_tokens: most of one step; chunk_tokens_beside: of it, most of prompts where a batch decodes. Others as of PrefillServer."""
-        self.worker_id = worker_id
-        self.block_tokens = block_tokens
-        self.cache = SegmentCache(num_blocks)
-        self.tally = Tally()
-        self._driver = driver
-        self._pace = pace
-        self._chunk_tokens = chunk_tokens
+        """chunk_tokens_beside: of one step, most of prompts where a batch decodes. Others as of PrefillServer."""
+        super().__init__(
+            worker_id,
+            driver=driver,
+            pace=pace,
+            num_blocks=num_blocks,
+            block_tokens=block_tokens,
+            chunk_tokens=chunk_tokens,
+            max_num_seqs=max_num_seqs,
+        )
         self._chunk_tokens_beside = chunk_tokens_beside
         self._room_tokens = room_tokens
         self._late_s = late_s
-        self._max_num_seqs = max_num_seqs
         self.num_running = 0
         self.kv_tokens = 0.0  # of the batch, at `step`
         self.step = 0.0  # of the clock
@@ -227,14 +219,9 @@ class DecodeServer:
             self.step += 1.0
             self.kv_tokens += self.num_running
             self._last_s = now
-            for flight, num_tokens in self._chunks:
-                flight.remaining -= num_tokens
-                self._keep(flight, now)
-                if not flight.remaining:
-                    done.append(flight)
-                    self._computing.remove(flight)
-                    self.cache.release(flight.num_reserved)
-                    self.cache.unpin(flight.prompt.segments)
+            done = [flight for flight, num_tokens in self._chunks if self._keep(flight, num_tokens, now)]
+            for flight in done:
+                self._computing.remove(flight)
         ended = self._take_ended()
         self._admit_waiting(now)
         for flight in done:
@@ -274,31 +261,9 @@ class DecodeServer:
         self._driver.call_at(now + took_s, self._mix)
 
     def _begin(self, now: float) -> bool:
-        """The next prompt, with what the cache has of it; False: there is no slot or no room for its blocks."""
-        flight, cache = self._prompts[0], self.cache
-        segments, num_tokens = flight.prompt.segments, flight.prompt.num_tokens
-        num_blocks = -(-num_tokens // self.block_tokens)
-        found = max(cache.match(segments), flight.pulled_blocks)
+        """The next prompt; False: there is no slot or no room for its blocks."""
         num_busy = self.num_running + len(self._computing)
-        if num_busy and (num_busy >= self._max_num_seqs or num_blocks - found > cache.num_blocks - cache.num_reserved - cache.num_pinned):
+        if num_busy >= self._max_num_seqs or not self._take(self._prompts[0], now, is_busy=num_busy > 0):
             return False
-        self._prompts.popleft()
-        self._computing.append(flight)
-        cache.pin(segments)
-        stored, evicted = cache.store(segments, flight.pulled_blocks) if flight.pulled_blocks else ([], [])
-        flight.cached_tokens = min(found * self.block_tokens, num_tokens - 1)
-        flight.remaining = num_tokens - flight.cached_tokens
-        flight.num_named, flight.num_reserved = found, num_blocks - found
-        evicted += cache.reserve(flight.num_reserved)
-        self._driver.cache_changed(self.worker_id, stored, evicted, now)
+        self._computing.append(self._prompts.popleft())
         return True
-
-    def _keep(self, flight: Flight, now: float) -> None:
-        """What is computed of the prompt can be found from now on."""
-        num_blocks = (flight.prompt.num_tokens - flight.remaining) // self.block_tokens
-        num_new = num_blocks - flight.num_named
-        if num_new > 0:
-            flight.num_named, flight.num_reserved = num_blocks, flight.num_reserved - num_new
-            self.cache.release(num_new)
-        stored, evicted = self.cache.store(flight.prompt.segments, num_blocks)
-        self._driver.cache_changed(self.worker_id, stored, evicted, now)

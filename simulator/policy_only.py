@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import inf
 from random import Random
-from types import MappingProxyType
 
 from control.compose import pool_sizes, prefill_policy
 from control.config import ClusterConfig
@@ -24,12 +23,11 @@ from engine.models.shapes import find_shape
 from prefill_workers.policy import PromptOrder
 from protocol.errors import ConfigError
 from protocol.kv import Endpoint
-from protocol.messages import Place
 from protocol.request import AttemptKey
 from protocol.worker import BlocksRemoved, BlocksStored, KvEvent, Role, WorkerAddress, WorkerId
 from router import policies
 from router.choice import Choice
-from router.guarded_policy import GuardedPolicy, PoolPolicies
+from router.guarded_policy import PoolPolicies
 from router.placement import Placement
 from router.policies.api import (
     Booked,
@@ -37,9 +35,6 @@ from router.policies.api import (
     FirstToken,
     KvChanged,
     PlacementPolicy,
-    PlacementView,
-    Pool,
-    PoolPrices,
     Stateless,
     Tick,
     WorkerJoined,
@@ -52,6 +47,7 @@ from simulator.analytic_pace import Pace
 from simulator.analytic_worker import Driver, Flight
 from simulator.decode_server import DecodeServer
 from simulator.estimate_error import EXACT, EstimateError
+from simulator.forced_choice import ForcingGuard
 from simulator.noise import Lognormal
 from simulator.prefill_server import PrefillServer
 from simulator.prompt_tree import Prompt, PromptTree, prompt_tree
@@ -132,28 +128,6 @@ def prompts_of(trace: Trace, config: ClusterConfig, max_tokens: int | None = MAX
     return prompt_tree(trace, block_tokens=config.workers.block_size, max_tokens=max_tokens)
 
 
-class _Guard(GuardedPolicy):
-    """Lets decisions be made otherwise, to see what would have come of it."""
-
-    forced: Mapping[int, WorkerId] = MappingProxyType({})  # by number of the request
-
-    def price(self, view: PlacementView, request: Place, now: float) -> tuple[str, PoolPrices]:
-        name, prices = super().price(view, request, now)
-        if self.forced and view.pool is Pool.PREFILL:
-            worker_id = self.forced.get(int(request.request_id, 16))
-            if any(worker.worker_id == worker_id for worker in view.workers):
-                return name, _Forced(prices, [0.0 if worker.worker_id == worker_id else inf for worker in view.workers])
-        return name, prices
-
-
-class _Forced:
-    """One worker alone is taken; what the policy thought of it stays."""
-
-    def __init__(self, prices: PoolPrices, seconds: list[float]) -> None:
-        self.seconds = seconds
-        self.parts = prices.parts
-
-
 class PolicyOnlyCluster:
     """Pools as `config` has them, all ready at 0 s. One run each. `seed`: of the router's draws, as in RoutedCluster."""
 
@@ -194,7 +168,7 @@ class PolicyOnlyCluster:
         self.index = SegmentIndex(block_tokens=config.workers.block_size, speculative_ttl_s=told.speculative_ttl_s)
         self._regret = SegmentRegret()
         self._late_changes: deque[tuple[float, AnalyticWorker, list[Piece], list[Piece]]] = deque()
-        self.guard = _Guard(policy, name=policies.split(name)[0], rng=rng, penalty_s=told.policy_penalty_s)
+        self.guard = ForcingGuard(policy, name=policies.split(name)[0], rng=rng, penalty_s=told.policy_penalty_s)
         observe: object = type(policy).observe
         self._is_listening = observe is not Stateless.observe
         self._names_all = not isinstance(policy, _LOOK_UP_GIVEN_NAMES)

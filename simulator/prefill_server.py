@@ -12,43 +12,34 @@ from collections import deque
 
 from protocol.worker import WorkerId
 from simulator.analytic_pace import Pace
-from simulator.analytic_worker import Driver, Flight, Tally
+from simulator.analytic_worker import Driver, Flight, PromptServer
 from simulator.noise import Lognormal
-from simulator.segment_cache import Piece, SegmentCache
 
 _NEVER = float("-inf")
 _FOREVER = float("inf")
 
 
-class PrefillServer:
+class PrefillServer(PromptServer):
     """Computes prompts, each in the order of arrival; its KV stays in the cache when it is done."""
 
     __slots__ = (
         "_begin_lag_s",
-        "_chunk_tokens",
-        "_driver",
         "_interval_s",
         "_late_s",
-        "_max_num_seqs",
         "_noise",
-        "_pace",
         "_room_tokens",
         "_step",
         "_step_lag_s",
         "before",
         "before_at_s",
         "began_s",
-        "block_tokens",
-        "cache",
         "is_busy",
         "num_done_steps_max",
         "queue",
         "running",
         "step_s",
         "step_tokens",
-        "tally",
         "waiting_at_begin",
-        "worker_id",
     )
 
     def __init__(
@@ -66,17 +57,18 @@ class PrefillServer:
         interval_s: float,
         noise: Lognormal | None = None,
     ) -> None:
-        """chunk_tokens: most of one step. room_tokens: below so many that wait, whoever places is told (`Driver.room_at`).
+        """room_tokens: below so many that wait, whoever places is told (`Driver.room_at`).
         late_s: how long a report is on its way; interval_s: between two reports at least, so that many a short step tells nothing.
         """
-        self.worker_id = worker_id
-        self.block_tokens = block_tokens
-        self.cache = SegmentCache(num_blocks)
-        self.tally = Tally()
-        self._driver = driver
-        self._pace = pace
-        self._chunk_tokens = chunk_tokens
-        self._max_num_seqs = max_num_seqs
+        super().__init__(
+            worker_id,
+            driver=driver,
+            pace=pace,
+            num_blocks=num_blocks,
+            block_tokens=block_tokens,
+            chunk_tokens=chunk_tokens,
+            max_num_seqs=max_num_seqs,
+        )
         self._room_tokens = room_tokens
         self._noise = noise
         self._late_s = late_s
@@ -136,15 +128,9 @@ class PrefillServer:
 
     def _turn(self, now: float) -> None:
         """Steps are over: what is done goes, then the next are planned."""
-        done: list[Flight] = []
-        for flight, num_tokens in self._step:
-            flight.remaining -= num_tokens
-            self._store(flight, now)
-            if flight.remaining == 0:
-                done.append(flight)
-                self.running.remove(flight)
-                self.cache.release(flight.num_reserved)
-                self.cache.unpin(flight.prompt.segments)
+        done = [flight for flight, num_tokens in self._step if self._keep(flight, num_tokens, now)]
+        for flight in done:
+            self.running.remove(flight)
         self._plan(now)
         for flight in done:
             self._driver.prefilled(flight, now)
@@ -205,38 +191,13 @@ class PrefillServer:
         return took_s * sum(self._noise.factor(number) for number in range(first, first + num_steps)) / num_steps
 
     def _begin(self, now: float) -> Flight | None:
-        """The next of the queue, with what the cache has of it; None: there is no room for its blocks while others are under way."""
-        flight, cache = self.queue[0], self.cache
-        segments, num_tokens = flight.prompt.segments, flight.prompt.num_tokens
-        num_blocks = -(-num_tokens // self.block_tokens)
-        found = max(cache.match(segments), flight.pulled_blocks)
-        if self.running and num_blocks - found > cache.num_blocks - cache.num_reserved - cache.num_pinned:
+        """The next of the queue; None: there is no room for its blocks while others are under way."""
+        flight = self.queue[0]
+        if not self._take(flight, now, is_busy=bool(self.running)):
             return None
         self.queue.popleft()
         self.running.append(flight)
-        cache.pin(segments)
-        stored: list[Piece] = []
-        evicted: list[Piece] = []
-        if flight.pulled_blocks:
-            stored, evicted = cache.store(segments, flight.pulled_blocks)
-        flight.cached_tokens = min(found * self.block_tokens, num_tokens - 1)
-        flight.remaining = num_tokens - flight.cached_tokens
-        flight.num_named, flight.num_reserved = found, num_blocks - found
-        evicted += cache.reserve(flight.num_reserved)
-        self._driver.cache_changed(self.worker_id, stored, evicted, now)
         return flight
-
-    def _store(self, flight: Flight, now: float) -> None:
-        """What is computed of the prompt can be found from now on, also by the one that begins in the next step."""
-        cache, prompt = self.cache, flight.prompt
-        num_blocks = (prompt.num_tokens - flight.remaining) // self.block_tokens
-        num_new = num_blocks - flight.num_named
-        if num_new > 0:
-            flight.num_named, flight.num_reserved = num_blocks, flight.num_reserved - num_new
-            cache.release(num_new)
-        stored, evicted = cache.store(prompt.segments, num_blocks)
-        if stored or evicted:
-            self._driver.cache_changed(self.worker_id, stored, evicted, now)
 
     def _began(self, at_s: float, step_s: float, num_steps: int, step_tokens: int) -> None:
         """Note what reports will say of these steps, and when they will tell of room."""
