@@ -24,6 +24,9 @@ from simulator.routed_cluster import MODEL_ID
 from simulator.traces.trace import Trace
 
 
+_NUMBERS = [b"%d" % number for number in range(4096)]
+
+
 class Segment:
     """`num_blocks` KV blocks that are shared by the same prompts. Hash blocks in them are named for who asks."""
 
@@ -44,8 +47,9 @@ class Segment:
 
     def names(self, first: int, last: int) -> list[bytes]:
         """Of its hash blocks from `first` to before `last`."""
-        prefix = self._prefix
-        return [prefix + b"%d" % number for number in range(first, last)]
+        join = self._prefix.__add__
+        names = list(map(join, _NUMBERS[first:last]))  # at C speed: a policy may read thousands for each request
+        return names if last <= len(_NUMBERS) else names + [join(b"%d" % number) for number in range(max(first, len(_NUMBERS)), last)]
 
     def all_names(self, first: int, last: int) -> tuple[bytes, ...]:
         """Of the hash blocks of its blocks from `first` to before `last`."""
