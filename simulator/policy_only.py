@@ -27,7 +27,7 @@ from protocol.request import AttemptKey
 from protocol.worker import BlocksRemoved, BlocksStored, KvEvent, Role, WorkerAddress, WorkerId
 from router import policies
 from router.choice import Choice
-from router.guarded_policy import PoolPolicies
+from router.guarded_policy import GuardedPolicy, PoolPolicies
 from router.placement import Placement
 from router.policies.api import (
     Booked,
@@ -169,10 +169,13 @@ class PolicyOnlyCluster:
         self._regret = SegmentRegret()
         self._late_changes: deque[tuple[float, AnalyticWorker, list[Piece], list[Piece]]] = deque()
         self.guard = ForcingGuard(policy, name=policies.split(name)[0], rng=rng, penalty_s=told.policy_penalty_s)
-        observe: object = type(policy).observe
-        self._is_listening = observe is not Stateless.observe
-        self._names_all = not isinstance(policy, _LOOK_UP_GIVEN_NAMES)
-        self._policies = PoolPolicies(self.guard)
+        asked, of_decode = [policy], None
+        if told.decode_policy:
+            asked.append(policies.load(told.decode_policy))
+            of_decode = GuardedPolicy(asked[1], name=policies.split(told.decode_policy)[0], rng=rng, penalty_s=told.policy_penalty_s)
+        self._is_listening = any(_listens(each) for each in asked)
+        self._names_all = any(_listens(each) and not isinstance(each, _LOOK_UP_GIVEN_NAMES) for each in asked)
+        self._policies = PoolPolicies(self.guard, of_decode)
         self._placement = Placement(told, fleet=self.fleet, index=self.index, policies=self._policies, regret=self._regret, rng=rng)
         self.queue: FairQueue = FairQueue(output_weight=told.output_weight, max_tenants=told.max_tenants)
         self._flights: dict[str, Flight] = {}  # that wait at the router
@@ -469,3 +472,9 @@ class PolicyOnlyCluster:
             key = AttemptKey(request_id=served.request_id, attempt=0)
             self._policies.observe(Finished(key=key, num_output_tokens=served.num_output_tokens), now)
         self._pump_if_changed(now)
+
+
+def _listens(policy: PlacementPolicy) -> bool:
+    """It makes something of what it is told."""
+    observe: object = type(policy).observe
+    return observe is not Stateless.observe

@@ -74,9 +74,13 @@ class SegmentIndex(PrefixIndex):
     def speculate(self, worker_id: WorkerId, hashes: Sequence[bytes], now: float, *, num_held: int = 0) -> None:
         if self._guess_s <= 0.0:
             return
-        segments, end_s = cast(BlockNames, hashes).segments, now + self._guess_s
+        segments, end_s, guessed = cast(BlockNames, hashes).segments, now + self._guess_s, self._guessed
         for segment in segments:
-            self._guessed.setdefault(segment, {})[worker_id] = end_s
+            hoped = guessed.get(segment)
+            if hoped is None:
+                guessed[segment] = {worker_id: end_s}
+            else:
+                hoped[worker_id] = end_s
         self._guess_ends.append((end_s, worker_id, segments))
 
     def expire(self, now: float) -> None:
@@ -92,26 +96,28 @@ class SegmentIndex(PrefixIndex):
 
     def change(self, worker_id: WorkerId, stored: Sequence[Piece], evicted: Sequence[Piece]) -> None:
         """A worker's own word."""
+        whole_of = self._whole
         for segment, first, last in stored:
             if first:
                 self._forget_part(worker_id, segment)
-            self._learn(worker_id, segment, last)
+            if last == segment.num_blocks:
+                whole = whole_of.get(segment)
+                if whole is None:
+                    whole_of[segment] = {worker_id: None}
+                else:
+                    whole[worker_id] = None
+            else:
+                self._parts.setdefault(segment, {})[worker_id] = last
         for segment, first, last in evicted:
             if last < segment.num_blocks:
                 self._forget_part(worker_id, segment)
             else:
-                whole = self._whole[segment]
+                whole = whole_of[segment]
                 del whole[worker_id]
                 if not whole:
-                    del self._whole[segment]
+                    del whole_of[segment]
             if first:
-                self._learn(worker_id, segment, first)
-
-    def _learn(self, worker_id: WorkerId, segment: Segment, num_blocks: int) -> None:
-        if num_blocks == segment.num_blocks:
-            self._whole.setdefault(segment, {})[worker_id] = None
-        else:
-            self._parts.setdefault(segment, {})[worker_id] = num_blocks
+                self._parts.setdefault(segment, {})[worker_id] = first
 
     def _forget_part(self, worker_id: WorkerId, segment: Segment) -> None:
         parts = self._parts[segment]

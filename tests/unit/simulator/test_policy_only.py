@@ -110,6 +110,17 @@ def test_a_seed_is_a_run_and_all_requests_end(policy: str) -> None:
     assert all(one.ttft_s is not None and one.end_s is not None and one.end_s >= one.arrived_s + one.ttft_s for one in first)
 
 
+def test_the_decode_pool_has_its_own_policy_where_it_is_given_one() -> None:
+    """How: prompts far apart, so that prefill workers are the same; one decode worker after the other, or any. Seen to fail with one policy
+    for both pools.
+    """
+    trace = serial([(Run(f"{i}", 100),) for i in range(40)])
+    one, two = (run_policy_only(trace, config(decode_policy=other), policy="round_robin", seed=0) for other in ("", "random"))
+    assert [a.prefill_worker for a in one] == [b.prefill_worker for b in two]
+    assert {a.decode_worker for a in one[::2]} != {a.decode_worker for a in one[1::2]}
+    assert {b.decode_worker for b in two[::2]} == {b.decode_worker for b in two[1::2]}
+
+
 def test_what_it_does_not_simulate_is_an_error() -> None:
     trace = serial([(Run("p", 16),)])
     for tree, why in (
