@@ -275,8 +275,6 @@ class PolicyOnlyCluster:
                 self._arrive(prompt, record, due_s)
                 prompt, record = next(arrivals, (None, None))
                 due_s = prompt.at_s + LINK_S if prompt is not None else inf
-            elif self._num_waiting:
-                self._call_at(self._now + TICK_S, self._pump)  # until there is room, or they have waited too long
             else:
                 return served
 
@@ -312,22 +310,27 @@ class PolicyOnlyCluster:
         self._num_waiting += 1
         self.queue.push(Waiting(key=key, gateway=_GATEWAY, place=place, since_s=now))
         self._flights[place.request_id] = flight
+        self._call_at(now + self._config.max_wait_s, lambda now: self._turn_away(key, now))
+
+    def _turn_away(self, key: AttemptKey, now: float) -> None:
+        """Who waited too long; whoever is next then may find room where that one did not."""
+        flight = self._flights.pop(key.request_id, None)
+        if flight is not None:
+            self.queue.remove(key)
+            self._num_waiting -= 1
+            self._refuse(flight, "no worker had room", now)
+            self._pump(now)
 
     def _room_at(self, at_s: float) -> None:
         if self._num_waiting:
             self._call_at(at_s, self._pump)
 
     def _pump(self, now: float) -> None:
-        """Place who is next until nobody can be placed; turn away who waited too long."""
+        """Place who is next until nobody can be placed."""
         queue = self.queue
         while self._num_waiting:
             waiting = next(queue.heads())
             place = waiting.place
-            if now - waiting.since_s >= self._config.max_wait_s:
-                queue.remove(waiting.key)
-                self._num_waiting -= 1
-                self._refuse(self._flights.pop(place.request_id), "no worker had room", waiting.since_s + self._config.max_wait_s)
-                continue
             self._catch_up(now)
             choice = self._placement.choose(place, now, predicted_output_tokens=queue.predicted_output_tokens(place))
             if not isinstance(choice, Choice):

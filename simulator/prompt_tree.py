@@ -23,7 +23,6 @@ from protocol.messages import Place
 from simulator.routed_cluster import MODEL_ID
 from simulator.traces.trace import Trace
 
-
 _NUMBERS = [b"%d" % number for number in range(4096)]
 
 

@@ -77,3 +77,18 @@ def test_prompts_beside_answers_wait_and_hold_up_as_long(workers: dict[str, int]
     theirs = figures(run_token_accurate(trace, asked, policy=policy, seed=0, steps=steps))
     assert ours[0] == pytest.approx(theirs[0], rel=WAITS) and ours[1] == pytest.approx(theirs[1], rel=TOKENS)
     assert ours[2] == pytest.approx(theirs[2], abs=HITS)
+
+
+def test_as_many_are_turned_away_where_nobody_has_room_for_all() -> None:
+    """How: three times what one worker computes, and little patience; of those that are left mostly the same. Seen to fail with waits that
+    end only when something else happens: those who are next then have waited too long as well.
+    """
+    workers = DEFAULT_CLUSTER["workers"] | {"prefill_workers": 1, "decode_workers": 1}
+    asked = load_config(DEFAULT_CLUSTER | {"workers": workers, "router": {"max_wait_s": 5.0}})
+    trace = generate("video_qa", Arrivals(rate_per_s=8.0), num_requests=150, seed=3)
+    ours = run_policy_only(trace, asked, policy="prefix_cost", seed=0)
+    theirs = run_token_accurate(trace, asked, policy="prefix_cost", seed=0)
+    refused = sum(one.terminal == "refused" for one in theirs)
+    assert refused > 30 and sum(one.terminal == "refused" for one in ours) == pytest.approx(refused, rel=0.15)
+    assert sum(a.terminal == b.terminal for a, b in zip(ours, theirs, strict=True)) > 0.8 * len(ours)
+    assert summarise(ours, Objective()).hit_share == pytest.approx(summarise(theirs, Objective()).hit_share, abs=HITS)
