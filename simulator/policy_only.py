@@ -23,10 +23,12 @@ from engine.models.shapes import find_shape
 from prefill_workers.policy import PromptOrder
 from protocol.errors import ConfigError
 from protocol.kv import Endpoint
+from protocol.messages import Place
 from protocol.request import AttemptKey
 from protocol.worker import BlocksRemoved, BlocksStored, KvEvent, Role, WorkerAddress, WorkerId
 from router import policies
 from router.choice import Choice
+from router.config import Disaggregate
 from router.guarded_policy import GuardedPolicy, PoolPolicies
 from router.placement import Placement
 from router.policies.api import (
@@ -248,7 +250,8 @@ class PolicyOnlyCluster:
             )
             self._policies.observe(WorkerJoined(worker_id=worker_id, role=role, model_id=MODEL_ID), 0.0)
         self._by_id: Mapping[WorkerId, AnalyticWorker] = {worker.worker_id: worker for worker in self.fleet.workers}
-        self._prefillers = [worker for worker in self.fleet.workers if worker.role.prefills]
+        may_split = config.router.disaggregate is not Disaggregate.NEVER and any(role.prefills for role in roles.values())
+        self._prefillers = [worker for worker in self.fleet.workers if worker.role.prefills or not may_split]
         self._room_tokens = config.router.inbox_steps * workers.max_num_batched_tokens
 
     def server(self, worker_id: WorkerId) -> PrefillServer | DecodeServer:
@@ -337,6 +340,18 @@ class PolicyOnlyCluster:
                 return
             self._num_waiting -= 1
             self._book(self._flights.pop(place.request_id), choice, queue.serve(waiting.key), now)
+            if self._num_waiting and not self._may_have_room(next(queue.heads()).place, now):
+                return
+
+    def _may_have_room(self, place: Place, now: float) -> bool:
+        """False: a choice would surely find every inbox full, so it need not be made. The rule is Placement's: below the bound, or for
+        prompts mostly cached.
+        """
+        for worker in self._prefillers:
+            worker.refresh(now)
+            if worker.queued_prefill_tokens < self._room_tokens:
+                return True
+        return 2 * max(self.index.match(place.block_hashes).total_tokens.values(), default=0) >= place.num_tokens
 
     def _pump_if_changed(self, now: float) -> None:
         """A prompt or an answer is over. That is no room where every inbox was full of tokens: reports will tell of those by themselves."""
