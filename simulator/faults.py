@@ -13,7 +13,7 @@ from enum import Enum
 from random import Random
 
 from engine.core.executor import BatchPlan
-from gateway.events import ClientGone, Event, RouterAway, RouterLost, Start, WorkerLost, WorkerSaid
+from gateway.events import ClientGone, Event, RouterLost, Start, WorkerLost, WorkerSaid
 from gateway.session import Session
 from protocol.kv import KVHandoff
 from protocol.lifecycle import AttemptState
@@ -114,7 +114,6 @@ class FaultInjector:
         cluster.on_kv_fault = self._on_kv_fault
         for injection in plan:
             cluster.loop.call_at(injection.at_s, lambda injection=injection: self._due(injection))  # type: ignore[misc]
-
         for at_s in top_up_s:
             cluster.loop.call_at(at_s, self._top_up)
 
@@ -130,8 +129,8 @@ class FaultInjector:
         if isinstance(event, WorkerLost):
             if event.worker_id in session.workers:
                 self._hit(self._causes.get(event.worker_id, Kind.KILL), session)
-        elif isinstance(event, (RouterLost, RouterAway)):
-            if session.state is AttemptState.QUEUED and isinstance(event, RouterLost):
+        elif isinstance(event, RouterLost):
+            if session.state is AttemptState.QUEUED:
                 self._hit(self._router_cause, session)
         elif isinstance(event, ClientGone):
             self._hit(Kind.CANCEL, session)
