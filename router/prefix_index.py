@@ -228,16 +228,20 @@ class PrefixIndex:
         return Match(device_tokens=tokens, total_tokens=self._walk(hashes, either))
 
     def confirmed_tokens(self, worker_id: WorkerId, hashes: Sequence[bytes], num_tokens: int) -> int:
-        """How many of the first `num_tokens`, which `match` believes to be there, the worker itself has told of: no guesses."""
+        """How many of the first `num_tokens`, which `match` believes to be there, the worker itself has told of: no guesses.
+
+        The last token of a prompt is computed whatever is cached, so the last block may be asked for but for a token.
+        """
         holdings = self._holdings.get(worker_id)
         if holdings is None:
             return 0
-        device, num_blocks = holdings.device, num_tokens // HASH_BLOCK_SIZE_TOKENS
+        device, num_blocks = holdings.device, min(len(hashes), -(-num_tokens // HASH_BLOCK_SIZE_TOKENS))
         if self._prefix_closed and not self._open & holdings.bit:  # what it told of is a beginning
             if num_blocks and hashes[num_blocks - 1] in device:
-                return num_blocks * HASH_BLOCK_SIZE_TOKENS
+                return min(num_tokens, num_blocks * HASH_BLOCK_SIZE_TOKENS)
             return bisect_left(range(num_blocks), True, key=lambda index: hashes[index] not in device) * HASH_BLOCK_SIZE_TOKENS
-        return next((i for i in range(num_blocks) if hashes[i] not in device), num_blocks) * HASH_BLOCK_SIZE_TOKENS
+        found = next((i for i in range(num_blocks) if hashes[i] not in device), num_blocks)
+        return min(num_tokens, found * HASH_BLOCK_SIZE_TOKENS)
 
     def told_by(self, worker_id: WorkerId) -> KvSnapshot | None:
         """What a worker has told that it holds, in any order; None for one that has told nothing yet."""

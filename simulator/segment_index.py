@@ -58,7 +58,7 @@ class SegmentIndex(PrefixIndex):
         return Match(device_tokens=found, total_tokens=found) if found else _EMPTY
 
     def confirmed_tokens(self, worker_id: WorkerId, hashes: Sequence[bytes], num_tokens: int) -> int:
-        num_blocks = num_tokens // self._block_tokens
+        num_blocks = -(-num_tokens // self._block_tokens)
         found = 0
         for segment in cast(BlockNames, hashes).segments:
             whole = self._whole.get(segment)
@@ -69,7 +69,7 @@ class SegmentIndex(PrefixIndex):
             found += segment.num_blocks
             if found >= num_blocks:
                 break
-        return min(found, num_blocks) * self._block_tokens
+        return min(num_tokens, found * self._block_tokens)
 
     def speculate(self, worker_id: WorkerId, hashes: Sequence[bytes], now: float, *, num_held: int = 0) -> None:
         if self._guess_s <= 0.0:

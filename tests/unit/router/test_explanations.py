@@ -72,7 +72,7 @@ def test_prediction_counts_what_is_cached_and_a_local_one_has_no_handoff() -> No
     found = world.assign(request)
     cost = world.core.fleet.get("decode-0").cost  # type: ignore[union-attr]
     assert found.prefill_worker == found.decode_worker == "decode-0"
-    assert (found.cached_tokens, found.confirmed_tokens) == (511, 496)
+    assert (found.cached_tokens, found.confirmed_tokens) == (511, 511)
     assert found.predicted_ttft_s == pytest.approx(cost.prefill_s(1, 512)) and found.predicted_handoff_s == 0.0
 
 
@@ -200,7 +200,7 @@ def test_a_worker_that_finds_nothing_of_a_confirmed_prefix_is_said_aloud_once_an
         warnings += [] if warning is None else [(number, warning)]
     assert [number for number, _ in warnings] == [0, int(WARNING_INTERVAL_S)]
     last = warnings[-1][1]
-    assert (last.worker_id, last.expected_tokens, last.confirmed_tokens, last.found_tokens) == ("prefill-0", 511, 496, 0)
+    assert (last.worker_id, last.expected_tokens, last.confirmed_tokens, last.found_tokens) == ("prefill-0", 511, 511, 0)
     assert last.num_missed == WARNING_INTERVAL_S
     document = world.core.status(world.now)
     assert document["overlap"] == {
