@@ -50,12 +50,14 @@ def print_comparison(report: Report) -> None:
 
 
 def _title(report: Report) -> str:
+    from simulator.report.document import pools_told
+
     setting = report.setting
     rate = "" if setting.rate_per_s is None else f", {setting.rate_per_s:.4g} requests/s"
     size = f"{setting.num_replicates} replicates of {setting.num_requests:,} requests"
     objective = [f"{name} {value:g} s" for name, value in (("TTFT", setting.ttft_s), ("TPOT", setting.tpot_s)) if value is not None]
     in_time = f"; in time: {', '.join(objective)}" if objective else ""
-    workers = f"{setting.num_prefill} + {setting.num_decode} workers, {setting.fidelity}"
+    workers = f"{pools_told(setting)}, {setting.fidelity}"
     return f"{setting.trace}{rate}, {size} ({setting.resampling}); {workers}{in_time}"
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isnan
 
-from simulator.report.document import Policy, Report, has_one_best, read_document
+from simulator.report.document import Policy, Report, has_one_best, pools_told, read_document
+
+FIGURES = ("ttft_mean", "ttft_p99", "e2e_mean", "attainment", "hit_share")
 
 Table = Callable[[Sequence[Sequence[str]]], str]
 
@@ -13,22 +16,33 @@ def tournament(document: Mapping[str, object], table: Table) -> str:
     """What stands below the heading."""
     report = read_document(document)
     setting, ratio_of = report.setting, report.metrics["ttft_mean"].ratio
-    lines = [["", "mean TTFT, ms", "over the best, 95 % interval", "", "p99 TTFT, ms", "attainment", "hit share", "of the ceiling"]]
+    heads = [
+        "mean TTFT, ms",
+        "over the best, 95 % interval",
+        "",
+        "p99 TTFT, ms",
+        "mean end to end, s",
+        "in time",
+        "hit share",
+        "of the ceiling",
+    ]
+    lines, rows = [["", *heads]], {row["name"]: row["value"] for row in document.get("rows", ())}
     for policy in report.in_order:
         pair = ratio_of(policy.label, report.reference.label) if report.reference is not None else None
         ratio = "" if pair is None else f"{pair.ratio:.2f} ({pair.low:.2f} .. {pair.high:.2f})"
-        mean, p99, attainment, hits = (_figure(report, policy, name) for name in ("ttft_mean", "ttft_p99", "attainment", "hit_share"))
-        ceiling = report.bounds["infinite_cache"].middle if "infinite_cache" in report.bounds else None
-        shares = [f"{attainment:.1%}", f"{hits:.1%}", "" if ceiling is None else f"{hits / ceiling:.0%}"]
-        lines.append([policy.label, f"{mean * 1e3:,.0f}", ratio, _place(report, policy), f"{p99 * 1e3:,.0f}", *shares])
+        mean, p99, end, attainment, hits = (_figure(report, policy, name) for name in FIGURES)
+        ceiling = rows.get(f"{policy.label}/share_of_ceiling")
+        shares = [f"{attainment:.1%}", f"{hits:.1%}", "" if ceiling is None else f"{ceiling:.0%}"]
+        times = [f"{mean * 1e3:,.0f}", ratio, _place(report, policy), f"{p99 * 1e3:,.0f}", "" if isnan(end) else f"{end:.3g}"]
+        lines.append([policy.label, *times, *shares])
     size = f"{setting.num_replicates} replicates of {setting.num_requests:,} requests ({setting.resampling})"
-    workers = f"{setting.num_prefill} + {setting.num_decode} workers, {setting.fidelity}"
+    workers = f"{pools_told(setting)}, {setting.fidelity}"
     about = f"{size}, {setting.rate_per_s:.4g} a second; {workers}; medians over replicates. `{report.command}`"
     return f"{report.verdict}\n\n{about}\n\n{table(lines)}"
 
 
 def _figure(report: Report, policy: Policy, metric: str) -> float:
-    standing = report.metrics[metric].standing(policy.label)
+    standing = report.metrics[metric].standing(policy.label) if metric in report.metrics else None
     return float("nan") if standing is None else standing.figure
 
 

@@ -109,7 +109,7 @@ class Result:
                 "rate_per_s": asked.replicates.rate_per_s,
                 "requests": asked.replicates.num_requests,
                 "replicates": self.num_replicates,
-                "workers": {"prefill": pools[Role.PREFILL], "decode": pools[Role.DECODE]},
+                "workers": {"prefill": pools[Role.PREFILL], "decode": pools[Role.DECODE], "mixed": pools[Role.BOTH]},
                 "fidelity": asked.fidelity.value,
                 "warm_up_s": asked.warm_up_s,
                 "objective": {"ttft_s": asked.objective.ttft_s, "tpot_s": asked.objective.tpot_s},

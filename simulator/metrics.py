@@ -2,7 +2,8 @@
 
 A request that was refused, failed or never ended counts: it missed the objective, and for latency to the first token it waited as long as
 a router lets a request wait (`router.max_wait_s`), or as the slowest of its run if that is longer. Left out it would make a policy look
-fast that refuses what is slow; without a bound one refusal would be the mean. Time between tokens and hits are of those that were served.
+fast that refuses what is slow; without a bound one refusal would be the mean. Time between tokens, time to the last token (e2e) and hits
+are of those that were served.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ PRIMARY = "ttft_mean"  # what a ranking goes by
 METRICS = (
     *(Metric(name=f"ttft_{statistic}", unit="s", better=Better.LOWER) for statistic in ("mean", "p50", "p90", "p99")),
     *(Metric(name=f"tpot_{statistic}", unit="s", better=Better.LOWER) for statistic in ("p50", "p90", "p99")),
+    *(Metric(name=f"e2e_{statistic}", unit="s", better=Better.LOWER) for statistic in ("mean", "p99")),
     Metric(name="goodput", unit="requests/s", better=Better.HIGHER),
     Metric(name="attainment", unit="share", better=Better.HIGHER),
     Metric(name="hit_share", unit="share", better=Better.HIGHER),
@@ -56,7 +58,7 @@ def figures_of(served: Sequence[Outcome], objective: Objective, *, unserved_ttft
     ttfts_s = [one.ttft_s if one.terminal == "finished" else None for one in served]
     longest_s = max([unserved_ttft_s, *(ttft_s for ttft_s in ttfts_s if ttft_s is not None)])
     waited_s = tuple(longest_s if ttft_s is None else ttft_s for ttft_s in ttfts_s)
-    ttft, tpot = Latency.of(waited_s), summary.tpot
+    ttft, tpot, e2e = Latency.of(waited_s), summary.tpot, summary.e2e
     assert ttft is not None
     return Figures(
         by_metric={
@@ -67,6 +69,8 @@ def figures_of(served: Sequence[Outcome], objective: Objective, *, unserved_ttft
             "tpot_p50": tpot.p50 if tpot is not None else None,
             "tpot_p90": tpot.p90 if tpot is not None else None,
             "tpot_p99": tpot.p99 if tpot is not None else None,
+            "e2e_mean": e2e.mean if e2e is not None else None,
+            "e2e_p99": e2e.p99 if e2e is not None else None,
             "goodput": summary.goodput_per_s,
             "attainment": summary.attainment,
             "hit_share": summary.hit_share,

@@ -83,6 +83,7 @@ class Summary:
     duration_s: float  # from the first arrival to the last end
     ttft: Latency | None  # None: nobody was served
     tpot: Latency | None
+    e2e: Latency | None  # from arrival to the last token
     attainment: float  # share of all requests that met the objective
     goodput_per_s: float  # such requests a second
     hit_share: float  # of prompt tokens of those that were served, found in a cache
@@ -109,6 +110,7 @@ def summarise(served: Sequence[Outcome], objective: Objective) -> Summary:
         duration_s=duration_s,
         ttft=Latency.of([one.ttft_s for one in finished if one.ttft_s is not None]),
         tpot=Latency.of([one.tpot_s for one in finished if one.tpot_s is not None]),
+        e2e=Latency.of([one.end_s - one.arrived_s for one in finished if one.end_s is not None]),
         attainment=num_met / len(served),
         goodput_per_s=num_met / duration_s if duration_s else float("inf"),
         hit_share=sum(one.num_cached_tokens for one in finished) / num_prompt_tokens if num_prompt_tokens else 0.0,

@@ -56,6 +56,8 @@ def make_comparison(
     metrics += [
         metric(f"tpot_{name}", "s", Better.LOWER, scaled(tpot, shape, rng)) for name, shape in (("p50", 1.0), ("p90", 1.2), ("p99", 1.7))
     ]
+    ends = {label: [v + 200 * t for v, t in zip(values, tpot[label], strict=True)] for label, values in means.items()}
+    metrics += [metric(f"e2e_{name}", "s", Better.LOWER, scaled(ends, shape, rng)) for name, shape in (("mean", 1.0), ("p99", 2.5))]
     met = {
         label: [max(0.05, 1 - 0.08 * v / x - rng.uniform(0, 0.02)) for v, x in zip(values, level, strict=True)]
         for label, values in means.items()

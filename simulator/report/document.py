@@ -30,6 +30,7 @@ class Setting:
     num_replicates: int | None
     num_prefill: int | None
     num_decode: int | None
+    num_mixed: int | None  # that do both
     fidelity: str | None
     warm_up_s: float | None
     ttft_s: float | None  # the objective
@@ -201,6 +202,13 @@ def middle_of(values: Iterable[float]) -> float:
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
+def pools_told(setting: Setting) -> str:
+    """`8 + 8 workers`, prefill first; `4 workers that do both`."""
+    apart = f"{setting.num_prefill} + {setting.num_decode} workers" if setting.num_prefill or setting.num_decode else ""
+    both = f"{setting.num_mixed} workers that do both" if setting.num_mixed else ""
+    return " and ".join(filter(None, (apart, both))) or "no workers"
+
+
 def _setting(fields: Fields) -> Setting:
     workers, objective = _fields(fields, "workers"), _fields(fields, "objective")
     return Setting(
@@ -211,6 +219,7 @@ def _setting(fields: Fields) -> Setting:
         num_replicates=_whole(fields, "replicates"),
         num_prefill=_whole(workers, "prefill"),
         num_decode=_whole(workers, "decode"),
+        num_mixed=_whole(workers, "mixed"),
         fidelity=_text(fields, "fidelity"),
         warm_up_s=_number(fields, "warm_up_s"),
         ttft_s=_number(objective, "ttft_s"),
@@ -392,5 +401,6 @@ __all__ = [
     "Waterfall",
     "has_one_best",
     "middle_of",
+    "pools_told",
     "read_document",
 ]

@@ -118,7 +118,7 @@ def ratio_cells(pair: Comparison | None, ratios: Ratios) -> list[Markup]:
 def title_of(metric: str) -> str:
     """`ttft_p99`: p99 TTFT."""
     what, _, statistic = metric.partition("_")
-    is_latency = what in ("ttft", "tpot") and statistic
+    is_latency = what in ("ttft", "tpot", "e2e") and statistic
     return f"{statistic} {what.upper()}" if is_latency else metric.replace("_", " ")
 
 

@@ -21,6 +21,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # the browser refuses 
 GROUPS = (
     ("Time to first token", ("ttft_p50", "ttft_p90", "ttft_p99")),
     ("Time per output token", ("tpot_p50", "tpot_p90", "tpot_p99")),
+    ("From arrival to the last token", ("e2e_mean", "e2e_p99")),
     ("Served in time", ("goodput", "attainment")),
 )
 ELSEWHERE = (PRIMARY, "hit_share")  # have drawings of their own

@@ -31,8 +31,9 @@ def facts(report: Report) -> Markup:
     setting = report.setting
     sizes = (setting.num_replicates, setting.num_requests)
     samples = None if None in sizes else together(count(sizes[0] or 0), " replicates × ", count(sizes[1] or 0), " requests")
-    workers = (setting.num_prefill, setting.num_decode)
-    pools = None if None in workers else together(count(workers[0] or 0), " prefill + ", count(workers[1] or 0), " decode")
+    named = ((setting.num_prefill, "prefill"), (setting.num_decode, "decode"), (setting.num_mixed, "that do both"))
+    each = [together(count(number), " ", role) for number, role in named if number]
+    pools = together(*[part for pool in each for part in (" + ", pool)][1:]) if each else None
     rate = None if setting.rate_per_s is None else together(exact(setting.rate_per_s, f"{setting.rate_per_s:,.4g}"), " requests/s")
     told = {
         "samples": samples,

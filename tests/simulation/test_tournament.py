@@ -293,7 +293,7 @@ def test_the_command_prints_one_document_or_a_table(cluster_yaml: Path) -> None:
     assert rows["least_work/ttft_mean"] == next(r["figure"] for r in document["ranking"] if r["policy"] == "least_work")
     assert 0.3 < rows["least_work/share_of_ceiling"] <= 1.0
     setting = document["setting"]
-    assert setting["workers"] == {"prefill": 2, "decode": 2} and setting["warm_up_s"] == pytest.approx(0.1)
+    assert setting["workers"] == {"prefill": 2, "decode": 2, "mixed": 0} and setting["warm_up_s"] == pytest.approx(0.1)
     table = runner.invoke(app, command(cluster_yaml))
     assert table.exit_code == 0 and "Exploratory" in table.stdout and "least_work" in table.stdout and "TTFT / best" in table.stdout
 
