@@ -301,6 +301,14 @@ class PrefixIndex:
         alive, get = self._live, masks.get
         for start in range(0, len(hashes), _STRIDE):
             holders = list(map(get, hashes[start : start + _STRIDE], repeat(0)))
+            if holders.count(holders[0]) == len(holders):  # the same int throughout, mostly: nothing to fold
+                after = alive & holders[0]
+                if after != alive and start:
+                    self._name(alive & ~after, start, tokens)
+                alive = after
+                if not alive:
+                    return tokens
+                continue
             if reduce(and_, holders, alive) == alive:
                 continue
             # survivors: workers that hold every block before start, before start + 1, ...
