@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from baton.compare import WARM_UP_SHARE
 from baton.progress import say_line
 from baton.trace_options import Burst, Cv, Generator, Spread, TraceName, TracesDir, source_of
 from control.config import load_config
@@ -22,8 +23,6 @@ from simulator.policy_only import run_policy_only
 from simulator.replicates import Replicates
 from simulator.summary import Objective, summarise
 from simulator.token_accurate import run_token_accurate
-
-WARM_UP_SHARE = 0.1
 
 
 def main(
