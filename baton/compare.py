@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from baton.progress import say, say_line
-from baton.trace_options import Burst, Cv, Generator, Rate, Spread, TraceName, TracesDir, command_of, source_of
+from baton.trace_options import Burst, Cv, Generator, Prefixes, Rate, Spread, TraceName, TracesDir, command_of, source_of
 from protocol.errors import BatonError, ConfigError
 from simulator.fidelity import Fidelity
 
@@ -49,6 +49,7 @@ class Options:
     requests: int = DEFAULT_REQUESTS
     cv: float = 1.0
     burst: int = 1
+    prefixes: int | None = None
     spread: float = 0.0
     replicates: int = DEFAULT_REPLICATES
     fidelity: str = Fidelity.TOKEN_ACCURATE.value
@@ -132,6 +133,7 @@ def compare(
     requests: Annotated[int, typer.Option(min=1, help="In each replicate.")] = DEFAULT_REQUESTS,
     cv: Cv = 1.0,
     burst: Burst = 1,
+    prefixes: Prefixes = None,
     spread: Spread = 0.0,
     replicates: Annotated[int, typer.Option(min=1, help="Traces each policy meets; fewer than 20 explore.")] = DEFAULT_REPLICATES,
     fidelity: Annotated[Fidelity, typer.Option(help="Every step and token, or placements over modelled queues.")] = (
@@ -185,6 +187,7 @@ def compare(
             requests=requests,
             cv=cv,
             burst=burst,
+            prefixes=prefixes,
             spread=spread,
             replicates=replicates,
             fidelity=fidelity.value,
@@ -234,6 +237,7 @@ def tournament_of(options: Options, config: ClusterConfig, traces: Path | None =
         requests=options.requests,
         cv=options.cv,
         burst=options.burst,
+        prefixes=options.prefixes,
         spread=options.spread,
         folder=traces,
     )

@@ -106,9 +106,7 @@ def make_plan(asked: Asked, traces: Path | None) -> Told:
     goal = Goal(objective=objective, attainment=asked.attainment, criterion=Criterion(asked.criterion))
     usual = workers.link_bytes_per_s if affinity is Affinity.LOW else NETWORK_BYTES_PER_S
     link = Link(latency_s=asked.link_latency_s, bytes_per_s=asked.link_bytes_per_s or usual)
-    draw = draws_of(
-        source_of(asked.trace, asked.workload, rate=None, requests=asked.requests, cv=asked.cv, burst=1, spread=0.0, folder=traces)
-    )
+    draw = draws_of(source_of(asked.trace, asked.workload, rate=None, requests=asked.requests, cv=asked.cv, folder=traces))
 
     def search(seed: int) -> Search:
         models, tokens = workers.by_gpus, asked.batch_tokens

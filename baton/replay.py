@@ -19,7 +19,7 @@ from baton.chat import first_model
 from baton.connection import find_server
 from baton.progress import say, say_line
 from baton.summary_lines import summary_lines
-from baton.trace_options import Burst, Cv, Generator, Rate, Spread, TraceName, TracesDir, source_of
+from baton.trace_options import Burst, Cv, Generator, Prefixes, Rate, Spread, TraceName, TracesDir, source_of
 from protocol.errors import ConfigError, ServiceError
 from router.policies import label, split_list
 
@@ -50,6 +50,7 @@ def replay(
     requests: Annotated[int | None, typer.Option(min=1, help="The first so many; of a generator 1,000.")] = None,
     cv: Cv = 1.0,
     burst: Burst = 1,
+    prefixes: Prefixes = None,
     spread: Spread = 0.0,
     seed: Annotated[int, typer.Option(help="Of prompts, turns and replicates.")] = 0,
     slo_ttft: Annotated[float | None, typer.Option(min=0.0, help="Seconds to the first token that count as served in time.")] = None,
@@ -68,7 +69,7 @@ def replay(
     asked, objective = split_list(policies), Objective(ttft_s=slo_ttft, tpot_s=slo_tpot)
     if len({label(policy) for policy in asked}) < len(asked):
         raise ConfigError(f"two policies of {policies} have one name; give them parameters that tell them apart")
-    source = source_of(trace, generate, rate=rate, requests=requests, cv=cv, burst=burst, spread=spread, folder=traces)
+    source = source_of(trace, generate, rate=rate, requests=requests, cv=cv, burst=burst, prefixes=prefixes, spread=spread, folder=traces)
     server, _ = find_server(url, api_key, os.environ, timeout_s=CONNECT_TIMEOUT_S)
     endpoint = Endpoint(url=server.url, model=model or first_model(server), api_key=api_key)
     if not asked:

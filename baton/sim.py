@@ -14,7 +14,7 @@ from baton.event_replay import run_again
 from baton.progress import say
 from baton.sim_faults import seeds_of, sim_faults
 from baton.summary_lines import summary_lines
-from baton.trace_options import Burst, Cv, Generator, Rate, Spread, TraceName, TracesDir, source_of
+from baton.trace_options import Burst, Cv, Generator, Prefixes, Rate, Spread, TraceName, TracesDir, source_of
 
 if TYPE_CHECKING:
     from simulator.summary import Summary
@@ -32,6 +32,7 @@ def sim(
     requests: Annotated[int | None, typer.Option(min=1, help="The first so many; of a generator 1,000, of a seed of faults 200.")] = None,
     cv: Cv = 1.0,
     burst: Burst = 1,
+    prefixes: Prefixes = None,
     spread: Spread = 0.0,
     seed: Annotated[int, typer.Option(help="Of whatever is drawn. The same seed is the same run.")] = 0,
     slo_ttft: Annotated[float | None, typer.Option(min=0.0, help="Seconds to the first token that count as served in time.")] = None,
@@ -61,7 +62,7 @@ def sim(
     from simulator.traces.trace import facts_of
 
     import_last_from(str(Path.cwd()))
-    source = source_of(trace, generate, rate=rate, requests=requests, cv=cv, burst=burst, spread=spread, folder=traces)
+    source = source_of(trace, generate, rate=rate, requests=requests, cv=cv, burst=burst, prefixes=prefixes, spread=spread, folder=traces)
     asked = source.draw(seed=seed)
     cluster = load_config(file=config) if config is not None else load_config(DEFAULT_CLUSTER)
     began_s = time.monotonic()

@@ -18,11 +18,15 @@ TraceName = Annotated[str, typer.Option("--trace", help="A file, or a name in th
 Generator = Annotated[
     str,
     typer.Option(
-        "--generate", help="In place of a trace: toolbench, embodied, programming, video_qa, loogle, fan_out, unshared, sharegpt."
+        "--generate",
+        help="In place of a trace: toolbench, toolbench_zipf, embodied, programming, video_qa, loogle, fan_out, unshared, sharegpt.",
     ),
 ]
 Rate = Annotated[float | None, typer.Option("--rate", min=0.0, help="Requests a second; else the trace's own, or 10.")]
 Cv = Annotated[float, typer.Option("--cv", min=0.0, help="Of a generator's gaps: 1 is a Poisson process.")]
+Prefixes = Annotated[
+    int | None, typer.Option("--prefixes", min=1, help="Of a generator: that prompts are drawn over; else by its workload's sharers.")
+]
 Burst = Annotated[int, typer.Option("--burst", min=1, help="Of a generator: so many arrive at once.")]
 Spread = Annotated[float, typer.Option("--spread", min=0.0, help="Spread arrivals that the trace rounds down to steps of so many seconds.")]
 TracesDir = Annotated[Path | None, typer.Option("--dir", help="Where traces lie.")]
@@ -34,9 +38,10 @@ def source_of(
     *,
     rate: float | None,
     requests: int | None,
-    cv: float,
-    burst: int,
-    spread: float,
+    cv: float = 1.0,
+    burst: int = 1,
+    prefixes: int | None = None,
+    spread: float = 0.0,
     folder: Path | None,
 ) -> Source:
     """What the options ask for.
@@ -54,6 +59,7 @@ def source_of(
         num_requests=requests,
         cv=cv,
         burst_size=burst,
+        num_prefixes=prefixes,
         spread_s=spread,
     )
 
@@ -70,4 +76,4 @@ def command_of(verb: str, options: Mapping[str, object]) -> str:
     return shlex.join(words)
 
 
-__all__ = ["Burst", "Cv", "Generator", "Rate", "Spread", "TraceName", "TracesDir", "command_of", "source_of"]
+__all__ = ["Burst", "Cv", "Generator", "Prefixes", "Rate", "Spread", "TraceName", "TracesDir", "command_of", "source_of"]

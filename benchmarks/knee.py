@@ -14,7 +14,7 @@ import typer
 
 from baton.compare import WARM_UP_SHARE
 from baton.progress import say_line
-from baton.trace_options import Burst, Cv, Generator, Spread, TraceName, TracesDir, source_of
+from baton.trace_options import Burst, Cv, Generator, Prefixes, Spread, TraceName, TracesDir, source_of
 from control.config import load_config
 from simulator.fidelity import Fidelity
 from simulator.knee import TARGET, find_knee
@@ -34,6 +34,7 @@ def main(
     replicates: int = 3,
     cv: Cv = 1.0,
     burst: Burst = 1,
+    prefixes: Prefixes = None,
     spread: Spread = 0.0,
     fidelity: Fidelity = Fidelity.TOKEN_ACCURATE,
     slo_ttft: float = 2.0,
@@ -45,7 +46,7 @@ def main(
 ) -> None:
     """Print the highest rate at which `policy` serves a share of requests in time."""
     cluster, objective = load_config(file=config), Objective(ttft_s=slo_ttft, tpot_s=slo_tpot)
-    source = source_of(trace, generate, rate=None, requests=requests, cv=cv, burst=burst, spread=spread, folder=traces)
+    source = source_of(trace, generate, rate=None, requests=requests, cv=cv, burst=burst, prefixes=prefixes, spread=spread, folder=traces)
     drawn = Replicates.of(source, num_requests=requests, seed=seed)
 
     def attainment(rate: float) -> float:

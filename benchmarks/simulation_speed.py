@@ -44,7 +44,7 @@ def main(
     """Print a document with medians of some repeats, in seconds of this process: others on the machine count less."""
     workers = DEFAULT_CLUSTER["workers"] | {"prefill_workers": prefill, "decode_workers": decode}
     cluster = load_config(file=config) if config is not None else load_config(DEFAULT_CLUSTER | {"workers": workers})
-    asked = source_of(trace, generate, rate=rate, requests=requests, cv=1.0, burst=1, spread=spread, folder=traces).draw(seed=seed)
+    asked = source_of(trace, generate, rate=rate, requests=requests, spread=spread, folder=traces).draw(seed=seed)
     count, rows, prompts, steps = len(asked.requests), [], None, true_steps(cluster, seed=seed)
     if fidelity is Fidelity.POLICY_ONLY:
         began_s = time.process_time()

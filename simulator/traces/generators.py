@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from protocol.errors import ConfigError
@@ -80,10 +80,12 @@ class SharedPrompts:
             yield tuple(run for run in runs if run.num_tokens), round(lognormal(rng, *self.output))
 
 
-PREBLE = {  # table of section 5.1: prompt and output tokens (mean, standard deviation), shared part, its key portion, requests on it
+PREBLE = {  # table of section 5.1: prompt and output tokens (mean, standard deviation), shared part, its key portion, requests on it.
+    # Its artifact draws over a given number of prefixes, all equally often and in no order; by Zipf's law in one ablation.
     w.name: w
     for w in (
-        SharedPrompts(name="toolbench", prompt=(1835, 742), output=(43, 16), shared=0.85, key_portion=0.76, sharers=39, zipf=1.1),
+        SharedPrompts(name="toolbench", prompt=(1835, 742), output=(43, 16), shared=0.85, key_portion=0.76, sharers=39),
+        SharedPrompts(name="toolbench_zipf", prompt=(1835, 742), output=(43, 16), shared=0.85, key_portion=0.76, sharers=39, zipf=1.1),
         SharedPrompts(name="embodied", prompt=(2285, 471), output=(16, 13), shared=0.97, key_portion=0.76, sharers=48),
         SharedPrompts(name="programming", prompt=(3871, 1656), output=(190, 343), shared=0.97, key_portion=0.78, sharers=126),
         SharedPrompts(name="video_qa", prompt=(9865, 5976), output=(4, 1.5), shared=0.88, key_portion=0.99, sharers=8.6),
@@ -129,17 +131,23 @@ GENERATORS: dict[str, SharedPrompts | FanOut | Unshared | Lengths] = {
 }
 
 
-def generate(name: str, arrivals: Arrivals, *, num_requests: int, seed: int) -> Trace:
+def generate(name: str, arrivals: Arrivals, *, num_requests: int, seed: int, num_prefixes: int | None = None) -> Trace:
     """The same arguments are the same trace. Arrivals and prompts are drawn apart: another rate leaves prompts as they are.
 
+    num_prefixes: that prompts are drawn over; None: as many as leave each its workload's `sharers`.
+
     Raises:
-        ConfigError: no such generator, or no requests.
+        ConfigError: no such generator, no requests, or a number of prefixes for prompts that are not drawn over prefixes.
     """
     source = GENERATORS.get(name)
     if source is None:
         raise ConfigError(f"there is no generator {name!r}; choose from {', '.join(GENERATORS)}")
     if num_requests < 1:
         raise ConfigError(f"{num_requests} requests are none")
+    if num_prefixes is not None:
+        if not isinstance(source, SharedPrompts):
+            raise ConfigError(f"prompts of {name!r} are not drawn over prefixes; a number of them goes with {', '.join(PREBLE)}")
+        source = replace(source, sharers=num_requests / num_prefixes)
     moments = arrivals.moments_s(Random(f"arrivals {name} {seed}"))
     prompts = source.prompts(Random(f"prompts {name} {seed}"), num_requests)
     requests = [

@@ -31,6 +31,7 @@ class Source:
     generator: str = ""
     rate_per_s: float | None = None  # None: the trace's own; of a generator GENERATED_RATE_PER_S
     num_requests: int | None = None  # the first so many; None: all, of a generator GENERATED_REQUESTS
+    num_prefixes: int | None = None  # of a generator's prompts, as in generate
     cv: float = 1.0  # of a generator's gaps, as in Arrivals
     burst_size: int = 1
     spread_s: float = 0.0  # steps that a trace rounds its arrivals down to, spread out; 0: left as they are
@@ -58,7 +59,8 @@ class Source:
         if self.generator:
             rate_per_s = GENERATED_RATE_PER_S if self.rate_per_s is None else self.rate_per_s
             arrivals = Arrivals(rate_per_s=rate_per_s, cv=self.cv, burst_size=self.burst_size)
-            return generate(self.generator, arrivals, num_requests=self.num_requests or GENERATED_REQUESTS, seed=seed)
+            count = self.num_requests or GENERATED_REQUESTS
+            return generate(self.generator, arrivals, num_requests=count, seed=seed, num_prefixes=self.num_prefixes)
         trace = self.whole(seed=seed)
         return self.timed(trace if self.num_requests is None else first(trace, self.num_requests))
 

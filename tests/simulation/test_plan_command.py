@@ -40,7 +40,7 @@ def found(pools: Pools, num_decoding: float = 40.0) -> Found:
 
 
 def asked_for(*, trace: str = "", generate: str = "", requests: int) -> Source:
-    return source_of(trace, generate, rate=None, requests=requests, cv=1.0, burst=1, spread=0.0, folder=None)
+    return source_of(trace, generate, rate=None, requests=requests, folder=None)
 
 
 def test_the_command_prints_a_table_with_its_best_and_its_advice(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,7 @@ from protocol.block_hash import HASH_BLOCK_SIZE_TOKENS, block_hashes
 from protocol.errors import ConfigError
 from simulator.traces.content import Contents, hashes_of
 from simulator.traces.generators import GENERATORS, Arrivals, generate
+from simulator.traces.source import Source
 from simulator.traces.timing import at_rate, begin_sessions, first, spread
 from simulator.traces.trace import Run, Trace, TraceRequest, facts_of, reuse_share
 
@@ -157,6 +159,17 @@ def test_prebles_workloads_have_the_lengths_and_the_sharing_of_its_table(name: s
     assert sum(r.num_prompt_tokens for r in made) / len(made) == pytest.approx(prompt, rel=0.12)
     assert sum(r.output_tokens for r in made) / len(made) == pytest.approx(output, rel=0.1)
     assert reuse - 0.16 < reuse_share(made) < reuse + 0.02
+
+
+def test_prompts_are_drawn_over_as_many_prefixes_as_are_asked_for() -> None:
+    """Seen to fail with the number left out of the source."""
+    made = Source(generator="toolbench", num_requests=4000, num_prefixes=60).draw(seed=1).requests
+    used = Counter(request.runs[1] for request in made)
+    assert len(used) == 60 and max(used.values()) < 3 * min(used.values())  # none more often than others, but for chance
+    by_zipf = Counter(r.runs[1] for r in Source(generator="toolbench_zipf", num_requests=4000, num_prefixes=60).draw(seed=1).requests)
+    assert max(by_zipf.values()) > 20 * min(by_zipf.values())
+    with pytest.raises(ConfigError, match="prompts of 'unshared' are not drawn over prefixes; a number of them goes with toolbench"):
+        generate("unshared", Arrivals(rate_per_s=1.0), num_requests=5, seed=0, num_prefixes=2)
 
 
 def test_siblings_of_a_fan_out_share_and_the_unshared_do_not() -> None:
