@@ -4,16 +4,17 @@
     J(w) = out * TBT(w) + M(w) + N(w)                  decode
     J(w) = both, each term once                        prefilled where it decodes
 
-    D(w) = max(0, (1 + beta * (1 + busy) / 2) / (1 + uses) - 1) * (P(w) - min P)
+    D(w) = max(0, (1 + beta * held_up * (1 + busy) / 2) / (1 + uses) - 1) * (P(w) - min P)
 
 Q outstanding seconds; P prefill of what is missed, or pulling a part of it from a peer and the prefill of the rest, whichever is less,
 and loading what lies in host memory; M what would be lost by eviction; N moving KV that the decode worker lacks and no sibling brings.
 
 D is what others pay when a prefix is computed once more. They wait for it, each second for `beta` where all workers are busy, for half of
-that where all are idle (`busy`: the share that is not). But they will find the copy, so that a prefix asked for again and again bears its
-price together with the next `uses` requests (prefix_heat.py), and soon none at all: never less, since a request that would be served where
-its prefix lies gains nothing from waiting for a copy. A prefix nobody has asked for again spreads once Q of its holders exceeds 1 + beta
-times what it saves (section 2 of Preble, ICLR'25), sooner where workers are idle; a hot one once Q exceeds what it saves.
+that where all are idle (`busy`: the share that is not). Where workers decode as well, two kinds wait: prompts behind it, and answers in the
+batch it is computed beside (`held_up`: 2 there, else 1). But others will find the copy, so that a prefix asked for again and again bears
+its price together with the next `uses` requests (prefix_heat.py), and soon none at all: never less, since a request that would be served
+where its prefix lies gains nothing from waiting for a copy. A prefix nobody has asked for again spreads once Q of its holders exceeds
+1 + beta times what it saves (section 2 of Preble, ICLR'25), sooner where workers are idle; a hot one once Q exceeds what it saves.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class PrefixCost:
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
         beta: float = 1.5  # price of a duplicated second of prefill while all are busy; 0: others do not count
-        heat_s: float = 10.0  # half-life of requests for a prefix, by which copies are judged; 0: no copy is thought of use
+        heat_s: float = 1.0  # half-life of requests for a prefix, by which copies are judged; 0: no copy is thought of use
         eviction: bool = True  # charge for what a prompt pushes out of a cache
 
     def __init__(self, config: Config) -> None:
@@ -99,9 +100,11 @@ class _PrefillPrices:
         held = [cached(worker.worker_id, 0) for worker in workers]
         own_s: list[float] = []
         self._own_s = own_s
+        whole = view.pool is Pool.WHOLE
+        held_up = 2.0 if whole else 1.0
         num_busy = 0
         for worker, cached_tokens in zip(workers, held, strict=True):
-            if worker.queued_prefill_s > 0.0:
+            if worker.queued_prefill_s > 0.0 or (whole and worker.num_sequences):
                 num_busy += 1
             missed, cost = num_tokens - cached_tokens, worker.cost
             own_s.append(cost.step_s + missed * cost.prefill_token_s + missed * num_tokens * cost.prefill_pair_s)
@@ -109,10 +112,11 @@ class _PrefillPrices:
             self._move(view)
         self._least_s = least_s = min(own_s)
         uses = heat.uses(request, held, now)
-        self._duplicate = duplicate = max(0.0, (1.0 + config.beta * (1.0 + num_busy / len(workers)) / 2.0) / (1.0 + uses) - 1.0)
+        price = 1.0 + config.beta * held_up * (1.0 + num_busy / len(workers)) / 2.0
+        self._duplicate = duplicate = max(0.0, price / (1.0 + uses) - 1.0)
         self.seconds: list[float] = []
         prices = self.seconds
-        last_s, whole = view.transfer_s, view.pool is Pool.WHOLE
+        last_s = view.transfer_s
         for worker, own, cached_tokens in zip(workers, own_s, held, strict=True):
             evict_s = 0.0
             if evict and num_tokens > worker.free_kv_tokens:  # the cheap half of the question first

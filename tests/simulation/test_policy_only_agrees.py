@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import fmean
+from statistics import fmean, median
 
 import pytest
 
@@ -67,16 +67,19 @@ def test_policies_come_in_the_order_of_the_token_accurate_run(pulls: bool) -> No
     ids=["mixed", "never", "auto"],
 )
 def test_prompts_beside_answers_wait_and_hold_up_as_long(workers: dict[str, int], router: dict[str, str], policy: str) -> None:
-    """How: short prompts at a rate that fills the workers, on steps of another form than anybody fits. Seen to fail with a batch that
+    """How: short prompts at a rate that fills the workers, on steps of another form than anybody fits; the median of six draws, since so
+    near capacity a choice that differs by a block, early on, makes one of them wait a third longer or less. Seen to fail with a batch that
     waits while prompts are computed.
     """
     asked = load_config(DEFAULT_CLUSTER | {"workers": DEFAULT_CLUSTER["workers"] | workers, "router": router})
-    trace = generate("toolbench", Arrivals(rate_per_s=60.0), num_requests=300, seed=3)
     steps = true_steps(asked, seed=0)
-    ours = figures(run_policy_only(trace, asked, policy=policy, seed=0, steps=steps))
-    theirs = figures(run_token_accurate(trace, asked, policy=policy, seed=0, steps=steps))
-    assert ours[0] == pytest.approx(theirs[0], rel=WAITS) and ours[1] == pytest.approx(theirs[1], rel=TOKENS)
-    assert ours[2] == pytest.approx(theirs[2], abs=HITS)
+    traces = [generate("toolbench", Arrivals(rate_per_s=60.0), num_requests=300, seed=seed) for seed in range(3, 9)]
+    ours = [figures(run_policy_only(trace, asked, policy=policy, seed=0, steps=steps)) for trace in traces]
+    theirs = [figures(run_token_accurate(trace, asked, policy=policy, seed=0, steps=steps)) for trace in traces]
+    pairs = [*zip(ours, theirs, strict=True)]
+    assert median(a[0] / b[0] for a, b in pairs) == pytest.approx(1.0, abs=WAITS)
+    assert median(a[1] / b[1] for a, b in pairs) == pytest.approx(1.0, abs=TOKENS)
+    assert all(a[2] == pytest.approx(b[2], abs=HITS) for a, b in pairs)
 
 
 def test_as_many_are_turned_away_where_nobody_has_room_for_all() -> None:
