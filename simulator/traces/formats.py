@@ -118,8 +118,9 @@ def read_azure(path: Path) -> tuple[list[TraceRequest], list[str]]:
 def read_sessions(path: Path) -> tuple[list[TraceRequest], list[str]]:
     """Of callanjfox/kv-cache-tester: a file of one session a line, or a folder of such files. Requests of sub-agents are part of it.
 
-    Times count from the begin of each session, so all begin at once (`timing.begin_sessions`). What follows the last full block of a
-    prompt is its own.
+    Times count from the begin of each session, so all begin at once (`timing.begin_sessions`), and those of a sub-agent from its own: it
+    is written down at its end where it says how long it took, else when it was sent off. What follows the last full block of a prompt is
+    its own.
     """
     requests: list[TraceRequest] = []
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
@@ -139,7 +140,8 @@ def _session(session: str, size: int, rows: object, where: str, begin_s: float, 
         here = f"{where}, request {number + 1}"
         at_s = begin_s + _number(row, "t", here)
         if "requests" in row:  # a sub-agent's
-            yield from _session(session, size, row["requests"], here, at_s, blocks)
+            took_s = _number(row, "duration_ms", here) / 1e3 if row.get("duration_ms") is not None else 0.0
+            yield from _session(session, size, row["requests"], here, at_s - took_s, blocks)
             continue
         num_tokens, ids = _count(row, "in", here), row.get("hash_ids", [])
         if len(ids) * size > num_tokens:

@@ -67,6 +67,15 @@ def test_ids_of_sessions_are_their_own_and_subagents_are_a_part(tmp_path: Path) 
     }
 
 
+def test_a_subagent_begins_where_it_ended_less_what_it_took(tmp_path: Path) -> None:
+    """Its row comes once it is over; one that was only sent off has no duration. Seen to fail with both begun at their rows' times."""
+    child = {"t": 0.5, "in": 64, "out": 2, "hash_ids": [1]}
+    over = {"t": 60.0, "type": "subagent", "duration_ms": 50_000, "requests": [child]}
+    sent_off = {"t": 70.0, "type": "subagent", "duration_ms": None, "requests": [child]}
+    trace = load_trace(write(tmp_path / "s.jsonl", {"id": "x", "block_size": 64, "requests": [over, sent_off]}))
+    assert [r.at_s for r in trace.requests] == [10.5, 70.5]
+
+
 def test_ragpulse_components_have_the_lengths_of_the_side_table(tmp_path: Path) -> None:
     write(tmp_path / "rp_component_lengths.jsonl", {"sys_prompt_id": 1, "token_length": 100}, {"passage_id": 2, "token_length": 50})
     parts = {"sys_prompt": [1], "passages_ids": [2], "history": [], "web_search": [], "user_input": []}
