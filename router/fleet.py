@@ -68,6 +68,7 @@ class Worker:
         "epoch",
         "free_kv_tokens",
         "fresh",
+        "held_kv_tokens",
         "hit_rate",
         "holds",
         "kv_capacity_tokens",
@@ -127,6 +128,7 @@ class Worker:
         self.queued_prefill_s = 0.0  # until a prompt given to it now would start
         self.num_sequences = 0  # that decode here, wait here, or will come here
         self.kv_tokens = 0  # held for sequences now, or at the expected end of what was booked
+        self.held_kv_tokens = 0  # the memory this takes, where sequences share blocks
         self.free_kv_tokens = self.kv_capacity_tokens  # in blocks nobody holds
         self.reclaimable_kv_tokens = 0  # in blocks only the prefix cache holds: a prompt evicts them once none is free
         self.prompt_room_tokens = self.max_request_tokens  # of a new prompt's blocks; an idle worker takes anything
@@ -174,7 +176,7 @@ class Worker:
             self._young_s = scale * self._prefill_s(booked)
             self.queued_prefill_tokens = int(scale * booked.prefill_tokens)
             self.num_sequences = int(scale * booked.num_sequences)
-            self.kv_tokens = booked.kv_tokens
+            self.kv_tokens = self.held_kv_tokens = booked.kv_tokens
             self.free_kv_tokens = max(0, self.kv_capacity_tokens - booked.kv_tokens - booked.prefill_tokens)
             self.reclaimable_kv_tokens = 0
             self.prompt_room_tokens = self.max_request_tokens
@@ -190,6 +192,8 @@ class Worker:
         self.queued_prefill_tokens = snapshot.waiting_tokens + int(scale * fresh.prefill_tokens)
         self.num_sequences = snapshot.num_running + snapshot.num_waiting + int(scale * fresh.num_sequences)
         self.kv_tokens = max(snapshot.running_kv_tokens + fresh.kv_tokens, booked.kv_tokens)
+        shared_once = held * block + snapshot.waiting_tokens + booked.output_tokens + fresh.kv_tokens
+        self.held_kv_tokens = min(self.kv_tokens, shared_once)
         self.free_kv_tokens = max(0, snapshot.num_blocks_free * block - fresh.prefill_tokens)
         self.reclaimable_kv_tokens = snapshot.num_blocks_cached * block
         if held == 0 and booked.num_prefills == 0:

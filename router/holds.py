@@ -40,6 +40,7 @@ class Tally:
     prefill_pairs: int = 0
     num_sequences: int = 0
     kv_tokens: int = 0
+    output_tokens: int = 0  # of all choices
 
     def add(self, hold: Hold, sign: int = 1) -> None:
         self.num_prefills += sign * (hold.phase is Phase.PREFILL)
@@ -47,6 +48,7 @@ class Tally:
         self.prefill_pairs += sign * hold.prefill_pairs
         self.num_sequences += sign * hold.num_sequences
         self.kv_tokens += sign * hold.kv_tokens
+        self.output_tokens += sign * hold.num_sequences * hold.output_tokens
 
     @property
     def is_zero(self) -> bool:

@@ -128,8 +128,9 @@ class Placement:
         """The decode workers that suit and have room for `hold`, as the policy ranks them; None: there is none."""
         pools = self._fleet.pools(place.model_id).fit_for(place.num_tokens + 1, place.excluded)
         self._fleet.refresh(pools, now)
-        workers = [w for w in self._with_room(pools.decode + pools.both, hold.num_sequences, hold.kv_tokens) if suits(w)]
-        return self._rank(self._ask(place, now, predicted_output_tokens), Pool.DECODE, workers) if workers else None
+        ask = self._ask(place, now, predicted_output_tokens)
+        workers = [w for w in self._with_room(ask, pools.decode + pools.both, hold.num_sequences, hold.kv_tokens) if suits(w)]
+        return self._rank(ask, Pool.DECODE, workers) if workers else None
 
     def first_token(self, place: Place, now: float, *, predicted_output_tokens: int) -> FirstToken | None:
         """Of workers that may be given the prompt now. None: of some nobody can say, or there is none. Their loads must be fresh."""
@@ -377,7 +378,7 @@ class Placement:
 
     def _decoders(self, ask: _Ask, workers: Sequence[Worker]) -> list[Worker]:
         """Those whose batch has slots and whose pool holds the expected growth of all that was booked; an idle worker takes anything."""
-        return self._with_room(workers, ask.place.num_choices, ask.kv_tokens)
+        return self._with_room(ask, workers, ask.place.num_choices, ask.kv_tokens)
 
     def _decoders_by_then(self, ask: _Ask, workers: Sequence[Worker], prefillers: Sequence[Worker]) -> list[Worker]:
         """Those that are expected to have room soon after the prompt is computed elsewhere: no block is taken there before. Asked when
@@ -396,14 +397,18 @@ class Placement:
                 with_room.append(worker)
         return with_room
 
-    def _with_room(self, workers: Sequence[Worker], num_sequences: int, kv_tokens: int) -> list[Worker]:
-        overcommit = self._config.decode_overcommit
-        return [
-            w
-            for w in workers
-            if not w.num_sequences
-            or (w.num_sequences + num_sequences <= overcommit * w.max_num_seqs and w.kv_tokens + kv_tokens <= w.kv_capacity_tokens)
-        ]
+    def _with_room(self, ask: _Ask, workers: Sequence[Worker], num_sequences: int, kv_tokens: int) -> list[Worker]:
+        """What of the prompt lies in a worker's pool takes no more of it, but for blocks that could be reclaimed and no longer can."""
+        overcommit, device = self._config.decode_overcommit, ask.device_tokens.get
+        with_room = []
+        for worker in workers:
+            needed = kv_tokens + worker.held_kv_tokens
+            if needed > worker.kv_capacity_tokens:
+                needed -= max(0, device(worker.worker_id, 0) - worker.reclaimable_kv_tokens)
+            has_slot = worker.num_sequences + num_sequences <= overcommit * worker.max_num_seqs
+            if not worker.num_sequences or (has_slot and needed <= worker.kv_capacity_tokens):
+                with_room.append(worker)
+        return with_room
 
     @staticmethod
     def _is_busy(worker: Worker) -> bool:

@@ -98,7 +98,7 @@ def _trouble(worker: Worker, booking: Booking) -> str | None:
     if worker.state is not WorkerState.READY:
         return f"{worker.worker_id} is {worker.state.value}"
     if _is_overbooked(worker):
-        return f"{worker.worker_id} is booked for {worker.kv_tokens:,} of {worker.kv_capacity_tokens:,} KV tokens"
+        return f"{worker.worker_id} is booked for {worker.held_kv_tokens:,} of {worker.kv_capacity_tokens:,} KV tokens"
     hold = booking.holds[Phase.DECODE]
     if _breaks_slo(worker, booking, hold, is_there=True):
         return f"{worker.worker_id} would take longer a token than the objective, {booking.place.slo_tpot_s:g} s"
@@ -106,7 +106,7 @@ def _trouble(worker: Worker, booking: Booking) -> str | None:
 
 
 def _is_overbooked(worker: Worker) -> bool:
-    return worker.kv_tokens > worker.kv_capacity_tokens
+    return worker.held_kv_tokens > worker.kv_capacity_tokens
 
 
 def _breaks_slo(worker: Worker, booking: Booking, hold: Hold, *, is_there: bool) -> bool:

@@ -165,6 +165,8 @@ class AnalyticWorker(Worker):
             self.drains_at_s = now + cost.step_s + waiting * (cost.prefill_token_s + cost.prefill_pair_s * self.context_mean)
         self.num_sequences = booked.num_sequences
         self.kv_tokens = max(booked.kv_tokens, round(server.kv_tokens) + fresh.kv_tokens)
+        held = (server.cache.num_pinned + server.cache.num_reserved) * server.block_tokens
+        self.held_kv_tokens = min(self.kv_tokens, held + waiting + booked.output_tokens + fresh.kv_tokens)
         self.fresh_s = self._prefill_s(fresh) if fresh.num_prefills else 0.0
         self.queued_prefill_tokens = waiting + fresh.prefill_tokens
         self.news_at_s = now if server.is_mixing or self.fresh_flights else _FOREVER
@@ -208,6 +210,7 @@ class AnalyticWorker(Worker):
         for tally in (self.booked, self.fresh):
             tally.num_sequences += 1
             tally.kv_tokens += flight.booked_kv_tokens
+        self.booked.output_tokens += flight.predicted_output_tokens
         self.pending[flight] = None
         self.has_changed = True
 
@@ -222,6 +225,7 @@ class AnalyticWorker(Worker):
     def end_decode(self, flight: Flight) -> None:
         self.booked.num_sequences -= 1
         self.booked.kv_tokens -= flight.booked_kv_tokens
+        self.booked.output_tokens -= flight.predicted_output_tokens
         del self.decoding[flight]
         self.has_changed = True
 

@@ -10,11 +10,11 @@ Q outstanding seconds; P prefill of what is missed, or pulling a part of it from
 and loading what lies in host memory; M what would be lost by eviction; N moving KV that the decode worker lacks and no sibling brings.
 
 D is what others pay when a prefix is computed once more. They wait for it, each second for `beta` where all workers are busy, for half of
-that where all are idle (`busy`: the share that is not). Where workers decode as well, two kinds wait: prompts behind it, and answers in the
-batch it is computed beside (`held_up`: 2 there, else 1). But others will find the copy, so that a prefix asked for again and again bears
-its price together with the next `uses` requests (prefix_heat.py), and soon none at all: never less, since a request that would be served
-where its prefix lies gains nothing from waiting for a copy. A prefix nobody has asked for again spreads once Q of its holders exceeds
-1 + beta times what it saves (section 2 of Preble, ICLR'25), sooner where workers are idle; a hot one once Q exceeds what it saves.
+that where all are idle (`busy`: the share that is not). Where workers decode as well, not only prompts behind it wait but all answers of
+the batch it is computed beside (`held_up`: 8 there, else 1). But others will find the copy, so that a prefix asked for again and again
+bears its price together with the next `uses` requests (prefix_heat.py), and soon none at all: never less, since a request that would be
+served where its prefix lies gains nothing from waiting for a copy. A prefix nobody has asked for again spreads once Q of its holders
+exceeds 1 + beta times what it saves (section 2 of Preble, ICLR'25), sooner where workers are idle; a hot one once Q exceeds what it saves.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from router.policies.api import (
 from router.policies.loads import token_s
 from router.policies.prefix_heat import PrefixHeat
 
+WHOLE_HELD_UP = 8.0  # times a second of prefill beside a batch holds others up; 4 to 16 give the same within 2 %
 _PREFILL = ("queue", "prefill", "duplicate", "evict", "transfer")
 _WHOLE = ("queue", "prefill", "duplicate", "evict", "decode")
 _MOVED = ("queue", "prefill", "pull", "load", "duplicate", "evict", "transfer")
@@ -101,7 +102,7 @@ class _PrefillPrices:
         own_s: list[float] = []
         self._own_s = own_s
         whole = view.pool is Pool.WHOLE
-        held_up = 2.0 if whole else 1.0
+        held_up = WHOLE_HELD_UP if whole else 1.0
         num_busy = 0
         for worker, cached_tokens in zip(workers, held, strict=True):
             if worker.queued_prefill_s > 0.0 or (whole and worker.num_sequences):

@@ -56,6 +56,7 @@ def address(worker_id: str, role: Role, *, epoch: int = 1, **changes: Any) -> Wo
 
 
 def snapshot(worker_id: str, role: Role, *, epoch: int = 1, **changes: Any) -> WorkerSnapshot:
+    """Running sequences share no block, unless `num_blocks_owned` says so."""
     fields: dict[str, Any] = {
         "worker_id": worker_id,
         "epoch": epoch,
@@ -70,7 +71,7 @@ def snapshot(worker_id: str, role: Role, *, epoch: int = 1, **changes: Any) -> W
         "running_kv_tokens": 0,
         "num_blocks_total": 4096,
         "num_blocks_free": 4096,
-        "num_blocks_owned": 0,
+        "num_blocks_owned": -(-changes.get("running_kv_tokens", 0) // BLOCK),
         "num_blocks_leased": 0,
         "num_blocks_cached": 0,
         "num_preemptions": 0,

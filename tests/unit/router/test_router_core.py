@@ -221,6 +221,45 @@ def test_decode_batch_and_pool_bound_what_is_given_out() -> None:
     assert [a is not None for a in placed] == [True, True, False, False], "1024 tokens of KV hold two requests of 490 that stay"
 
 
+@pytest.mark.parametrize(
+    ("num_owned", "num_cached", "is_placed"),
+    [
+        (244, 12, False),  # nothing is shared
+        (100, 100, True),  # what runs shares most of what it has
+        (225, 31, False),  # the prompt's prefix may lie in blocks that are reclaimable, and will not be once it runs
+        (225, 0, True),  # it cannot
+    ],
+)
+def test_what_sequences_share_takes_room_once(num_owned: int, num_cached: int, is_placed: bool) -> None:
+    """How: contexts of 3,900 tokens run in a pool of 4,096, and a prompt of 560 comes of which 512 lie there.
+
+    Seen to fail with contexts summed up as if nothing were shared, and with reclaimable blocks taken for shared ones.
+    """
+    world = World([address("both-0", Role.BOTH, num_kv_blocks=256)])
+    prefix = chain("shared", 32)
+    world.hold("both-0", prefix)
+    free = 256 - num_owned - num_cached
+    blocks = {"num_blocks_total": 256, "num_blocks_free": free, "num_blocks_owned": num_owned, "num_blocks_cached": num_cached}
+    world.report("both-0", num_running=9, running_kv_tokens=3900, **blocks)
+    assert (world.place(place(1, num_tokens=560, block_hashes=prefix, expected_output_tokens=8)) is not None) == is_placed
+
+
+@pytest.mark.parametrize(("output_tokens", "is_placed"), [(8, True), (256, False)])
+def test_answers_of_sequences_that_share_their_prompt_keep_room_to_grow(output_tokens: int, is_placed: bool) -> None:
+    """How: two prompts of 560 tokens in 40 blocks of 80, and a third. Seen to fail with the growth of what was booked left out."""
+    world = World([address("both-0", Role.BOTH, num_kv_blocks=80)])
+    prefix = chain("shared", 32)
+    world.hold("both-0", prefix)
+    for number in range(2):
+        request = place(number, num_tokens=560, block_hashes=prefix, expected_output_tokens=output_tokens)
+        world.assign(request)
+        world.prefill_done(request)
+    world.now += 0.1
+    world.report("both-0", num_running=2, running_kv_tokens=1120, num_blocks_total=80, num_blocks_free=40, num_blocks_owned=40)
+    last = place(2, num_tokens=560, block_hashes=prefix, expected_output_tokens=output_tokens)
+    assert (world.place(last) is not None) == is_placed
+
+
 @pytest.mark.parametrize(("output_tokens", "is_placed"), [(8, True), (800, False)])
 def test_a_decode_worker_needs_room_when_the_prompt_is_computed_and_not_before(output_tokens: int, is_placed: bool) -> None:
     """How: its pool is full of two requests that end within some steps, or do not; 3,000 tokens wait before the third prompt.
