@@ -107,6 +107,7 @@ def _worker(worker: Worker, now: float) -> dict[str, object]:
         "queued_prefill_tokens": worker.queued_prefill_tokens,
         "sequences": worker.num_sequences,
         "kv_tokens": worker.kv_tokens,
+        "held_kv_tokens": worker.held_kv_tokens,  # of kv_capacity_tokens; less than kv_tokens where sequences share blocks
         "kv_capacity_tokens": worker.kv_capacity_tokens,
         "booked_prefills": worker.booked.num_prefills,
         "booked_sequences": worker.booked.num_sequences,
