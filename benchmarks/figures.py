@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from baton.bench.calibration import SCHEMA as CALIBRATION
 from baton.bench.disagg import SCHEMA as DISAGG
 from baton.bench.disagg import drawing as disagg_svg
 from baton.bench.engine_rows import SCHEMA as ENGINE
@@ -30,7 +31,9 @@ from baton.bench.validation import SCHEMA as VALIDATION
 from baton.bench.validation_model import NULL
 from baton.compare import SCHEMA as COMPARE
 from baton.plan_told import SCHEMA as PLAN
+from baton.sim_faults import SCHEMA as FAULTS
 from benchmarks.tournament import tournament
+from simulator.fidelity import Fidelity
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -124,6 +127,8 @@ def all_figures(documents: Sequence[Document]) -> str:
     parts += [_transfer_part(document) for document in documents if document["schema"] == TRANSFER]
     parts += [_validation_part(document) for document in documents if document["schema"] == VALIDATION]
     parts += [_plan_part(document) for document in documents if document["schema"] == PLAN]
+    parts += [_rows_part(document, "median error of a step") for document in documents if document["schema"] == CALIBRATION]
+    parts += [_rows_part(document, "seeds of faults") for document in documents if document["schema"] == FAULTS]
     return "\n\n".join(parts)
 
 
@@ -373,7 +378,7 @@ def _transfer_part(document: Document) -> str:
 def campaign_figures(documents: Sequence[Document]) -> str:
     """What damaged KV blocks came to, and what hand-offs that were given up left behind."""
     parts = [_corruption_part(document) for document in documents if document["schema"] == CORRUPTION]
-    parts += [_aborts_part(document) for document in documents if document["schema"] == ABORTS]
+    parts += [_rows_part(document, "hand-offs given up, cancelled, killed") for document in documents if document["schema"] == ABORTS]
     return "\n\n".join(parts)
 
 
@@ -406,8 +411,9 @@ def _share(row: Mapping[str, Any], digits: int = 4) -> str:
     return f"{100 * row['value']:.{digits}g} %"
 
 
-def _aborts_part(document: Document) -> str:
-    lines = [["hand-offs given up, cancelled, killed", "", "asked for"]]
+def _rows_part(document: Document, what: str) -> str:
+    """The rows as they are."""
+    lines = [[what, "", "asked for"]]
     for name, row in _by_name(document).items():
         lines.append([name.partition("/")[2].replace("_", " "), _value(row), _asked(row)])
     return f"{_heading(document)}\n\n{_table(lines)}"
@@ -424,7 +430,7 @@ def _heading(document: Document) -> str:
     machine = document["machine"]
     titles = {ENGINE: "The engine", DISAGG: "Prefill and decode apart", START: "Starting", TRANSFER: "KV transfer", ROUTER: "Placement"}
     titles |= {POLICIES: "Placement policies", COMPARE: "Placement policies on the virtual clock", VALIDATION: "Simulated beside live"}
-    titles |= {PLAN: "Planning"}
+    titles |= {PLAN: "Planning", CALIBRATION: "Step times", FAULTS: "Faults on the virtual clock"}
     titles |= {CORRUPTION: "Damaged blocks", ABORTS: "Aborts and kills"}
     title = titles[document["schema"]]
     named = {
@@ -435,7 +441,12 @@ def _heading(document: Document) -> str:
         POLICIES: "policies",
         VALIDATION: "clusters",
     }.get(document["schema"])
-    subject = document["setting"]["trace"] if document["schema"] == COMPARE else document.get("model", "hand-offs")
+    subject = document.get("model", "hand-offs")
+    if document["schema"] == COMPARE:
+        fidelity = Fidelity(document["setting"]["fidelity"])
+        subject = document["setting"]["trace"] + (", token by token" if fidelity is Fidelity.TOKEN_ACCURATE else "")
+    elif document["schema"] == FAULTS:
+        subject = f"{document['num_seeds']:,} seeds"
     what = subject if named is None else ", ".join(document[named])
     if document["schema"] == PLAN:
         what = f"{document['asked']['model']}, {document['asked']['requests']:,} requests"

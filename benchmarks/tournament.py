@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan
+from typing import Any
 
 from simulator.report.document import Policy, Report, has_one_best, pools_told, read_document
 
@@ -38,7 +39,23 @@ def tournament(document: Mapping[str, object], table: Table) -> str:
     size = f"{setting.num_replicates} replicates of {setting.num_requests:,} requests ({setting.resampling})"
     workers = f"{pools_told(setting)}, {setting.fidelity}"
     about = f"{size}, {setting.rate_per_s:.4g} a second; {workers}; medians over replicates. `{report.command}`"
-    return f"{report.verdict}\n\n{about}\n\n{table(lines)}"
+    parts = [report.verdict, about, table(lines)]
+    if wrong := document.get("estimate_error"):
+        parts += [
+            "Mean TTFT, ms, where workers report times wrong, by a factor and by noise (sigma); bold where best or tied.",
+            table(_under(wrong)),
+        ]
+    return "\n\n".join(parts)
+
+
+def _under(wrong: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A line a policy, a column an error of the reports."""
+    cells = {standing["policy"]: [] for standing in wrong[0]["standings"]}
+    for error in wrong:
+        for standing in error["standings"]:
+            told = f"{standing['figure'] * 1e3:,.0f}"
+            cells[standing["policy"]].append(f"**{told}**" if standing["best_or_tied"] else told)
+    return [["", *(f"x{error['factor']:g}, {error['sigma']:g}" for error in wrong)], *([label, *of] for label, of in cells.items())]
 
 
 def _figure(report: Report, policy: Policy, metric: str) -> float:
