@@ -184,6 +184,7 @@ def test_a_tournament_has_its_verdict_its_command_and_a_line_a_policy() -> None:
     text = figures.all_figures([document])
     assert "### Placement policies on the virtual clock: mooncake_conversation" in text
     assert document["verdict"] in text and document["command"] in text
+    text, wrong = text.split("Mean TTFT, ms, where workers report times wrong")
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "TTFT" not in line and "---" not in line]
     assert [line[0].removeprefix("| ") for line in lines] == [standing["policy"] for standing in document["ranking"]]
     assert lines[0][3].endswith("best") and lines[-1][3] == "oracle"
@@ -191,6 +192,10 @@ def test_a_tournament_has_its_verdict_its_command_and_a_line_a_policy() -> None:
     assert lines[0][1] == f"{best['figure'] * 1e3:,.0f}" and lines[0][2] == ""
     ratio, low, _, high = last[2].replace("(", "").replace(")", "").split()
     assert 1 < float(low) <= float(ratio) <= float(high), "the last waits longer"
+    cells = {cell["policy"]: cell for cell in document["estimate_error"][0]["standings"]}
+    for line in wrong.splitlines()[4:]:
+        label, first, *_ = line.strip("| ").split(" | ")
+        assert first.startswith("**") == cells[label]["best_or_tied"], "as with reports half as long"
 
 
 def test_results_name_a_clean_commit_and_their_machine() -> None:
@@ -207,6 +212,8 @@ def test_results_name_a_clean_commit_and_their_machine() -> None:
             figures.VALIDATION,
             figures.COMPARE,
             figures.PLAN,
+            figures.CALIBRATION,
+            figures.FAULTS,
         )
         assert document["schema"] in known
         assert len(document["commit"]) == 40, "measured in a tree as it was committed"
