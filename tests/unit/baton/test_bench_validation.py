@@ -89,6 +89,9 @@ def test_a_simulation_that_is_wrong_is_told() -> None:
     good, bad = (taken(policy).summary for policy in PLAN.policies)
     order, *_ = rows_of("c", [pair("a", [good], [bad]), pair("b", [bad], [good])])
     assert order.ok is False and order.details == {"live": ["a", "b"], "simulated": ["b", "a"]}
+    alike, *_ = rows_of("c", [pair("a", [good], [good]), pair("b", [bad], [good])])
+    tied, *_ = rows_of("c", [pair("a", [good], [good]), pair("b", [good], [good])])
+    assert alike.ok is True and tied.ok is True, "nobody says the opposite"
 
 
 def pair(policy: str, live: list[Summary], simulated: list[Summary]) -> Pair:
