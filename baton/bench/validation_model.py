@@ -174,7 +174,7 @@ def rows_of(name: str, pairs: Sequence[Pair]) -> list[Row]:
 
 
 def _order(name: str, pairs: Sequence[Pair]) -> Row:
-    """By mean TTFT, medians over repeats, the best first. Where one of them tells two policies apart, the other must not say the opposite."""
+    """By mean TTFT, medians over repeats, the best first. What one tells apart the other must not have the other way round."""
     is_whole = all(pair.live for pair in pairs)
     live, simulated = ({pair.policy: _figure(getattr(pair, who), "ttft", "mean") for pair in pairs} for who in ("live", "simulated"))
     told = {"live": sorted(live, key=live.__getitem__), "simulated": sorted(simulated, key=simulated.__getitem__)}

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 def test_the_whole_validation_runs_in_short_form() -> None:
     """How: 2 + 2 paced workers, runs of 3 s. On a busy machine runs may not count: then that is said, and rows have no value.
 
-    Seen to fail with a trace longer than its model, whose requests are refused.
+    Seen to fail with the requests kept that are longer than the model takes, and those that fit drawn anew.
     """
     command = [sys.executable, "-P", "-m", "baton", "bench", "validation", "--workers", "2", "--seconds", "3", "--repeats", "1", "--json"]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280, check=False)
