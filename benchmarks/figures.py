@@ -322,7 +322,8 @@ def _validation_part(document: Document) -> str:
     for cluster, told in document["clusters"].items():
         known = told["calibration"]
         fitted.append(
-            f"{cluster}: a step takes {known['step_s'] * 1e3:.2f} ms more than its model, {known['first_s'] * 1e3:.1f} ms lie between "
+            f"{cluster}: a step takes {known['step_s'] * 1e3:.2f} ms more than its model, one that computes prompts "
+            f"{known.get('prefill_factor', 1.0):.2f} times as long, {known['first_s'] * 1e3:.1f} ms lie between "
             f"client and workers (`{known['policy']}`, {known['trace']})"
         )
     return f"{_heading(document)}\n\nFitted: {'; '.join(fitted)}.\n\n{_table(lines)}"

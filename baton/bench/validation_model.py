@@ -1,6 +1,7 @@
-"""What a simulation says of a live cluster: two seconds-valued constants fitted on one trace under one policy, and figures of others. Pure.
+"""What a simulation says of a live cluster: three constants fitted on one trace under one policy, and figures of others. Pure.
 
     live = simulated on the virtual clock, with every step longer by `step_s` (threads, sockets, two processes on one core),
+           those that compute prompts taking `prefill_factor` times as long (caches and memory that others use too),
            and every token later by `first_s` (HTTP, the gateway, the client)
 
 The null model knows the same constants and no queue, no cache and no policy: each prompt is computed whole on an idle worker.
@@ -40,6 +41,7 @@ class Overhead:
     """What a live cluster takes beyond its model's steps."""
 
     step_s: float = 0.0  # a step
+    prefill_factor: float = 1.0  # times a step that computes prompts
     first_s: float = 0.0  # between a client and the workers, both ways together
 
 
@@ -72,7 +74,7 @@ def predicted(config: ClusterConfig, trace: Trace, policy: str, overhead: Overhe
 
     config: of paced workers, whose pace is that of the live ones.
     """
-    steps = TrueSteps(model=Longer(base=_pace_of(config), by_s=overhead.step_s))
+    steps = TrueSteps(model=Longer(base=_pace_of(config), overhead=overhead))
     cluster = RoutedCluster(config, policy=policy, seed=seed, steps=steps)
     served = cluster.run(requests_of(trace, model_id=MODEL_ID, vocab_size=VOCAB_SIZE, seed=seed))
     return [_later(one, overhead.first_s) for one in served]
@@ -80,13 +82,14 @@ def predicted(config: ClusterConfig, trace: Trace, policy: str, overhead: Overhe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Longer:
-    """A `StepTimeModel`: `base`, and `by_s` seconds for each step."""
+    """A `StepTimeModel`: `base`, and what a live cluster adds to each step."""
 
     base: StepTimeModel
-    by_s: float
+    overhead: Overhead
 
     def step_s(self, shape: StepShape) -> float:
-        return self.base.step_s(shape) + self.by_s
+        seconds = self.base.step_s(shape) + self.overhead.step_s
+        return seconds * self.overhead.prefill_factor if shape.prefill_tokens else seconds
 
 
 def _pace_of(config: ClusterConfig) -> StepTimeModel:
@@ -98,7 +101,7 @@ def _pace_of(config: ClusterConfig) -> StepTimeModel:
 
 def predicted_alone(config: ClusterConfig, trace: Trace, overhead: Overhead) -> list[Served]:
     """By the null model."""
-    pace = Longer(base=_pace_of(config), by_s=overhead.step_s)
+    pace = Longer(base=_pace_of(config), overhead=overhead)
     most = config.workers.max_num_batched_tokens
     served = []
     for number, asked in enumerate(trace.requests):
@@ -122,21 +125,26 @@ def predicted_alone(config: ClusterConfig, trace: Trace, overhead: Overhead) -> 
 
 
 def fitted(live: Sequence[Summary], config: ClusterConfig, traces: Sequence[Trace], policy: str, objective: Objective) -> Overhead:
-    """From live runs of these traces under one policy: first the time of a step, by TPOT; then what is left of TTFT. Medians, both.
+    """From live runs of these traces under one policy. Medians over runs: the time of a step by the median TPOT, then the factor by how far
+    apart the mean TTFT and its 90th percentile are, as what all wait moves both; then what is left of the mean.
 
     Raises:
         ConfigError: nobody was served, so there is nothing to fit.
     """
+
+    def simulated(overhead: Overhead) -> list[Summary]:
+        return [summarise(predicted(config, trace, policy, overhead, seed=number), objective) for number, trace in enumerate(traces)]
+
     found = Overhead()
-    for name in ("tpot", "ttft"):
-        simulated = [summarise(predicted(config, trace, policy, found, seed=number), objective) for number, trace in enumerate(traces)]
-        missing_s = max(0.0, _median_of(live, name) - _median_of(simulated, name))
-        found = replace(found, step_s=missing_s) if name == "tpot" else replace(found, first_s=missing_s)
-    return found
+    found = replace(found, step_s=max(0.0, _median_of(live, "tpot", "p50") - _median_of(simulated(found), "tpot", "p50")))
+    so_far = simulated(found)
+    spread_s, live_spread_s = (_median_of(of, "ttft", "p90") - _median_of(of, "ttft", "mean") for of in (so_far, live))
+    found = replace(found, prefill_factor=max(1.0, live_spread_s / spread_s) if spread_s > 0.0 else 1.0)
+    return replace(found, first_s=max(0.0, _median_of(live, "ttft", "mean") - _median_of(simulated(found), "ttft", "mean")))
 
 
-def _median_of(summaries: Sequence[Summary], name: str) -> float:
-    values: list[float] = [latency.p50 for summary in summaries if (latency := getattr(summary, name)) is not None]
+def _median_of(summaries: Sequence[Summary], name: str, statistic: str) -> float:
+    values: list[float] = [getattr(latency, statistic) for summary in summaries if (latency := getattr(summary, name)) is not None]
     if not values:
         raise ConfigError(f"no {name} to fit: no request was served; see the log of the cluster")
     return median(values)

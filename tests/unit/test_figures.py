@@ -140,7 +140,7 @@ def test_what_escaped_is_said_as_it_was_counted() -> None:
 def test_a_simulation_that_was_off_is_said_to_be_off() -> None:
     """Seen to fail with the null model's error in the place of the simulation's, and with a row without a value left out."""
     text = figures.all_figures([VALIDATION])
-    assert "a step takes 1.50 ms more than its model, 8.0 ms lie between client and workers (`round_robin`, unshared)" in text
+    assert "a step takes 1.50 ms more than its model, one that computes prompts 1.00 times as long, 8.0 ms lie between" in text
     assert "| paced-8+8/order agrees | a < b | b < a |  |  | >= 1: missed |" in text
     assert "| paced-8+8/attainment: a | 95.0% | 97.5% | 2.5 points | 5 points | <= 5: met |" in text
     assert "| paced-8+8/ttft p50: a | 100 ms | 120 ms | 20 % | 300 % | <= 15: missed |" in text

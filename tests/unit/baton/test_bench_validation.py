@@ -55,6 +55,20 @@ def test_constants_that_were_planted_are_found_again() -> None:
     calibration = taken("round_robin", is_calibration=True)
     found = fitted([calibration.summary], SUBJECT.simulated, [PLAN.trace(SUBJECT.calibrated_on, 0)], "round_robin", SUBJECT.objective)
     assert found.step_s == pytest.approx(PLANTED.step_s, rel=0.1) and found.first_s == pytest.approx(PLANTED.first_s, rel=0.25)
+    assert found.prefill_factor == pytest.approx(1.0, rel=0.03)
+
+
+def test_prompts_that_take_longer_beside_others_are_told_from_what_all_wait() -> None:
+    """How: one prefill worker, hardly used, on which prompts take 1.2 times as long as single steps did.
+
+    Seen to fail with the factor left at 1: what is left of TTFT is then all put on the gateway, and short prompts come out too late.
+    """
+    planted = Overhead(step_s=0.001, prefill_factor=1.2, first_s=0.005)
+    asked = replace(SUBJECT.calibrated_on, rate_per_s=1.0)
+    trace = replace(PLAN, seconds=60.0).trace(asked, 0)
+    live = summarise(predicted(SUBJECT.simulated, trace, "round_robin", planted, seed=9), SUBJECT.objective)
+    found = fitted([live], SUBJECT.simulated, [trace], "round_robin", SUBJECT.objective)
+    assert found.prefill_factor == pytest.approx(1.2, rel=0.03) and found.first_s == pytest.approx(planted.first_s, abs=0.003)
 
 
 def test_what_was_calibrated_on_one_trace_tells_of_another_and_the_null_model_does_not() -> None:
