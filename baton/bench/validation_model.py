@@ -125,8 +125,8 @@ def predicted_alone(config: ClusterConfig, trace: Trace, overhead: Overhead) -> 
 
 
 def fitted(live: Sequence[Summary], config: ClusterConfig, traces: Sequence[Trace], policy: str, objective: Objective) -> Overhead:
-    """From live runs of these traces under one policy. Medians over runs: the time of a step by the median TPOT, then the factor by how far
-    apart the mean TTFT and its 90th percentile are, as what all wait moves both; then what is left of the mean.
+    """From live runs of these traces under one policy: the time of a step by the median TPOT; then the factor, by a line through mean, p50,
+    p90 and p99 of the TTFT of each run, as what all wait moves them alike; then what is left of the mean.
 
     Raises:
         ConfigError: nobody was served, so there is nothing to fit.
@@ -137,10 +137,25 @@ def fitted(live: Sequence[Summary], config: ClusterConfig, traces: Sequence[Trac
 
     found = Overhead()
     found = replace(found, step_s=max(0.0, _median_of(live, "tpot", "p50") - _median_of(simulated(found), "tpot", "p50")))
-    so_far = simulated(found)
-    spread_s, live_spread_s = (_median_of(of, "ttft", "p90") - _median_of(of, "ttft", "mean") for of in (so_far, live))
-    found = replace(found, prefill_factor=max(1.0, live_spread_s / spread_s) if spread_s > 0.0 else 1.0)
+    found = replace(found, prefill_factor=max(1.0, _slope(_ttfts_of(simulated(found)), _ttfts_of(live))))
     return replace(found, first_s=max(0.0, _median_of(live, "ttft", "mean") - _median_of(simulated(found), "ttft", "mean")))
+
+
+def _ttfts_of(summaries: Sequence[Summary]) -> list[float]:
+    """Of each run the same figures in the same order; a run in which nobody was served has zeros."""
+    latencies = [summary.ttft for summary in summaries]
+    return [0.0 if latency is None else getattr(latency, name) for latency in latencies for name in ("mean", "p50", "p90", "p99")]
+
+
+def _slope(from_s: Sequence[float], to_s: Sequence[float]) -> float:
+    """Of the line with the least squares of relative errors; 1 where there is none."""
+    pairs = [(x, y) for x, y in zip(from_s, to_s, strict=True) if x > 0.0 and y > 0.0]
+    weights = [1.0 / y**2 for _, y in pairs]
+    if not pairs:
+        return 1.0
+    mean_x, mean_y = (sum(w * pair[i] for w, pair in zip(weights, pairs, strict=True)) / sum(weights) for i in (0, 1))
+    spread = sum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, pairs, strict=True))
+    return sum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, pairs, strict=True)) / spread if spread > 0.0 else 1.0
 
 
 def _median_of(summaries: Sequence[Summary], name: str, statistic: str) -> float:
