@@ -446,6 +446,7 @@ def _heading(document: Document) -> str:
     if document["schema"] == COMPARE:
         fidelity = Fidelity(document["setting"]["fidelity"])
         subject = document["setting"]["trace"] + (", token by token" if fidelity is Fidelity.TOKEN_ACCURATE else "")
+        subject += ", times reported wrong" if document["estimate_error"] else ""
     elif document["schema"] == FAULTS:
         subject = f"{document['num_seeds']:,} seeds"
     what = subject if named is None else ", ".join(document[named])
