@@ -39,7 +39,7 @@ from router.policies.api import (
 from router.policies.loads import token_s
 from router.policies.prefix_heat import PrefixHeat
 
-WHOLE_HELD_UP = 8.0  # times a second of prefill beside a batch holds others up; 4 to 16 give the same within 2 %
+WHOLE_HELD_UP = 8.0  # times a second of prefill beside a batch holds others up; chosen on Preble's five workloads (benchmarks/README.md)
 _PREFILL = ("queue", "prefill", "duplicate", "evict", "transfer")
 _WHOLE = ("queue", "prefill", "duplicate", "evict", "decode")
 _MOVED = ("queue", "prefill", "pull", "load", "duplicate", "evict", "transfer")
